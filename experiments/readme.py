@@ -54,13 +54,15 @@ ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
     "ShortGPT": ((PEERS, "ShortGPT"), None, (PEERS_GEMMA, "ShortGPT"), None),
 }  # fmt: skip
 
+# Names of lines, in the order of their colours: the same masks have the same colour in all panels.
+SUBJECTS = ("best", "paper", "averaged", "untrained", "base")
 # Line of the figure: for each removed share its list, row and stage.
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 SMOLLM2_LINES: dict[str, list[Place]] = {
     "base": [("questions/sparsity.yaml", f"wanda_sp {share}", ("base", "none")) for share in SHARES],
     "paper": [("questions/sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
     "averaged": [("questions/sparsity.yaml", f"wanda_sp {share}", AVERAGED) for share in SHARES],
-    "sequential": [(PEERS, "untrained")],
+    "untrained": [("questions/untrained.yaml", "smollm2, act_norm, reconstruction, sequential")],
     "best": [
         *(("questions/distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
         ("questions/distill.yaml", "averaged, 98k"), ("questions/distill_budgets.yaml", "60 %, 98k"),
@@ -74,14 +76,13 @@ GEMMA_LINES: dict[str, list[Place]] = {
     "averaged": [
         *(("gemma_budgets.yaml", f"{share} %, paper", AVERAGED) for share in (20, 30)), (GEMMA, "averaged"),
     ],
-    "sequential": [(PEERS_GEMMA, "untrained")],
     "best": [*(("gemma_budgets.yaml", f"{share} %, best, 49k") for share in (20, 30)), (GEMMA, "best, 49k")],
 }  # fmt: skip
 TOKENS = ("98k", "197k", "393k", "786k", "1.57M")
-TICKS = (49, 98, 197, 393, 786, 1573)  # thousands of tokens
+TICKS = {49: "49k", 98: "98k", 197: "197k", 393: "393k", 786: "786k", 1573: "1.6M"}  # thousands of tokens
 TOKEN_LINES: dict[str, list[Place]] = {
-    "masks of base": [("questions/distill.yaml", f"base, {tokens}") for tokens in ("49k", "98k", "196k", "393k")],
-    "masks of paper": [("questions/distill.yaml", f"paper, then {tokens}") for tokens in ("49k", "344k")],
+    "base": [("questions/distill.yaml", f"base, {tokens}") for tokens in ("49k", "98k", "196k", "393k")],
+    "paper": [("questions/distill.yaml", f"paper, then {tokens}") for tokens in ("49k", "344k")],
     "best": [("questions/tokens.yaml", f"smollm2, {tokens}") for tokens in TOKENS],
     "best, Gemma": [("questions/tokens.yaml", f"gemma, {tokens}") for tokens in TOKENS],
 }
@@ -108,7 +109,10 @@ def table() -> Table:
 
 def lines(places: dict[str, list[Place]], over: str) -> Lines:
     """Return the points of each line. `over` is `share` for the removed share, or `tokens` for thousands of tokens."""
-    return {(label, ""): sorted(points(of, over), key=lambda point: point[0]) for label, of in places.items()}
+    return {
+        (subject, model): sorted(points(of, over), key=lambda point: point[0])
+        for (subject, _, model), of in ((label.partition(", "), of) for label, of in places.items())
+    }
 
 
 def points(places: Sequence[Place], over: str) -> Iterator[tuple[float, Estimate]]:
@@ -120,31 +124,37 @@ def points(places: Sequence[Place], over: str) -> Iterator[tuple[float, Estimate
 @style()
 def drawn() -> Figure:
     """Draw three panels: perplexity against the removed share for both models, and against training tokens."""
-    figure = Figure(figsize=(10.5, 3.6))
+    figure = Figure(figsize=(9.6, 3.7))  # inches; GitHub shows it about 830 pixels wide
     smollm2, gemma, tokens = figure.subplots(1, 3)
-    labels = {"over": "share of the FFN neurons removed", "ticks": "{x:.0%}", "reference": "dense"}
+    labels = {"over": "share of the FFN removed", "ticks": "{x:.0%}", "reference": "dense", "subjects": SUBJECTS}
     draw_curves(smollm2, lines(SMOLLM2_LINES, "share"), **labels)
     draw_curves(gemma, lines(GEMMA_LINES, "share"), **labels)
-    draw_curves(tokens, lines(TOKEN_LINES, "tokens"), **labels | {"over": "thousands of training tokens"})
+    draw_curves(tokens, lines(TOKEN_LINES, "tokens"), **labels | {"over": "training tokens"})
     gemma.sharex(smollm2)
     gemma.sharey(smollm2)
     tokens.set_xscale("log")
-    tokens.set_xticks(TICKS, list(map(str, TICKS)))
+    tokens.set_xticks(list(TICKS), list(TICKS.values()))
     tokens.set_yticks([1, 1.2, 1.5, 2, 2.5])
     tokens.minorticks_off()
-    for axes, title, place in (
-        (smollm2, "SmolLM2-135M", "upper left"),
-        (gemma, "Gemma-3-270M", "upper left"),
-        (tokens, "Half removed, then trained", "center left"),
+    smollm2.set_ylabel("perplexity on unseen text, times dense", fontsize=10)
+    for axes, title in (
+        (smollm2, "SmolLM2-135M"),
+        (gemma, "Gemma-3-270M"),
+        (tokens, "Half removed, then trained"),
     ):
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_ylabel("perplexity on unseen text, times dense")
-        axes.legend(loc=place)
+        axes.xaxis.label.set_size(10)
+        axes.tick_params(labelsize=9)
+    gemma.set_ylabel("")
+    tokens.set_ylabel("")
+    for axes, place in ((smollm2, "upper left"), (tokens, (0.02, 0.2))):
+        axes.legend(loc=place, fontsize=9)
     return add_title(
         figure,
-        "Standard protocol, 95 % intervals over windows, one seed. best in the first two panels: 98k training tokens "
-        "on SmolLM2, 49k on Gemma. sequential was measured at 50 % only.\n"
-        "Weights are in bfloat16, and in float32 for best on SmolLM2 and in the last panel.",
+        "Standard protocol, one seed, 95 % intervals over windows. best: 98k training tokens on SmolLM2, 49k on Gemma. "
+        "untrained was measured\nat 50 % of SmolLM2. Weights are in bfloat16; in float32 for best on SmolLM2 and in "
+        "the last panel.",
+        size=8,
     )
 
 
@@ -158,7 +168,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
         return table().to_markdown() + "\n"
     (path,) = save(drawn(), folder, "readme")
     with Image.open(path) as picture:
-        few_colours = picture.convert("RGB").quantize(64)  # a quarter of the bytes
+        few_colours = picture.convert("RGB").quantize(256)  # less than half of the bytes
     few_colours.save(path, optimize=True)
     return f"Drawn: {path}.\n"
 

@@ -153,7 +153,9 @@ def curve_figure(lines: Lines, **labels: str) -> Figure:
     return figure
 
 
-def draw_curves(axes: Axes, lines: Lines, *, over: str, ticks: str, reference: str) -> None:
+def draw_curves(
+    axes: Axes, lines: Lines, *, over: str, ticks: str, reference: str, subjects: Sequence[str] | None = None
+) -> None:
     """Draw unseen perplexity relative to a reference against a number, with paired intervals. Lower is better.
 
     Args:
@@ -162,8 +164,9 @@ def draw_curves(axes: Axes, lines: Lines, *, over: str, ticks: str, reference: s
         over: name of the number.
         ticks: format of its values.
         reference: name of the reference.
+        subjects: all subjects of a figure, so that its panels draw a subject alike. Default: those of `lines`.
     """
-    subjects = list(dict.fromkeys(subject for subject, _ in lines))
+    subjects = subjects or list(dict.fromkeys(subject for subject, _ in lines))
     for (subject, stage), points in lines.items():
         colour, _, marker = LINES[subjects.index(subject) % len(LINES)]
         full = stage in ("gprune", "")

@@ -37,7 +37,15 @@ from gprune.runs.results import FinishedRun
 
 PROMPT, GENERATE = 128, 32
 COLUMNS = ["", "unseen / dense", "times as fast", "MiB"]
-NOTE = "Rows: timed in transformers in their list's dtype; MiB of 16 bits. GGUF: in llama.cpp over f16 there, the file."
+NOTE = (
+    "Pruned models: timed in transformers in the dtype of the list; MiB of their weights in 16 bits. "
+    "GGUF files of the dense model: timed in llama.cpp, relative to f16; MiB of the file."
+)
+AXES = {2: "times as fast", 3: "size, MiB"}  # label of a column
+LABELS = {  # of a prefix of rows' names
+    "share": "share of the FFN removed", "speed": "target in speed", "distilled": "share removed, then distilled",
+    "dense": "not pruned, quantized",
+}  # fmt: skip
 
 
 def pruned(run: FinishedRun) -> list[Cell]:
@@ -94,18 +102,24 @@ def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
 @style()
 def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
     """Draw unseen perplexity relative to dense against speed and against size. Lines are prefixes of rows' names."""
-    figure, shown = Figure(figsize=(10, 4.2)), [row for row in rows if None not in row]
-    for axes, column in zip(figure.subplots(1, 2, sharey=True), (2, 3), strict=True):
-        lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in shown}
+    figure, shown = Figure(figsize=(9.6, 4.4)), [row for row in rows if None not in row]
+    for axes, column in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
+        lines: Lines = {(LABELS.get(row[0].partition(", ")[0], row[0]), ""): [] for row in shown}
         for row in sorted(shown, key=lambda row: row[column]):
-            line, _, name = row[0].partition(", ")
-            lines[line, ""].append((row[column], row[1]))
-            if (line, column) != ("speed", 3):  # rows with a speed target have no size
-                at = (4, -12) if line in ("distilled", "dense") else (-4 if column == 2 else 4, 4)  # where lines cross
+            prefix, _, name = row[0].partition(", ")
+            lines[LABELS.get(prefix, row[0]), ""].append((row[column], row[1]))
+            if (prefix, column) != ("speed", 3):  # rows with a speed target have no size
+                if prefix == "dense":  # below or above the line at 1
+                    at = (5, -12) if row[1].value <= 1 else (5, 5)
+                elif prefix == "distilled":
+                    at = (5, -12)
+                else:
+                    at = (-5, 4) if column == 2 else (5, 4)
                 side = {"ha": "right" if at[0] < 0 else "left", "textcoords": "offset points"}
-                axes.annotate(name, (row[column], row[1].value), at, fontsize=7, **side)
-        draw_curves(axes, lines, over=COLUMNS[column], ticks="{x:g}", reference="dense")
-        axes.xaxis.set_major_locator(MaxNLocator())
+                axes.annotate(name.removeprefix("GGUF "), (row[column], row[1].value), at, fontsize=8, **side)
+        draw_curves(axes, lines, over=AXES[column], ticks="{x:g}", reference="dense")
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5]))
+        axes.set_ylabel("perplexity on unseen text, times dense")
         axes.label_outer()
     axes.legend(loc="upper right")
     return add_title(figure, NOTE)

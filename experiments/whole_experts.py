@@ -1,15 +1,13 @@
-"""Remove half of the experts of a tiny random model of each type with experts, and print a table of the results.
+"""Remove half of the experts of a tiny random model of each type with experts, and print which types pass.
 
     python -m experiments.whole_experts                      # all types; about 2 minutes on one core
     python -m experiments.whole_experts gpt_oss deepseek_v3  # some types
     python -m experiments.whole_experts --write              # all types, written to docs/families.md
 
-The models are those of `experiments.architectures`: 4 experts, of which a token uses 2. Columns of the table:
-
-masked = sliced  largest difference between logits of the masked and the sliced model, over the largest logit
-parameters       whether the number of removed parameters is the one counted by the budget
-folder           whether the folder has the stock class, without a modelling file
-reloaded         whether a process without gprune computes the same bits from the folder
+The models are those of `experiments.architectures`: 4 experts, of which a token uses 2. A type passes if
+masking and slicing give the same logits (the text has the largest difference, divided by the largest logit), the number
+of removed parameters is the one that the budget counts, and a process without gprune computes the same bits from the
+folder.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import argparse
 import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 
 FAMILIES_PAGE = PAGE.with_name("families.md")
-START, END = "<!-- table of python -m experiments.whole_experts -->", "<!-- end of the table -->"
+START, END = "<!-- output of python -m experiments.whole_experts -->", "<!-- end of its output -->"
 
 
 def types_with_experts() -> list[str]:
@@ -49,7 +48,7 @@ def types_with_experts() -> list[str]:
 
 def without_half_of_the_experts(model: PreTrainedModel) -> Masks:
     """Return masks that remove half of the experts and nothing else."""
-    masks, ffn = random_masks(model, experts=True), []
+    masks, ffn = random_masks(model, scope="experts"), []
     for block, keep in zip(blocks_of(model), masks.ffn, strict=True):
         kept = keep.view(block.experts, -1).any(1)
         ffn.append(kept.repeat_interleave(block.neurons))
@@ -58,7 +57,7 @@ def without_half_of_the_experts(model: PreTrainedModel) -> Masks:
 
 @torch.no_grad()
 def row_of(model_type: str, folder: Path) -> dict[str, Any]:
-    """Return a row of the table, and save the pruned model and its logits in a folder below `folder`."""
+    """Return the results of a type, and save the pruned model and its logits in a folder below `folder`."""
     try:
         model = random_model(model_type)
         family_of(model)
@@ -79,7 +78,6 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
         removed = model.num_parameters() - small.num_parameters()
         return {
             "type": model_type,
-            "experts": (max(b.experts for b in blocks), max(b.experts for b in blocks_of(small))),
             "moved": float((expected - dense).abs().max() / dense.abs().max()),
             "agrees": float((expected - logits).abs().max() / expected.abs().max()),
             "exact": removed == Budget(block_units(blocks, scope="ffn+experts"), 0).removed_by(masks),
@@ -90,7 +88,7 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
 
 
 def measure(types: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of the table."""
+    """Return the results of each type."""
     with tempfile.TemporaryDirectory(prefix="gprune-experts-") as scratch:
         folder = Path(scratch) / "models"
         folder.mkdir()
@@ -106,14 +104,16 @@ def passed(row: Mapping[str, Any]) -> bool:
     return row["moved"] >= 1e-3 and row["agrees"] <= 1e-4 and row["exact"] and row["reloaded"] == 0.0
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as Markdown: types that pass, and the reasons of the others."""
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the results as Markdown: types that pass, and the reasons of the others."""
     good, bad = [row for row in rows if passed(row)], [row for row in rows if not passed(row)]
-    lines = ["| type | experts | masked = sliced | parameters | folder | reloaded |", "|" + "---|" * 6]
-    for row in good:
-        before, after = row["experts"]
-        folder = "stock" if row["stock"] else "modelling file"
-        lines.append(f"| `{row['type']}` | {before} to {after} | {row['agrees']:.0e} | exact | {folder} | same bits |")
+    largest = max((row["agrees"] for row in good), default=0.0)
+    differ = f"differ by at most {largest:.0e}" if largest else "are equal"
+    lines = [f"These {len(good)} types pass. Logits of masked and sliced models {differ}."]
+    for stock, folder in ((True, "The folder is a stock model"), (False, "The folder has a modelling file")):
+        names = [f"`{row['type']}`" for row in good if row["stock"] == stock]
+        if names:
+            lines += ["", textwrap.fill(f"{folder}: {', '.join(names)}", 120, break_on_hyphens=False)]
     lines += ["", f"Of {len(rows)} types with experts these {len(bad)} can only be narrowed:", ""]
     lines += [f"- `{row['type']}`: {row.get('why', row)}" for row in bad]
     return "\n".join(lines)
@@ -123,10 +123,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; by default all with experts")
-    parser.add_argument("--write", action="store_true", help=f"write the table to {FAMILIES_PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the result to {FAMILIES_PAGE.name}")
     settings = parser.parse_args(args)
     warnings.simplefilter("ignore")
-    text = table(measure(settings.types or types_with_experts()))
+    text = summary(measure(settings.types or types_with_experts()))
     if settings.write:
         page = FAMILIES_PAGE.read_text(encoding="utf-8")
         before, after = page.partition(START)[0], page.partition(END)[2]

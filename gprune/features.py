@@ -9,8 +9,12 @@ features: `export/convert.py` and `registry.py` have their interfaces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward and backward)
 
@@ -25,7 +29,7 @@ class Feature:
     # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
     reads: frozenset[str] = frozenset()
     also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
-    needs_narrower = False  # whether it recovers only what became narrower, and not what lost whole experts or blocks
+    needs_narrower = False  # whether it recovers only what became narrower, and not what lost larger units
     needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
 
     def identity(self, cfg: Any) -> dict[str, Any]:
@@ -67,6 +71,10 @@ class Feature:
     def store(self, plan: Any, folder: Any) -> None:
         """Write what this feature has measured to the run's folder, from which a resumed run reads it."""
 
+    def add_scores(self, run: Any, scores: Any, statistics: Any) -> Any:
+        """Return the `importance.scores.Scores`, with those of units that only this feature removes."""
+        return scores
+
     def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
         """Read the `importance.scores.Scores` of the run's own model, and the statistics by corpus behind them."""
 
@@ -81,3 +89,25 @@ DEFAULTS = Feature()
 def attribute(feature: Any, name: str) -> Any:
     """Return an attribute of a feature, by default that of `Feature`."""
     return getattr(feature, name, getattr(DEFAULTS, name))
+
+
+@dataclass(frozen=True)
+class EntryFigure:
+    """A figure of an entry of the summary, which the report of a finished run draws if the summary has the entry."""
+
+    entry: str
+    caption: str
+    draw: Callable[[Any, Any], Figure]  # from the entry and the masks of the run
+
+
+FIGURES: dict[str, EntryFigure] = {}  # by the name of the figure's file
+
+
+def entry_figure(entry: str, name: str, caption: str) -> Callable[[Callable], Callable]:
+    """Return a decorator that adds a function, which draws the figure of an entry that a feature writes."""
+
+    def decorate(draw: Callable) -> Callable:
+        FIGURES[name] = EntryFigure(entry, caption, draw)
+        return draw
+
+    return decorate

@@ -36,11 +36,11 @@ class Screen(Progress):
         title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         super().__init__(
             TextColumn("{task.description}", markup=False, table_column=title_column), BarColumn(bar_width=14),
-            TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
+            TextColumn("{task.fields[rate]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             TimeRemainingColumn(), console=console, expand=True, transient=True, speed_estimate_period=600,
             disable=not console.is_terminal or console.is_jupyter or is_silenced or process_index() != 0,
         )  # fmt: skip
-        self._bar = self.add_task("", total=sum(self._work.values()), speed="")
+        self._bar = self.add_task("", total=sum(self._work.values()), rate="")
 
     def step(self, number: int, what: str) -> str:
         """Begin a step, or another part of the current step, and return the title: `step 3/10 Measuring drift`."""
@@ -56,17 +56,17 @@ class Screen(Progress):
         self._title = f"step {self._step_number}/{max(self._work)} {what}" if self._step_number else what
         self._part_start = time.monotonic()
         self._tokens_before_part = self._tokens
-        self.update(self._bar, description=self._title, speed="")
+        self.update(self._bar, description=self._title, rate="")
         return self._title
 
     def add_batch(self, tokens: int = 0, note: str = "") -> None:
         """Show a finished batch."""
         self._tokens += tokens
         seconds = max(time.monotonic() - self._part_start, 1e-9)
-        rate = (self._tokens - self._tokens_before_part) / seconds
-        speed = f"{rate:,.0f} tokens/s" if rate else ""
+        per_second = (self._tokens - self._tokens_before_part) / seconds
+        rate = f"{per_second:,.0f} tokens/s" if per_second else ""
         description = f"{self._title}, {note}" if note else self._title
-        self.update(self._bar, completed=self._work_done(), speed=speed, description=description)
+        self.update(self._bar, completed=self._work_done(), rate=rate, description=description)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Return the bar and an empty last line, on which a terminal echoes `^C`.

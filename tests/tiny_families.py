@@ -12,7 +12,7 @@ from gprune.discovery import family_of
 from gprune.discovery.tiny import tiny_model
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.sparsity.cut import top_of_experts
+from gprune.sparsity.cut import keep_top_neurons
 
 TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "phi3", "opt",
@@ -85,8 +85,8 @@ def some_masks(model: nn.Module, kept: tuple[int, ...] = (17, 48, 33), *, attent
     generator = torch.Generator().manual_seed(seed)
     ffn, groups = [], []
     for block, n in zip(blocks_of(model), kept, strict=True):
-        noise = torch.rand(block.experts * block.neurons, generator=generator)
-        ffn.append(top_of_experts(noise, n, experts=block.experts))
+        noise = torch.rand(block.all_neurons, generator=generator)
+        ffn.append(keep_top_neurons(block, noise, n))
         keep = torch.ones(block.kv_groups, dtype=torch.bool)
         if attention and block.kv_groups > 1 and block.index != 1:
             keep[block.index % block.kv_groups] = False

@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.placement import Placement, placement
-from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
+from gprune.benchmarks.serving import time_in_alternation
+from gprune.benchmarks.settings import TEXTS, Benchmarks
+from gprune.benchmarks.subjects import Loaded, find_evaluation
 from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
 from gprune.benchmarks.tasks import zero_shot
-from gprune.config.elsewhere import made_elsewhere
 from gprune.console import quieted
 from gprune.discovery import family_of
-from gprune.errors import UserError, optional_output
-from gprune.evaluation.speed import measure_throughput
-from gprune.models.embedded import model_label
-from gprune.models.loading import fingerprint, load_elsewhere, load_model
-from gprune.models.surgery import slice_model
-from gprune.report.card import write_card
-from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import key_part
-from gprune.runs.results import config_of, exported_model, read_evaluation, read_numbers, read_run
+from gprune.errors import UserError
 from gprune.runs.trainer import matmul_precision
-from gprune.storage.files import key_of, write_json
 from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
-METRICS = (
-    "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "score", "score_stderr",
-    "perplexity", "tokens_per_second", "seconds",
-)  # fmt: skip
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to evaluate, and the entries of its records that describe the model."""
-
-    about: dict[str, Any]  # model, stage, recovery, sparsity, scope
-    load: Callable[[], Loaded]
-    weights: str | None = None  # fingerprint of a dense model, which several runs may share
 
 
 class UnmeasuredTasksError(UserError):
@@ -71,52 +45,6 @@ def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
             load_tasks(task, benchmarks.source)
 
 
-@dataclass(frozen=True)
-class Target:
-    """A run, or any model: what is evaluated, and the file for its records."""
-
-    folder: Path
-    subjects: list[Subject]  # the dense model first, if it is evaluated too
-    output: Path | None
-    run_key: str | None  # None: not a run
-    output_key: str | None  # None: a file that the caller names, which may have records of several runs
-
-    @property
-    def origin(self) -> dict[str, str]:
-        """The entries of records that name the run or model."""
-        return {"run": self.folder.name, "origin": key_of(of=self.run_key or str(self.folder))[:12]}
-
-    def store(self, records: Sequence[dict[str, Any]]) -> None:
-        """Add records to the file, if there is one."""
-        if self.output is not None:
-            merge_records(self.output, records, run=self.output_key)
-
-    def publish(self, records: Sequence[dict[str, Any]]) -> None:
-        """Add stored records to the model card and to W&B, if this is a run."""
-        if self.run_key is None:
-            return
-        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
-            log_evaluation(self.folder, records)
-            run = read_numbers(self.folder)
-            write_card(RunFolder(self.folder), config_of(run), run.records)
-
-
-def find_target(
-    model: str, benchmarks: Benchmarks, *, dense: bool = False, output: Path | None = None,
-    loading: Mapping[str, Any] = NOTHING,
-) -> Target:  # fmt: skip
-    """Find what is evaluated without loading it. Raise UserError for an output file with other content."""
-    subjects, run_output, run_key = find_subjects(
-        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code, loading=loading
-    )
-    target = Target(
-        expanded(model).resolve(), subjects, output or run_output, run_key, output_key=None if output else run_key
-    )
-    if target.output is not None:
-        read_evaluation(target.output, run=target.output_key)
-    return target
-
-
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
@@ -134,8 +62,8 @@ def _evaluate(
     model: str, benchmarks: Benchmarks, placed: Placement, *, dense: bool, pruned: bool, output: Path | None
 ) -> tuple[list[dict[str, Any]], Path | None]:
     """Measure a model, or the models of a run, with a placement."""
-    target = find_target(model, benchmarks, dense=dense, output=output, loading=placed.loading)
-    subjects = target.subjects if pruned else target.subjects[:1]
+    evaluation = find_evaluation(model, benchmarks, dense=dense, output=output, loading=placed.loading)
+    subjects = evaluation.subjects if pruned else evaluation.subjects[:1]
     records: list[dict[str, Any]] = []
     tasks = with_groups(benchmarks.tasks_by_model)
     unmeasured: dict[str, TaskError] = {}
@@ -152,26 +80,24 @@ def _evaluate(
             except TaskError as error:
                 unmeasured[task] = error
                 continue
-            about = subject.about | target.origin | ({"groups": groups} if groups else {})
+            about = subject.about | evaluation.origin | ({"groups": groups} if groups else {})
             records += [r | about for r in measured]
             if placed.writes:
-                target.store(records)
+                evaluation.store(records)
     if benchmarks.alternates:
-        log.info("Evaluating %s", SPEED)
         models = [placed.place(subject.load()[0]) for subject in subjects]  # together, to be timed in alternation
-        by_model = measure_throughput(models, batches=benchmarks.speed_batch, prompt=benchmarks.speed_prompt)
-        for subject, measured in zip(subjects, by_model, strict=True):
-            records += [r | subject.about | target.origin for r in measured]
-        target.store(records)
+        for subject, measured in zip(subjects, time_in_alternation(models, benchmarks), strict=True):
+            records += [r | subject.about | evaluation.origin for r in measured]
+        evaluation.store(records)
     if placed.writes:
-        target.publish(records)
+        evaluation.publish(records)
     if unmeasured:
-        raise UnmeasuredTasksError(unmeasured, records, target.output)
-    return records, target.output
+        raise UnmeasuredTasksError(unmeasured, records, evaluation.output)
+    return records, evaluation.output
 
 
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
-    """Measure a task other than speed."""
+    """Measure a task on one model."""
     limit = benchmarks.limit
     if task not in TEXTS:
         options = {"batch_size": benchmarks.batch_size, "num_fewshot": benchmarks.num_fewshot}
@@ -179,133 +105,3 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
-
-
-def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
-    """Add records to a file, replacing earlier records of the same model and protocol."""
-    names = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
-    if not run:
-        names += ["run", "origin"]
-
-    def identity(r: dict[str, Any]) -> tuple[Any, ...]:
-        """Return a key that is equal for records of the same model and protocol."""
-        return tuple(r.get(name) for name in names)
-
-    new_identities = {identity(r) for r in records}
-    kept = [r for r in read_evaluation(path, run=run) if identity(r) not in new_identities]
-    write_json(path, {"records": [*kept, *records]}, run=run)
-
-
-def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to the summary of the run's W&B run, if it has one."""
-    wandb_entry = RunFolder(run).manifest.get("wandb")
-    if not wandb_entry:
-        return
-    from gprune.runs.tracking import resumed_run
-
-    with resumed_run(run, wandb_entry) as wandb_run:
-        if wandb_run is not None:
-            wandb_run.summary.update(task_numbers(records))
-
-
-def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return numbers of records by W&B key: `final/<task>/acc` for the main row, `rows/dense/<task>/acc` for dense.
-
-    For a perplexity the window length is added after the task, for a speed the batch size.
-    """
-    numbers = {}
-    for r in records:
-        prefix = "rows/dense" if r["stage"] == "dense" else "final"
-        task = key_part(r["task"])
-        size = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
-        if size is not None:
-            task += f"/{size}"
-        numbers |= {f"{prefix}/{task}/{name}": r[name] for name in METRICS if r.get(name) is not None}
-    return numbers
-
-
-def find_subjects(
-    name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False,
-    loading: Mapping[str, Any] = NOTHING,
-) -> tuple[list[Subject], Path | None, str | None]:  # fmt: skip
-    """Find the models to evaluate, without loading them. `loading` has the arguments that offload weights."""
-    path = expanded(name)
-    if not (path / "manifest.json").is_file():
-        if dense:
-            raise UserError(f"--dense needs the folder of a run, which names the dense model; got '{name}'.")
-        parent, *rest = Path(name).parts
-        if rest and not path.exists() and Path(parent).is_dir():  # otherwise it may be a hub id
-            raise UserError(f"'{name}' must be the folder of a run or a model; there is no such folder.")
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"'{name}' must be a run (manifest.json) or a model folder (config.json); got neither.")
-        about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
-        settings = {"dtype": dtype or "float32", "trust_remote_code": trust_remote_code, **loading}
-        return [Subject(about, lambda: load_model(name, **settings))], None, None
-    run = read_numbers(path)
-    settings, label = run.settings, model_label(run.settings["model"]["name"])
-    if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
-        reason = "the recovered model was not exported (--export none)"
-        raise UserError(f"Cannot evaluate run '{path}': {reason}. Repeat the run with --export hf.")
-    own_dtype = getattr(torch, dtype or settings["model"]["dtype"])
-    load_arguments = (path, settings, own_dtype, trust_remote_code, loading)
-    pruned_by_gprune = run.final != "model"  # otherwise made elsewhere, so the sparsity is unknown
-    about_pruned = {
-        "model": label,
-        "stage": run.final,
-        "recovery": settings["recovery"],
-        "sparsity": run.records[-1]["sparsity"] if pruned_by_gprune else None,
-        "scope": settings["sparsity"]["scope"] if pruned_by_gprune else None,
-    }
-    subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
-    if dense:
-        about_dense = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments), settings["inputs"]["model"]))
-    return subjects, path / "evaluation.json", run.key
-
-
-def load_dense(
-    run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False,
-    loading: Mapping[str, Any] = NOTHING,
-) -> Loaded:  # fmt: skip
-    """Load the frozen dense model of a run in any dtype, and its tokenizer."""
-    model, tokenizer = _load_verified(
-        load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
-        dtype=dtype, trust_remote_code=trust_remote_code, **loading,
-    )  # fmt: skip
-    family_of(model)
-    return model, tokenizer
-
-
-def _load_verified(
-    load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
-    dtype: torch.dtype, **options: Any,
-) -> Loaded:  # fmt: skip
-    """Load a model and its tokenizer, and check that the weights are those that a run has used."""
-    model, tokenizer = load(name, dtype=settings["model"]["dtype"], **options)
-    if fingerprint(model) != expected:
-        raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
-    if model.dtype != dtype:
-        # Loaded again, because `.to` would also round the frequencies of the rotary embedding.
-        model, _ = load(name, dtype=dtype, **options)
-    return model, tokenizer
-
-
-def _load_pruned(
-    run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool, loading: Mapping[str, Any]
-) -> Loaded:
-    """Load the exported model of a run, and its tokenizer.
-
-    If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
-    `find_subjects` accepts such a run only without recovery. A model that gprune did not prune is loaded again.
-    """
-    if (run / "model" / "config.json").is_file():
-        return load_model(str(exported_model(run)), dtype=dtype, **loading)
-    if (other := made_elsewhere(settings)) is not None:
-        return _load_verified(
-            load_elsewhere, other, settings, settings["inputs"]["made_elsewhere"],
-            f"the model made elsewhere that '{run}' measured", dtype=dtype, trust_remote_code=trust_remote_code,
-            **loading,
-        )  # fmt: skip
-    masks = read_run(run).masks
-    model, tokenizer = load_dense(run, settings, dtype, trust_remote_code, loading)
-    return slice_model(model, masks), tokenizer

@@ -1,7 +1,7 @@
-"""`gprune evaluate RUN... --tasks speed --engine ...`: the speed of models in the engines that people serve with.
+"""`gprune evaluate RUN... --tasks speed`: the speed of models in this process, or in engines that people serve with.
 
-All models of an engine are loaded at the same time, each in a process of its own, and timed in alternation, so that
-other load of the machine affects all of them equally.
+With `--engine`, all models of an engine are loaded at the same time, each in a process of its own. In both cases models
+are timed in alternation, so that other load of the machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -20,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from gprune.benchmarks import engines
 from gprune.benchmarks.engines import ENGINES
-from gprune.benchmarks.measurement import Subject, find_target
-from gprune.benchmarks.settings import Benchmarks, EngineChoice
+from gprune.benchmarks.settings import SPEED, Benchmarks, EngineChoice
+from gprune.benchmarks.subjects import Subject, find_evaluation
 from gprune.errors import UserError, first_line
-from gprune.evaluation.speed import check_prompt, describe_device
+from gprune.evaluation import speed
 from gprune.export import gguf
 from gprune.export.convert import FORMATS, format_named
 from gprune.export.hf import save_pruned
+from gprune.models.offload import device_of
 from gprune.storage.files import key_of
 
 log = logging.getLogger("gprune")
@@ -37,6 +40,47 @@ NEW_TOKENS = 32  # generated tokens per request
 MIN_ROUNDS, MAX_ROUNDS = 2, 5  # numbers of rounds of a measurement
 MAX_SECONDS = 20.0  # after this time no round begins, except the first ones
 Record = dict[str, Any]
+
+
+def check_prompt(model: PreTrainedModel, prompt: int, generate: int) -> None:
+    """Raise UserError if prompts of this length, and the tokens generated after them, exceed the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", math.inf) - generate
+    if prompt > longest:
+        raise UserError(f"--speed_prompt must be {longest:,} tokens or less; got {prompt:,}.")
+
+
+def time_in_alternation(models: Sequence[PreTrainedModel], benchmarks: Benchmarks) -> list[list[Record]]:
+    """Time models in this process. The result has for each model the records `prefill` (first token) and `decode`.
+
+    Tokens per second are for the whole batch. Only records with the same `rounds` can be compared, because their models
+    were timed in alternation.
+    """
+    log.info("Evaluating %s", SPEED)
+    prompt = benchmarks.speed_prompt
+    for model in models:
+        check_prompt(model, prompt, speed.DECODING_STEPS)
+    device = speed.describe_device(device_of(models[0]))
+    records: list[list[Record]] = [[] for _ in models]
+    for batch in dict.fromkeys(benchmarks.speed_batch):
+        (first_seconds, step_seconds, _), spread = speed.time_generation(
+            models, batch=batch, prompt=prompt, generate=speed.DECODING_STEPS
+        )
+        shared = {
+            "kind": "speed", "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
+            "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
+            "rounds": key_of(first=first_seconds, step=step_seconds)[:16],
+            "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],
+        }  # fmt: skip
+        for i, model in enumerate(models):
+            shared["dtype"] = str(model.dtype).removeprefix("torch.")
+            for task, tokens, seconds in (
+                ("prefill", batch * prompt, first_seconds[i]),
+                ("decode", batch, step_seconds[i]),
+            ):
+                if seconds:  # 0 if decoding steps are too fast compared with prefill
+                    rate = {"task": task, "tokens_per_second": tokens / seconds, "seconds": seconds}
+                    records[i].append(shared | rate)
+    return records
 
 
 def evaluate_engines(
@@ -60,8 +104,8 @@ def evaluate_engines(
             are too long; later, if an engine fails.
     """
     versions = installed_versions(choices)
-    targets = [find_target(model, benchmarks, dense=dense, output=output) for model in models]
-    subjects = {name_of(subject): subject for target in targets for subject in target.subjects}
+    evaluations = [find_evaluation(model, benchmarks, dense=dense, output=output) for model in models]
+    subjects = {name_of(subject): subject for evaluation in evaluations for subject in evaluation.subjects}
     records: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="gprune-engines-") as scratch:
         written: list[Forms] = []
@@ -73,17 +117,18 @@ def evaluate_engines(
             log.info("Timing %d models in %s %s", len(subjects), choice.label, version)
             by_model = time_models(choice, version, written, benchmarks, Path(scratch))
             of_subject = dict(zip(subjects, by_model, strict=True))
-            for target in targets:
+            for evaluation in evaluations:
                 new = [
-                    r | subject.about | target.origin
-                    for subject in target.subjects
+                    r | subject.about | evaluation.origin
+                    for subject in evaluation.subjects
                     for r in of_subject[name_of(subject)]
                 ]
-                target.store(new)
+                evaluation.store(new)
                 records += new
-    for target in targets:
-        target.publish([r for r in records if r["origin"] == target.origin["origin"]])
-    return records, list(dict.fromkeys(target.output for target in targets if target.output is not None))
+    for evaluation in evaluations:
+        evaluation.publish([r for r in records if r["origin"] == evaluation.origin["origin"]])
+    outputs = dict.fromkeys(evaluation.output for evaluation in evaluations)
+    return records, [path for path in outputs if path is not None]
 
 
 def name_of(subject: Subject) -> str:
@@ -122,7 +167,7 @@ def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, st
     """
     versions: dict[EngineChoice, str] = {}
     for choice in choices:
-        version = installed_version(choice)
+        version = version_of(choice)
         if version is None:
             log.warning(
                 "Skipped %s, which is not installed in the environment of %s. Run `%s`; --engine %s=PYTHON names the "
@@ -135,7 +180,7 @@ def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, st
     return versions
 
 
-def installed_version(choice: EngineChoice) -> str | None:
+def version_of(choice: EngineChoice) -> str | None:
     """Return the version of an engine in its environment, or None."""
     try:
         process = subprocess.run(command_of(choice), input="", capture_output=True, text=True, check=True)
@@ -217,7 +262,7 @@ def time_models(
                     "dtype": choice.form if choice.form in gguf.TYPES_OF_FILE else model.dtype, "rounds": same_rounds,
                 }  # fmt: skip
                 times = [of_round[i] for of_round in rounds]
-                records[i] += [about | record for record in records_of(choice.label, about, times, batch, prompt)]
+                records[i] += [about | record for record in timing_records(choice.label, about, times, batch, prompt)]
     return records
 
 
@@ -235,11 +280,13 @@ def time_rounds(servers: Sequence[Server], batch: int, prompt: int) -> Iterator[
         yield times
 
 
-def records_of(label: str, about: Record, times: Sequence[dict[str, float]], batch: int, prompt: int) -> list[Record]:
+def timing_records(
+    label: str, about: Record, times: Sequence[dict[str, float]], batch: int, prompt: int
+) -> list[Record]:
     """Return the records of a model and a number of requests. Of all rounds, the fastest counts."""
     fastest = {name: min(of_round[name] for of_round in times) for name in times[0]}
     slowest = max(of_round["total"] for of_round in times)
-    device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = speed.describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     engine = f"{about['engine']} {about['engine_version']}, {about['engine_class']}"
     shared = {
         "kind": "speed", "split": "none", "batch": batch, "prompt": prompt, "spread": slowest / fastest["total"] - 1,

@@ -247,7 +247,7 @@ class RunConfig(Group):
 
     @property
     def metrics(self) -> str:
-        """The metrics that rank what is removed: of neurons and KV groups, of whole experts, or both joined by `+`."""
+        """The metrics that rank what is removed: of neurons and KV groups, of other units, or both joined by `+`."""
         of_units = [self.importance] if "ffn" in self.sparsity.scope else []
         return "+".join([*of_units, *(name for _, name in self.sparsity.entries)])
 

@@ -430,7 +430,7 @@ def whole_expert_fields(probe: Probe, base: Family, kinds: Mapping[str, list[Kin
         fields = router_fields(probe, kind)
         trial = {"ffn": [kind | fields if other is kind else other for other in kinds["ffn"]]}
         attach_record(probe.model, with_kinds(base, dict(kinds) | trial))
-        masks = random_masks(probe.model, experts=True)
+        masks = random_masks(probe.model, scope="attention+ffn+experts")
         with masked(probe.model, masks):
             masked_logits = probe.logits()
         sliced_logits = probe.logits(model=slice_model(probe.model, masks))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import platform
 import time
@@ -21,14 +20,13 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, PreTrainedModel
 
-from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.cost import BlockCosts, ModelCosts
-from gprune.sparsity.cut import top_of_experts
+from gprune.sparsity.cut import keep_top_neurons
 from gprune.storage.files import Cache, key_of, read_json
 
 log = logging.getLogger("gprune")
@@ -191,9 +189,7 @@ def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTraine
     Its weights are arbitrary numbers from the memory of the given model.
     """
     blocks = blocks_of(model)
-    ffn = [
-        top_of_experts(torch.zeros(b.experts * b.neurons), min(neurons, b.neurons), experts=b.experts) for b in blocks
-    ]
+    ffn = [keep_top_neurons(b, torch.zeros(b.all_neurons), min(neurons, b.neurons)) for b in blocks]
     attention = [torch.arange(b.kv_groups) < groups for b in blocks]
     narrow = slice_model(copy_sharing_weights(model), Masks(ffn, attention), inplace=True)
     for parameter, wide_parameter in zip(narrow.parameters(), model.parameters(), strict=True):
@@ -245,44 +241,3 @@ def time_generation(
     if spread > BUSY:
         log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
     return (first_seconds.tolist(), step_seconds.tolist(), (first_seconds + generate * step_seconds).tolist()), spread
-
-
-def check_prompt(model: PreTrainedModel, prompt: int, generate: int) -> None:
-    """Raise UserError if prompts of this length, and the tokens generated after them, exceed the model's positions."""
-    longest = getattr(model.config, "max_position_embeddings", math.inf) - generate
-    if prompt > longest:
-        raise UserError(f"--speed_prompt must be {longest:,} tokens or less; got {prompt:,}.")
-
-
-def measure_throughput(
-    models: Sequence[PreTrainedModel], *, batches: Sequence[int], prompt: int
-) -> list[list[dict[str, Any]]]:
-    """Measure the task `speed`: records `prefill` (seconds to the first token) and `decode` for each model.
-
-    Tokens per second are for the whole batch. Only records with the same `rounds` can be compared, because their models
-    were timed in alternation.
-    """
-    for model in models:
-        check_prompt(model, prompt, DECODING_STEPS)
-    device = describe_device(device_of(models[0]))
-    records: list[list[dict[str, Any]]] = [[] for _ in models]
-    for batch in dict.fromkeys(batches):
-        (first_seconds, step_seconds, _), spread = time_generation(
-            models, batch=batch, prompt=prompt, generate=DECODING_STEPS
-        )
-        shared = {
-            "kind": "speed", "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
-            "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
-            "rounds": key_of(first=first_seconds, step=step_seconds)[:16],
-            "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],
-        }  # fmt: skip
-        for i, model in enumerate(models):
-            shared["dtype"] = str(model.dtype).removeprefix("torch.")
-            for task, tokens, seconds in (
-                ("prefill", batch * prompt, first_seconds[i]),
-                ("decode", batch, step_seconds[i]),
-            ):
-                if seconds:  # 0 if decoding steps are too fast compared with prefill
-                    speed = {"task": task, "tokens_per_second": tokens / seconds, "seconds": seconds}
-                    records[i].append(shared | speed)
-    return records

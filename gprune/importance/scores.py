@@ -73,12 +73,21 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
     return scores.flatten()
 
 
-def score_experts(name: str, block: Block, weights: UnitWeights, routing: Routing, seed: int) -> Tensor:
+def score_experts(name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0) -> list[Tensor]:
+    """Return scores of whole experts by the metric `name`, (E,) float64; (0,) for blocks without experts."""
+    return [
+        _score_experts(name, block, Routing(*statistics.ffn[block.index].routing.clone()), seed)
+        if block.has_experts else torch.zeros(0, dtype=torch.float64)
+        for block in blocks
+    ]  # fmt: skip
+
+
+def _score_experts(name: str, block: Block, routing: Routing, seed: int) -> Tensor:
     """Return scores of a block's experts by the metric `name`, (E,) float64.
 
     Experts without any routed token have the score -inf, unless the metric ignores activations. This is our choice.
     """
-    generator = generator_for(seed, block.index, "ffn")
+    weights, generator = ffn_weights(block), generator_for(seed, block.index, "ffn")
     with EXPERT_IMPORTANCE.unchanged(name, *weights.inputs, weights.output, *vars(routing).values()):
         scores = EXPERT_IMPORTANCE[name](weights, routing, generator)
     scores = EXPERT_IMPORTANCE.checked(name, "scores", scores, (block.experts,)).cpu().double()
@@ -106,24 +115,18 @@ def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
 
 
 def score_units(
-    name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True,
-    experts: str = "",
-) -> Scores:  # fmt: skip
-    """Return scores of every unit by the metric `name`, and of whole experts by the metric `experts` if it is given.
+    name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
+) -> Scores:
+    """Return scores of every neuron and KV group by the metric `name`.
 
     Attention has the score 0 if it is not in scope.
     """
-    ffn, groups, channels, whole_experts = [], [], [], []
+    ffn, groups, channels = [], [], []
     for block in blocks:
         neuron_scores = torch.zeros(0, dtype=torch.float64)  # without an FFN
-        expert_scores = torch.zeros(0, dtype=torch.float64)
         if block.down is not None:
             moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
-            weights = ffn_weights(block)
-            neuron_scores = score_ffn(name, block, weights, moments, generator)
-            if experts and block.has_experts:
-                routing = Routing(*statistics.ffn[block.index].routing.clone())
-                expert_scores = score_experts(experts, block, weights, routing, seed)
+            neuron_scores = score_ffn(name, block, ffn_weights(block), moments, generator)
         channel_scores = torch.zeros(block.kv_groups, dtype=torch.float64)
         if attention and block.output is not None:
             moments, generator = statistics.attention[block.index].total, generator_for(seed, block.index, "attention")
@@ -134,8 +137,7 @@ def score_units(
         ffn.append(neuron_scores)
         groups.append(group_scores)
         channels.append(channel_scores)
-        whole_experts.append(expert_scores)
-    return Scores(ffn, groups, channels, whole_experts if experts else [])
+    return Scores(ffn, groups, channels)
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
@@ -145,3 +147,13 @@ def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average"
     by_group = scores.detach().cpu().double().unflatten(-1, (groups, -1))
     ranks = rankdata(by_group.numpy(), method=ties, axis=-1)  # from 1
     return torch.from_numpy((ranks - 0.5) / by_group.shape[-1]).flatten(-2)
+
+
+def neuron_ranks(block: Block, scores: Tensor, *, ties: Literal["average", "ordinal"] = "average") -> Tensor:
+    """Return `fractional_ranks` of a block's neurons, (..., E x N) float64, separately for each of its experts."""
+    return fractional_ranks(scores, groups=block.experts, ties=ties)
+
+
+def comparable_scores(block: Block, scores: Tensor) -> Tensor:
+    """Return scores of a block's neurons on one scale, (..., E x N): ranks if it has experts, whose scales differ."""
+    return neuron_ranks(block, scores) if block.has_experts else scores

@@ -12,17 +12,18 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 
 from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.layerwise import needs_walk
+from gprune.calibration.moments import gram_flops
 from gprune.calibration.statistics import gram_bytes
 from gprune.corpora import is_local
 from gprune.features import attribute
 from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory, forward_equivalents
-from gprune.models.blocks import PARTS, Block, blocks_of, by_layer
-from gprune.models.experts import experts_per_token
+from gprune.models.blocks import PARTS, blocks_of, by_layer
+from gprune.models.experts import active_share
 from gprune.models.loading import locate_model
 from gprune.models.losses import CHUNK
 from gprune.models.products import count_cast_weights
@@ -108,12 +109,11 @@ def estimated_flops(plan: Plan) -> float:
     The estimate is an upper bound of the matrix products of the model. Element-wise operations, errors of blocks and
     solvers are not counted. A multiply-add counts as 2. A token that passes forward needs
 
-    - 2 x the weights of the blocks, of which only active experts count,
+    - 2 x the weights of the blocks that compute it (`active_share`),
     - 4 T C per block for attention over T tokens with C channels,
     - 2 V H for the head with vocabulary size V and hidden size H.
 
-    A backward pass needs twice as much. Gram matrices are counted by `gram_flops`; each of a token's active experts,
-    with N neurons, needs a full product of 2 N^2.
+    A backward pass needs twice as much. Gram matrices are counted by `gram_flops`.
     """
     cfg, blocks = plan.cfg, blocks_of(plan.skeleton)
     config = plan.skeleton.config.get_text_config(decoder=True)
@@ -124,11 +124,9 @@ def estimated_flops(plan: Plan) -> float:
         sizes = {name: part.out_features * part.in_features for name, part in block.parts.items()}
         ffn = sum(size for name, size in sizes.items() if name in PARTS["ffn"])
         attention = sum(size for name, size in sizes.items() if name in PARTS["attention"])
-        active = active_experts(config, block)
-        per_token += 2 * (attention + ffn * active / block.experts)
+        per_token += 2 * (attention + ffn * active_share(config, block))
         per_attended_token += 4 * block.channels
-        grams_per_token += 2 * block.neurons**2 * active if block.has_experts else gram_flops(block.neurons)
-        grams_per_token += gram_flops(block.channels)
+        grams_per_token += gram_flops(config, block)
     tokens = forward_equivalents(plan.forward_tokens, plan.forward_backward_tokens)
     total = tokens * (per_token + cfg.corpora.seq_len * per_attended_token)
     if cfg.evaluation.seq_len > cfg.corpora.seq_len:  # windows of evaluation are longer
@@ -137,14 +135,6 @@ def estimated_flops(plan: Plan) -> float:
     if "gram" in cfg.collects:
         total += plan.calibration_tokens * grams_per_token
     return total
-
-
-def gram_flops(channels: int) -> float:
-    """FLOPs per token of `calibration.moments.add_gram` for C channels: at most C (C + 192).
-
-    `add_gram` multiplies panels of 192 columns with all columns from the diagonal on.
-    """
-    return channels * (channels + min(channels, 192))
 
 
 class Memory(NamedTuple):
@@ -179,11 +169,6 @@ def memory_lines(plan: Plan) -> dict[str, str]:
     return {"memory": f"{estimate}: {fits}", **by_term}
 
 
-def active_experts(config: PreTrainedConfig, block: Block) -> int:
-    """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
-    return min(experts_per_token(config) or block.experts, block.experts)
-
-
 def estimated_peaks(plan: Plan) -> dict[str, Memory]:
     """Estimate the memory by step: of each device, or of all processes that share main memory."""
     estimate, cfg = MemoryEstimate(plan), plan.cfg
@@ -209,7 +194,7 @@ class MemoryEstimate:
         self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(budget.by_layer)
         self.C = max(block.channels for block in blocks)
         self.N = max(
-            sum(block.neurons * active_experts(config, block) for block in layer) for layer in by_layer(blocks)
+            sum(block.all_neurons * active_share(config, block) for block in layer) for layer in by_layer(blocks)
         )
         self.autocast = cfg.trainer.precision == "bf16-mixed"
         self.weight = getattr(torch, cfg.model.dtype).itemsize

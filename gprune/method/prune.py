@@ -50,9 +50,11 @@ from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import (
     Scores,
+    comparable_scores,
     ffn_weights,
     fractional_ranks,
     generator_for,
+    neuron_ranks,
     score_ffn,
     score_units,
 )
@@ -131,14 +133,16 @@ def prune(
         check_discovered_structure(run)
         statistics = calibrate(run)  # 1
         scores = score(run, statistics)  # 2
-        run = remove_blocks(run, statistics)
+        if "blocks" in cfg.sparsity.scope:
+            run = remove_blocks(run, statistics)
         masks_of = base_masks(run, statistics, scores)  # variant -> masks as a function of the budget
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
             modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
             masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
-        run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
+        if cfg.trials:  # the target is a quality
+            run = with_quality_budget(run, statistics, masks_of)
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
@@ -279,14 +283,14 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
     """Step 2: variant -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
     run.step(2, "Scoring")
     cfg = run.cfg
-    experts = cfg.sparsity.expert_metric if "experts" in cfg.sparsity.scope else ""
 
     @functools.cache
     def score_on(*corpora: str) -> Scores:
         pooled = pool_statistics(statistics[corpus] for corpus in corpora)
-        return score_units(
-            cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention, experts=experts
-        )
+        scores = score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
+        for feature in cfg.features:
+            scores = attribute(feature, "add_scores")(run, scores, pooled)
+        return scores
 
     scores = {variant: score_on(*corpora) for variant, corpora in cfg.scored_on.items()}
     scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_variant]]
@@ -296,10 +300,8 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
 
 
 def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
-    """Return the run with a budget in which whole blocks are removed; the same run if blocks are not in scope."""
+    """Return the run with a budget in which whole blocks are removed."""
     cfg, s = run.cfg, run.cfg.sparsity
-    if "blocks" not in s.scope:
-        return run
 
     def loss_without(blocks: list[int]) -> float:
         """Return the loss of the model without these blocks: the sum over drift corpora, on one window each."""
@@ -403,11 +405,11 @@ def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatis
         by_corpus.append(score_neurons(channels.total))
         by_half.append(torch.stack([score_neurons(channels.half(h)) for h in (0, 1)]))
     scores = torch.stack(by_corpus)  # (D, N)
-    ranks = fractional_ranks(scores, groups=block.experts)
-    half_ranks = fractional_ranks(torch.stack(by_half), groups=block.experts)  # (D, 2, N)
-    if block.has_experts:  # scores of different experts are on different scales
-        scores = ranks.clone()
-    return Drift(scores, ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks))
+    ranks = neuron_ranks(block, scores)
+    half_ranks = neuron_ranks(block, torch.stack(by_half))  # (D, 2, N)
+    return Drift(
+        comparable_scores(block, scores), ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks)
+    )
 
 
 # Steps 4 and 5: modules
@@ -501,7 +503,7 @@ def assess(
     switch = "off"
     if r.switch and len(run.cfg.corpora.drift) > 1:
         switch = "everywhere" if r.everywhere else "unreliable"
-    base_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
+    base_ranks = [neuron_ranks(b, s) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     reliability = assess_reliability(
         labels, base_ranks, [d.drift for d in drift], [d.noise_floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
@@ -545,7 +547,7 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
     ]
     ranks = []
     for block, *block_scores in zip(run.blocks, *scores_by_source, strict=True):  # one score tensor per source
-        ranks.append(fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0))
+        ranks.append(neuron_ranks(block, torch.stack(block_scores)).mean(0))
     return ranks
 
 
@@ -557,18 +559,19 @@ def learn_sparsity(
     masks_of: Mapping[str, VariantMasks],
 ) -> VariantMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
-    run = with_learning_budget(run, statistics, masks_of)  # no-op unless the target is a quality
-    name = run.cfg.sparsity.allocation
-    learns = ALLOCATION[name].learned
+    if run.cfg.trials and run.cfg.learns:  # the target is a quality
+        run = with_learning_budget(run, statistics, masks_of)
+    name, learns = run.cfg.sparsity.allocation, run.cfg.learns
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
     if run.cfg.measures_errors:
         scores_in_modules = replace(scores, ffn=modules.ranks.ffn)
         start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
     else:
         start = masks_of["base"]
-    # Learning starts from the masks of `base`, so it keeps their scores. Only whole experts are chosen by the scores of
-    # gprune.
-    scores = replace(start.scores, experts=scores.experts)
+    # Learning starts from the masks of `base`, so it keeps their scores of neurons and KV groups. What is removed as a
+    # whole is chosen by the scores of gprune.
+    of_start = {name: getattr(start.scores, name) for name in ("ffn", "attention", "channels")}
+    scores = replace(scores, **of_start)
     masks = replace(start, scores=scores, modules=modules, module_allocation=name)
     run = run.with_budget(run.budget.ranked_by(masks.scores))
     if not learns:

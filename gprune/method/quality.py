@@ -50,10 +50,9 @@ TOLERANCE = 0.05, 0.002
 TRAINED_TOLERANCE = 0.1, 0.005  # if each model has to be trained
 
 
-def requested_rise(cfg: RunConfig) -> float | None:
-    """Return the relative rise of perplexity that the target allows (0.05 for `+5%`); None for other targets."""
-    target = Target.of(cfg.sparsity.target)
-    return float(target.number) if target.is_searched else None
+def requested_rise(cfg: RunConfig) -> float:
+    """Return the relative rise of perplexity that a target in quality allows, such as 0.05 for `+5%`."""
+    return float(Target.of(cfg.sparsity.target).number)
 
 
 class Trials:
@@ -177,14 +176,12 @@ class Trials:
 def with_learning_budget(
     run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, VariantMasks]
 ) -> Run:
-    """Return the run with the budget at which thresholds are learned; the same run if the target is not a quality.
+    """Return the run with the budget at which thresholds are learned, for a target in quality.
 
     It is the largest budget, to a percentage point, at which masks of a control keep the quality. If there is none, it
     is one percentage point.
     """
     cfg = run.cfg
-    if requested_rise(cfg) is None or not cfg.learns:
-        return run
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
     control = "averaged" if "averaged" in masks_of else "base"
@@ -196,14 +193,12 @@ def with_learning_budget(
 def with_quality_budget(
     run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, VariantMasks]
 ) -> Run:
-    """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
+    """Return the run with the largest budget that keeps the quality.
 
     It is searched for with models of the main row. The trials and the result are stored in `quality.json`. UserError if
     even the smallest cut does not keep the quality, or the masks of the learner are for one budget.
     """
     cfg, s = run.cfg, run.cfg.sparsity
-    if requested_rise(cfg) is None:
-        return run
     run.step(8, "Finding the share that keeps the quality")
     masks_at = masks_of[cfg.main_variant]
     if masks_at.for_one_budget:

@@ -17,13 +17,11 @@ WIDE = 0.5  # share of the requested rise by which a wide interval is above the 
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
+    """Return the entry `quality` of the summary (see `numbers.entries`).
 
     It has requested, predicted and measured quality, on development and on unseen text. `numbers` are rises of
     perplexity above dense; the others are ratios to dense.
     """
-    if requested_rise(run.cfg) is None:
-        return {}
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row, target = reached["rows"][-1], run.cfg.sparsity.target
     numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}

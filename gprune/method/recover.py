@@ -63,7 +63,7 @@ def prune_and_recover(
     revise = recoveries[0].revise(material)  # only the first one of a chain may change blocks one at a time
     if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
-        pruned = _slice_to_files(run, masks, revise, {} if recovery_learns(row[1]) else placement(run))
+        pruned = _slice_to_files(run, masks, revise, {} if recovery_learns(row[1]) else loading_arguments(run))
     else:
         pruned = _slice_in_memory(run, masks, revise)
     return tune(recoveries, material, pruned, meter=run.meter, seed=cfg.run.seed)
@@ -112,7 +112,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
     return pruned
 
 
-def placement(run: Run) -> dict[str, Any]:
+def loading_arguments(run: Run) -> dict[str, Any]:
     """Arguments `device_map` and `max_memory` for loading a model; empty without `--model.device_map`."""
     m = run.cfg.model
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}

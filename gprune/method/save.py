@@ -14,9 +14,9 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
-from gprune.method.recover import placement, prune_and_recover
+from gprune.method.recover import loading_arguments, prune_and_recover
 from gprune.method.run import Run
-from gprune.models.agreement import LOGIT_LIMIT, Difference, compare, random_masks
+from gprune.models.agreement import LOGIT_LIMIT, compare, compared_windows, has_routers, random_masks
 from gprune.models.families import record_of
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks, masked
@@ -33,7 +33,7 @@ def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Te
     with masked(model, masks):
         if not is_offloaded(model):
             return model(input_ids=input_ids, use_cache=False).logits.float()
-        walk = Walk(model)  # layer by layer, because masks of experts need loaded weights
+        walk = Walk(model)  # layer by layer, because masks may need loaded weights
         walk.add(input_ids)
         return next(walk.logits()).float()
 
@@ -75,7 +75,8 @@ def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
     """Write `model/` with the tokenizer, and return the difference of its reloaded logits from those of the model."""
     folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
-    difference = check_reload(pruned, folder, checked_tokens(run), dtype=getattr(torch, dtype), **placement(run))
+    options = {"dtype": getattr(torch, dtype), **loading_arguments(run)}
+    difference = check_reload(pruned, folder, checked_tokens(run), **options)
     run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
     return difference
 
@@ -115,8 +116,8 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
         raise UserError(
             f"{subject} must differ by {limit:.2e} or less; got {perplexity_difference:.2e}. Please report this model."
         )
-    is_exact = dtype == torch.float32 and not has_routers(run)
-    measured = difference.largest if is_exact else size_of(run, difference)
+    is_exact = dtype == torch.float32 and not has_routers(run.blocks)
+    measured = difference.largest if is_exact else difference.size(run.blocks)
     if not measured <= limit:
         subject = "Logits of the sliced and the masked model"
         raise UserError(f"{subject} must differ by {limit:.2e} or less; got {measured:.2e}. Please report this model.")
@@ -137,16 +138,14 @@ def check_discovered_structure(run: Run) -> None:
     """
     if not record_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return
-    masks = random_masks(run.model, share=0.5, experts="experts" in run.cfg.sparsity.scope)
-    if not run.cfg.attention:
-        masks = Masks(masks.ffn, [torch.ones_like(keep) for keep in masks.attention])
+    masks = random_masks(run.model, share=0.5, scope=run.cfg.sparsity.scope)
     ids = checked_tokens(run).to(device_of(run.model))
     sliced_logits = slice_model(run.model, masks)(input_ids=ids, use_cache=False).logits.float()
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids).to(sliced_logits.device)
     difference = compare(reference, sliced_logits)
     limit = LOGIT_LIMIT[getattr(torch, run.cfg.model.dtype)] * difference.std
-    measured = size_of(run, difference)
+    measured = difference.size(run.blocks)
     if not measured <= limit:
         raise UserError(
             f"Model type '{run.model.config.model_type}' cannot be pruned: its structure, found on a tiny copy, does "
@@ -157,22 +156,5 @@ def check_discovered_structure(run: Run) -> None:
 
 
 def checked_tokens(run: Run) -> Tensor:
-    """Token ids for comparing logits, (1, T); for mixtures of experts in windows of 16 tokens, (T / 16, 16).
-
-    Rounding decides near ties between experts. The choice changes all later tokens of a window, so windows are short,
-    and models are compared by a typical token.
-    """
-    ids = run.text.test[0].tokens[:1, : run.cfg.evaluation.compared_tokens]
-    if has_routers(run) and ids.shape[1] >= 16:
-        return ids[:, : ids.shape[1] // 16 * 16].view(-1, 16)
-    return ids
-
-
-def size_of(run: Run, difference: Difference) -> float:
-    """Return the root mean square of a difference; for mixtures of experts that of a typical token."""
-    return difference.typical if has_routers(run) else difference.rms
-
-
-def has_routers(run: Run) -> bool:
-    """Return whether a router sends tokens to experts in any block."""
-    return any(block.has_experts for block in run.blocks)
+    """Return the token ids for comparing logits, (windows, tokens)."""
+    return compared_windows(run.text.test[0].tokens[:1, : run.cfg.evaluation.compared_tokens], run.blocks)

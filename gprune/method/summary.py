@@ -40,7 +40,8 @@ def summarise(
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
         for feature in run.cfg.features:
             summary |= attribute(feature, "summary")(run, masks, pruned)
-    summary |= quality_reached(run, records)
+    if run.cfg.trials:  # the target is a quality
+        summary |= quality_reached(run, records)
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
     if tolerated := tolerated_shares(curve, run.cfg.sparsity.scope, recovered=run.cfg.recovery != "none"):
         summary["tolerated"] = tolerated

@@ -7,13 +7,14 @@ before step 1 and of its sliced model in step 9 (`gprune.method.save`), and of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import least_experts
 from gprune.models.masks import Masks
 
@@ -49,6 +50,10 @@ class Difference:
         """The root mean square of the differences of a token, median over tokens."""
         return float(self.difference.square().mean(-1).sqrt().median())
 
+    def size(self, blocks: Sequence[Block]) -> float:
+        """Return the root mean square of the differences; for mixtures of experts that of a typical token."""
+        return self.typical if has_routers(blocks) else self.rms
+
     @property
     def std(self) -> float:
         """The standard deviation of the expected logits."""
@@ -68,11 +73,29 @@ def compare(expected: Tensor, logits: Tensor) -> Difference:
     return Difference(expected, expected - logits.detach().float().to(expected.device))
 
 
-def random_masks(model: PreTrainedModel, share: float | None = None, seed: int = 5, *, experts: bool = False) -> Masks:
+def has_routers(blocks: Sequence[Block]) -> bool:
+    """Return whether a router sends tokens to experts in any block."""
+    return any(block.has_experts for block in blocks)
+
+
+def compared_windows(ids: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """Return token ids (1, T) for comparing logits; for mixtures of experts in windows of 16 tokens, (T / 16, 16).
+
+    Rounding decides near ties between experts. The choice changes all later tokens of a window, so windows are short,
+    and models are compared by a typical token.
+    """
+    if has_routers(blocks) and ids.shape[1] >= 16:
+        return ids[:, : ids.shape[1] // 16 * 16].view(-1, 16)
+    return ids
+
+
+def random_masks(
+    model: PreTrainedModel, share: float | None = None, seed: int = 5, *, scope: str = "attention+ffn"
+) -> Masks:
     """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block.
 
-    They remove a `share` of the units, or else one group and a few neurons of each block. With `experts` they also
-    remove half of the experts, or as many as routers permit.
+    They remove a `share` of the units, or else one group and a few neurons of each block. If whole experts are in
+    `scope`, they also remove half of the experts, or as many as routers permit; without attention they keep all groups.
     """
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []
@@ -80,13 +103,14 @@ def random_masks(model: PreTrainedModel, share: float | None = None, seed: int =
         order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
         neurons = 3 + block.index if share is None else int(share * block.neurons)
         keep = order >= min(block.neurons - 1, neurons)
-        if experts and block.has_experts:
+        if "experts" in scope and block.has_experts:
             groups, least = least_experts(model.config, block.experts)
             of_group = torch.rand(groups, block.experts // groups, generator=generator).argsort(1)
             kept = of_group < max(least, block.experts // groups // 2)
             keep &= kept.view(-1, 1)
         ffn.append(keep.flatten())
         kv_groups = 1 if share is None else int(share * block.kv_groups)
+        kv_groups = kv_groups if "attention" in scope else 0
         order = (torch.arange(block.kv_groups) - block.index) % max(1, block.kv_groups)  # other groups in each block
         attention.append(order >= min(block.kv_groups - 1, kv_groups))
     return Masks(ffn, attention)

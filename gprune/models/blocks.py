@@ -6,7 +6,7 @@ format of exports are all defined by slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, zip_longest
@@ -17,10 +17,11 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from gprune.models.families import Family, decoder_layers, record_of
 from gprune.models.modeling_pruned import find_parent
-from gprune.models.parts import PARTS, ExpertPart, Part, parts_of
+from gprune.models.parts import PARTS, ExpertPart, Part, names_in, part_row_indices, parts_of
 
 HEADS = "num_attention_heads"
 
@@ -101,6 +102,11 @@ class Block:
     def neurons(self) -> int:
         """Width of the FFN, or of each expert; 0 without a prunable FFN."""
         return 0 if self.down is None else self.down.in_features // self.experts
+
+    @property
+    def all_neurons(self) -> int:
+        """Number of neurons of the FFN, of all experts together: the length of its masks."""
+        return 0 if self.down is None else self.down.in_features
 
     @property
     def heads(self) -> int:
@@ -292,6 +298,29 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     for layer_index, layer in enumerate(decoder_layers(model)):
         blocks += _blocks_of_layer(len(blocks), layer_index, layer, record, config)
     return blocks
+
+
+def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
+    """Return for each fused linear layer of a block the row indices of each of its parts."""
+    hosts: dict[nn.Module, list[Tensor]] = {}
+    for part in block.parts.values():
+        if isinstance(part, Part) and part.rows is not None:
+            hosts.setdefault(part.host, []).append(part.rows)
+    return hosts
+
+
+def fused_tensors(block: Block) -> Iterator[tuple[nn.Module, str, list[Tensor], int]]:
+    """Yield the tensors of a block that contain several parts: module, name, rows of each part, dimension of rows."""
+    for host, rows in fused_rows(block).items():
+        yield host, "weight", rows, 1 if isinstance(host, Conv1D) else 0  # Conv1D stores the transposed weight
+        if host.bias is not None:
+            yield host, "bias", rows, 0
+    for tensor, (dim, layout) in block.family.expert_rows.items() if block.has_experts else ():
+        names = names_in(layout)
+        if len(names) > 1:  # gate and up of all experts
+            host, name = find_parent(block.down.host, tensor)
+            indices = part_row_indices(layout, dict.fromkeys(names, block.neurons), block.neurons)
+            yield host, name, list(indices.values()), dim
 
 
 def _blocks_of_layer(

@@ -204,6 +204,16 @@ def experts_per_token(config: PreTrainedConfig) -> int | None:
     return None
 
 
+def active_experts(config: PreTrainedConfig, block: Block) -> int:
+    """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
+    return min(experts_per_token(config) or block.experts, block.experts)
+
+
+def active_share(config: PreTrainedConfig, block: Block) -> float:
+    """Return the share of a block's experts that compute each token; 1 without experts."""
+    return active_experts(config, block) / block.experts
+
+
 def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
     """Return the number of groups of a router with E experts, and how many experts each group needs at least.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import paired_ratio
+from gprune.features import FIGURES
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.report.tables import Estimate, caption
@@ -97,9 +98,9 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 @style()
-def add_title(figure: Figure, title: str) -> Figure:
+def add_title(figure: Figure, title: str, size: float = 7) -> Figure:
     """Write a small title above a figure, aligned to the left."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=7, color="#555555")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=size, color="#555555")
     return figure
 
 
@@ -242,49 +243,6 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
     return figure
 
 
-@style()
-def speed_figure(table: dict[str, Any], depth: int) -> Figure:
-    """Figure of the latency table: milliseconds of all layers by kept neurons and KV groups, and of other parts."""
-    figure = Figure(figsize=(9, 3.4))
-    panels = {"neurons": "FFN neurons", "groups": "KV groups"}
-    for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        kept_units, seconds = np.transpose(table[kind])
-        axes.plot(
-            kept_units, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} layers"
-        )
-        axes.axhline(1000 * table["rest"], ls="--", color=OTHER_COLOUR, label="other parts")
-        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept_units, ylim=0)
-        axes.label_outer()
-        axes.grid(axis="y")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-@style()
-def experts_figure(entry: dict[str, Any]) -> Figure:
-    """Figure of the scores of whole experts by layer, relative to the mean of their layer, and of the removed ones.
-
-    Experts without a score, which no token reaches, have no colour.
-    """
-    layers, scores = list(entry["scores"]), list(entry["scores"].values())
-    experts = max(map(len, scores))
-    relative = np.full((len(layers), experts), np.nan)
-    for row, of_layer in zip(relative, scores, strict=True):
-        values = np.array(of_layer, dtype=float)  # NaN for experts without a score, which no token reaches
-        row[: len(of_layer)] = values / (np.nanmean(np.abs(values)) or 1)
-    figure, axes = canvas(9, 1.6 + 0.22 * len(layers))
-    image = axes.imshow(relative, cmap="Blues", aspect="auto", vmin=min(0, np.nanmin(relative)))
-    removed = [(expert, row) for row, layer in enumerate(layers) for expert in entry["removed"][layer]]
-    if removed:
-        axes.scatter(*zip(*removed, strict=True), marker="x", s=36, lw=1.6, color="#D55E00", label="removed")
-        figure.legend(loc="outside lower right")
-    axes.set_yticks(range(len(layers)), layers)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, ax=axes, label=f"{entry['metric']} / layer mean")
-    return figure
-
-
 def run_figures(
     records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any]
 ) -> dict[str, Figure]:
@@ -295,12 +253,10 @@ def run_figures(
         figures["sparsity"] = sparsity_figure(masks, labels)
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
-    if "speed_table" in summary:
-        table = summary["speed_table"]
-        # Older runs have no number of layers. Their layers have one block each.
-        figures["speed"] = speed_figure(table, table.get("layers") or len(masks.ffn))
-    if "experts" in summary:
-        figures["experts"] = experts_figure(summary["experts"])
+    for name, figure in FIGURES.items():
+        if figure.entry in summary:
+            with style():
+                figures[name] = figure.draw(summary[figure.entry], masks)
     title = caption(records)
     return {name: add_title(figure, title) for name, figure in figures.items()}
 
@@ -331,11 +287,13 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
         [ratio.value for ratio in ratios], range(len(rows)), xerr=interval_lengths(ratios), ls="none", ms=5,
         capsize=2.5, lw=1.2, color="#0072B2", marker="o",
     )  # fmt: skip
+    axes.axvline(1, color="black", lw=0.8)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # hides the line at 1 behind a number
     for y, (_, ratio) in enumerate(rows):
         axes.annotate(
-            f"{ratio.value:.2f}", (ratio.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
-        )
-    axes.axvline(1, color="black", lw=0.8)
+            f"{ratio.value:.2f}", (ratio.value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8,
+            bbox=behind,
+        )  # fmt: skip
     axes.set(xscale="log", xlabel=f"unseen perplexity / {base}; 95 % interval")
     plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
@@ -350,7 +308,8 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     for i, (name, run_masks) in enumerate(masks.items()):
         removed = [float((~mask).float().mean()) for mask in run_masks.ffn]
         draw_line(axes, i, range(len(removed)), removed, name)
-    axes.set(ylim=(-0.02, 1.02), xlabel="block", ylabel="fraction of neurons removed")
+    axes.set(ylim=(0, min(1.02, 1.1 * axes.get_ylim()[1])), xlabel="block", ylabel="fraction of neurons removed")
+    axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 

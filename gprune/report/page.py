@@ -25,6 +25,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from gprune.config.elsewhere import made_elsewhere
+from gprune.features import FIGURES
 from gprune.models.embedded import model_label
 from gprune.report import TableName, prune_command
 from gprune.report.card import RESULTS, loading_code, write_card
@@ -74,7 +75,6 @@ from gprune.storage.files import write_text
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import to_yaml
 
-FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "experts", "speed")
 MAX_TITLE = 80  # characters
 # Largest number of runs for pairwise comparisons and figures. With more they would take minutes and be unreadable.
 SIDE_BY_SIDE = 40
@@ -82,13 +82,11 @@ SIDE_BY_SIDE = 40
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
 CAPTIONS = {
     "perplexity": "Perplexity by corpus and row.",
-    "experts": "Scores of the experts of each layer, and which of them were removed.",
     "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
     "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
-    "speed": "Milliseconds of all blocks by what each keeps, measured on random weights.",
     "ratios": "Unseen perplexity of each row over that of base; the axis names which base.",
     "learning": "Each run's own model over the tokens that it has learned from; losses are running means.",
-}
+} | {name: figure.caption for name, figure in FIGURES.items()}
 WIDE = 2.2  # width / height of a figure above which it is shown in the full width of the page
 
 
@@ -229,7 +227,7 @@ class Report:
                 folder / "figures", run.records, run.modules, run.masks, run.summary, formats=formats
             )
         possible = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
-        possible |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
+        possible |= {folder / "figures" / f"{name}.{suffix}" for name in CAPTIONS for suffix in FORMATS}
         for path in possible - {*texts, *figures}:
             path.unlink(missing_ok=True)
         return [*texts, *figures]

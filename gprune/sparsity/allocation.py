@@ -155,7 +155,7 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, 
     entry = f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
         raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
-    sizes = [block.experts * block.neurons for block in budget.units], [block.groups for block in budget.units]
+    sizes = [block.all_neurons for block in budget.units], [block.groups for block in budget.units]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), sizes, "bool"))
     step = budget.largest_step
     removed = budget.removed_by(masks)
@@ -231,11 +231,10 @@ def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block
 
 
 def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
-    """Return ranks in (0, 1): of every neuron in its block or expert, and of every KV group in its block."""
-    from gprune.importance.scores import fractional_ranks
+    """Return ranks in (0, 1): of every neuron (`neuron_ranks`), and of every KV group in its block."""
+    from gprune.importance.scores import fractional_ranks, neuron_ranks
 
-    pairs = zip(scores.ffn, blocks, strict=True)
-    ffn = [fractional_ranks(s, groups=b.experts, ties="ordinal") for s, b in pairs]
+    ffn = [neuron_ranks(b, s, ties="ordinal") for s, b in zip(scores.ffn, blocks, strict=True)]
     attention = [fractional_ranks(s, ties="ordinal") for s in scores.attention]
     return ffn, attention
 

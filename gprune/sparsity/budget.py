@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -10,10 +11,11 @@ from itertools import accumulate, groupby
 from typing import Any, Self
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gprune.errors import UserError
 from gprune.models.blocks import Block, by_layer
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, bypassed
 from gprune.sparsity.cost import BlockCosts, cost_beyond
 from gprune.sparsity.target import Target
 
@@ -38,6 +40,11 @@ class BlockUnits:
     def neurons(self) -> int:
         """Number of neurons (or slots)."""
         return len(self.costs.neurons) - 1
+
+    @property
+    def all_neurons(self) -> int:
+        """Number of neurons of all experts together."""
+        return self.experts * self.neurons
 
     @property
     def groups(self) -> int:
@@ -183,23 +190,32 @@ class Budget:
         """What every block keeps in any case, in words."""
         return f"each block keeps {self.width_multiple} neurons and a KV group"
 
-    # Hooks of `expert_budget.ExpertBudget`. Without whole experts in scope they change nothing.
+    # Hooks of `expert_budget.ExpertBudget`, which also removes whole experts. Without them these change nothing.
 
     def ranked_by(self, scores: Any) -> Self:
         """Return the budget for a variant with these `importance.scores.Scores`, which choose what is removed whole."""
         return self
 
     @property
-    def removed_experts(self) -> dict[int, list[int]]:
-        """Experts that are removed as a whole, by block."""
-        return {}
+    def key(self) -> tuple[Any, ...]:
+        """What tells budgets of the same units and grid apart."""
+        return (self.target,)
 
-    def of_kept_experts(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Return values of all neurons, (E x N,) per block, without those of removed experts."""
+    def bypassing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Context in which what is removed as a whole takes no part in the model."""
+        return bypassed(model, self.removed)
+
+    @property
+    def kept_experts(self) -> list[int]:
+        """Number of experts of each block that are not removed as a whole."""
+        return [block.experts for block in self.units]
+
+    def of_kept_neurons(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return values of all neurons, (E x N,) per block, without those of experts that are removed as a whole."""
         return list(values)
 
-    def with_removed_experts(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return keep masks of the neurons of all experts, from those of kept experts: the inverse of the above."""
+    def with_removed_neurons(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return keep masks of all neurons from those of kept experts: the inverse of `of_kept_neurons`."""
         return list(masks)
 
     @property

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gprune.importance.scores import fractional_ranks
+from gprune.models.blocks import Block
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, narrowest_width
+from gprune.sparsity.budget import BlockUnits, Budget, narrowest_width
 from gprune.sparsity.cost import cost_beyond
 
 
@@ -25,12 +27,17 @@ def slot_margins(margin: Tensor, experts: int) -> Tensor:
     return margin.view(experts, -1).sort(1).values.mean(0)
 
 
-def top_of_experts(margin: Tensor, kept: int | Tensor, *, experts: int = 1) -> Tensor:
-    """Return the keep mask, (E x N,) bool, of the `kept` neurons with the largest (margin, index) in each expert."""
-    order = margin.detach().double().view(experts, -1).argsort(dim=1, stable=True)
-    neurons = order.shape[1]
-    keep_in_order = torch.arange(neurons, device=margin.device) >= neurons - kept
-    return torch.empty_like(order, dtype=torch.bool).scatter_(1, order, keep_in_order.expand_as(order)).flatten()
+def keep_top(margins: Tensor, kept: int | Tensor) -> Tensor:
+    """Return the keep mask, (..., N) bool, of the `kept` units of each row with the largest (margin, index)."""
+    order = margins.detach().double().argsort(dim=-1, stable=True)
+    units = order.shape[-1]
+    keep_in_order = torch.arange(units, device=margins.device) >= units - kept
+    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, keep_in_order.expand_as(order))
+
+
+def keep_top_neurons(block: Block | BlockUnits, margin: Tensor, kept: int | Tensor) -> Tensor:
+    """Return the keep mask, (E x N,) bool, of the `kept` neurons with the largest margins in each expert of a block."""
+    return keep_top(margin.view(block.experts, -1), kept).flatten()
 
 
 class Segments:
@@ -143,14 +150,14 @@ class Cut:
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Return masks from margins; see `keep_masks`."""
         of_kept_groups = None if group_margins is None else [group_margins[b] for b in self.kept]
-        neuron_margins = self.whole.of_kept_experts(neuron_margins)
+        neuron_margins = self.whole.of_kept_neurons(neuron_margins)
         masks = self._masks([neuron_margins[b] for b in self.kept], of_kept_groups)
         ffn, attention = list(masks.ffn), list(masks.attention)
         for b, block in enumerate(self.whole.units):
             if b not in self.kept:
-                ffn.insert(b, masks.ffn[0].new_zeros(block.experts * block.neurons))
+                ffn.insert(b, masks.ffn[0].new_zeros(block.all_neurons))
                 attention.insert(b, masks.attention[0].new_zeros(block.groups))
-        return Masks(self.whole.with_removed_experts(ffn), attention)
+        return Masks(self.whole.with_removed_neurons(ffn), attention)
 
     def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
         """Return masks of blocks that are not removed as a whole, from their margins."""
@@ -176,7 +183,7 @@ class Cut:
         ffn = list(torch.empty_like(keep_in_order).scatter_(0, order, keep_in_order).split(self.slots.sizes))
         for b, block in enumerate(units):
             if block.experts > 1:
-                ffn[b] = top_of_experts(neuron_margins[b], block.neurons - removed[b], experts=block.experts)
+                ffn[b] = keep_top_neurons(block, neuron_margins[b], block.neurons - removed[b])
         return Masks(ffn, list(keep_groups.split(self.groups.sizes)))
 
     def _select_groups(self, group_keys: Tensor, step_keys: Tensor) -> Tensor:
@@ -212,13 +219,11 @@ class EqualWidthCut(Cut):
             of_different_widths = super()._masks(neuron_margins, group_margins)
             groups = self._equal_groups(int(torch.cat(of_different_widths.attention).sum()))
             # A block without KV groups has an empty mask.
-            attention = [
-                top_of_experts(margins, groups) if len(margins) else margins.bool() for margins in group_margins
-            ]
+            attention = [keep_top(margins, groups) if len(margins) else margins.bool() for margins in group_margins]
             target -= self._cost_beyond_groups(groups)
         width = self._widest(target)
         ffn = [
-            top_of_experts(margins, width, experts=block.experts) if len(margins) else margins.bool()
+            keep_top_neurons(block, margins, width) if len(margins) else margins.bool()
             for margins, block in zip(neuron_margins, units, strict=True)
         ]
         return Masks(ffn, attention)
@@ -282,8 +287,7 @@ def keep_masks(
     and neurons make up the rest. So the overshoot is less than one step of `width_multiple` neurons, and no group is
     removed that exceeds the target by far. Each block keeps at least `width_multiple` neurons and one KV group.
 
-    Blocks in `Budget.removed` and experts in `Budget.removed_experts` are removed as a whole, and units of other blocks
-    and experts make up the rest of the target.
+    Blocks and experts that the budget removes as a whole keep nothing. Other units make up the rest of the target.
     Protected blocks keep everything. If all blocks must have the same widths, the overshoot is less than one step in
     every block.
 
@@ -321,6 +325,14 @@ def cut_margin(
         largest_group = _largest_removed(list(zip(group_margins, masks.attention, strict=True)))
         largest = torch.where(largest == -torch.inf, largest_group, largest)
     return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+def margin_of_cut(
+    budget: Budget, masks: Masks, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor]
+) -> Tensor:
+    """Return `cut_margin` of a budget's masks, without neurons of experts that are removed as a whole."""
+    kept = replace(masks, ffn=budget.of_kept_neurons(masks.ffn))
+    return cut_margin(kept, budget.of_kept_neurons(neuron_margins), budget.kept_experts, group_margins)
 
 
 def _slot_mask(keep: Tensor, experts: int) -> Tensor:

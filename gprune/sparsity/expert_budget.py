@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
-from gprune.models.experts import experts_per_token, least_experts, why_experts_stay
+from gprune.models.experts import experts_per_token, least_experts, why_experts_stay, without_experts
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cost import BlockCosts
 
@@ -163,6 +165,20 @@ class ExpertBudget(Budget):
         """Experts that are removed as a whole, by block, in the order of their numbers."""
         return self._experts_of(self.number_of_steps)
 
+    @property
+    def kept_experts(self) -> list[int]:
+        return [block.experts - len(self.removed_experts.get(b, ())) for b, block in enumerate(self.units)]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The target and the removed experts, which scores may choose differently for the same target."""
+        return *super().key, str(self.removed_experts)
+
+    @contextmanager
+    def bypassing(self, model: PreTrainedModel) -> Iterator[None]:
+        with super().bypassing(model), without_experts(model, self.removed_experts):
+            yield
+
     def _experts_of(self, number: int) -> dict[int, list[int]]:
         """Return the experts of the first steps, by block."""
         by_block: dict[int, list[int]] = {}
@@ -224,14 +240,14 @@ class ExpertBudget(Budget):
 
     # Values of neurons
 
-    def of_kept_experts(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def of_kept_neurons(self, values: Sequence[Tensor]) -> list[Tensor]:
         values = list(values)
         for b, experts in self._kept_by_block.items():
             by_expert = values[b].view(self.units[b].experts, -1)
             values[b] = by_expert[experts.to(by_expert.device)].flatten()
         return values
 
-    def with_removed_experts(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def with_removed_neurons(self, masks: Sequence[Tensor]) -> list[Tensor]:
         masks = list(masks)
         for b, experts in self._kept_by_block.items():
             whole = masks[b].new_zeros(self.units[b].experts, self.units[b].neurons)

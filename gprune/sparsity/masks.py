@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -35,11 +36,11 @@ class VariantMasks:
     modules: Modules | None = None
     module_allocation: str = ""  # allocation to modules
     learned: ModuleSparsity | None = None
-    # (target, removed experts) -> masks; variants with the same scores of neurons and KV groups share it
-    _allocated: dict[tuple[int, str], Masks] = field(default_factory=dict)
+    # `Budget.key` -> masks; variants with the same scores of neurons and KV groups share it
+    _allocated: dict[tuple[Any, ...], Masks] = field(default_factory=dict)
 
     def __call__(self, budget: Budget) -> Masks:
-        """Return the masks for a budget, in which the scores of the variant choose the experts."""
+        """Return the masks for a budget, in which the scores of the variant choose what is removed as a whole."""
         budget = budget.ranked_by(self.scores)
         if self.modules is None:
             return self.allocated(budget)
@@ -47,7 +48,7 @@ class VariantMasks:
 
     def allocated(self, budget: Budget) -> Masks:
         """Return the masks by scores of blocks for a budget that is ranked by them, computed once per budget."""
-        key = budget.target, str(budget.removed_experts)
+        key = budget.key
         if key not in self._allocated:
             # Statistics are pooled in each call and not kept, because of the size of their Gram matrices.
             statistics = replace(pool_statistics(self.statistics), errors=self.errors)
@@ -65,10 +66,10 @@ class VariantMasks:
         if self.learned is not None:
             return self.learned
         masks, ranks = self.allocated(budget), self.modules.ranks
-        masks = replace(masks, ffn=budget.of_kept_experts(masks.ffn))
-        ranks = replace(ranks, ffn=budget.of_kept_experts(ranks.ffn), labels=budget.of_kept_experts(ranks.labels))
+        masks = replace(masks, ffn=budget.of_kept_neurons(masks.ffn))
+        ranks = replace(ranks, ffn=budget.of_kept_neurons(ranks.ffn), labels=budget.of_kept_neurons(ranks.labels))
         ffn, attention = module_thresholds(self.module_allocation, masks, ranks)
-        # The last modules of a block may have only neurons of removed experts.
+        # The last modules of a block may have only neurons that are removed as a whole.
         missing = [K - len(thresholds) for K, thresholds in zip(self.modules.ranks.modules, ffn, strict=True)]
         ffn = [pad(thresholds, (0, number)) for thresholds, number in zip(ffn, missing, strict=True)]
         return ModuleSparsity((ffn, attention))

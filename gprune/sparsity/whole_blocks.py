@@ -92,9 +92,9 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     import torch
 
     from gprune.models.masks import Masks
-    from gprune.sparsity.cut import top_of_experts
+    from gprune.sparsity.cut import keep_top_neurons
 
-    masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
+    masks = Masks([torch.ones(b.all_neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     remaining = budget.target  # the cost that is still to be removed
     for layer in _layers_by_influence(statistics, budget):
@@ -108,8 +108,7 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
         kept_width = max(wide_enough, default=0)
         whole_cost = sum(of_block.costs.whole for of_block in units.values())
         if remaining < whole_cost and kept_width > 0:
-            experts = units[largest].experts
-            masks.ffn[largest] = top_of_experts(scores.ffn[largest], kept_width, experts=experts)
+            masks.ffn[largest] = keep_top_neurons(units[largest], scores.ffn[largest], kept_width)
             break
         for b in layer:
             masks.ffn[b][:] = False
@@ -194,6 +193,6 @@ def check_renumbering(plan: Any) -> None:
 
     units = plan.budget.units
     first = min(block.layer for block in units if not block.protected)
-    ffn = [torch.full((block.experts * block.neurons,), block.layer != first) for block in units]
+    ffn = [torch.full((block.all_neurons,), block.layer != first) for block in units]
     attention = [torch.full((block.groups,), block.layer != first) for block in units]
     slice_model(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error

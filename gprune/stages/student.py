@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
+from gprune.models.blocks import Part, blocks_of, decoder_layers, fused_rows, fused_tensors
 from gprune.models.copies import has_own_head, share_hooks, without_weights
 from gprune.models.families import decoder_of
 from gprune.models.losses import final_hidden
-from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import gathered
-from gprune.models.parts import names_in, part_row_indices
 
 if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed.device_mesh import DeviceMesh
@@ -132,22 +129,8 @@ class Student:
     def _split_fused_tensors(self) -> None:
         """Split fused tensors into their parts, which are trained separately until `to_plain_model`."""
         for block in blocks_of(self.model):
-            for host, rows in fused_rows(block).items():
-                rows_dim = 1 if isinstance(host, Conv1D) else 0  # Conv1D stores the transposed weight
-                _parametrize(host, "weight", FusedParts(rows, rows_dim))
-                if host.bias is not None:
-                    _parametrize(host, "bias", FusedParts(rows, 0))
-            if block.has_experts:
-                self._split_expert_tensors(block)
-
-    def _split_expert_tensors(self, block: Block) -> None:
-        """Split tensors that contain gate and up of all experts of a block."""
-        for tensor, (dim, layout) in block.family.expert_rows.items():
-            names = names_in(layout)
-            if len(names) > 1:
-                host, name = find_parent(block.down.host, tensor)
-                rows = part_row_indices(layout, dict.fromkeys(names, block.neurons), block.neurons)
-                _parametrize(host, name, FusedParts(list(rows.values()), dim))
+            for host, name, rows, dim in fused_tensors(block):
+                _parametrize(host, name, FusedParts(rows, dim))
 
     def _learn_adapters(self) -> None:
         """Add PEFT's LoRA adapters to the linear layers of blocks."""
@@ -233,15 +216,6 @@ class Student:
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes[name])
         return self.model.eval().requires_grad_(False)
-
-
-def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
-    """Return for each fused linear layer of a block the row indices of each of its parts."""
-    hosts: dict[nn.Module, list[Tensor]] = {}
-    for part in block.parts.values():
-        if isinstance(part, Part) and part.rows is not None:
-            hosts.setdefault(part.host, []).append(part.rows)
-    return hosts
 
 
 def _parametrize(host: nn.Module, name: str, parts: FusedParts) -> None:

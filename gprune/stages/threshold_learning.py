@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.models.experts import without_experts
 from gprune.models.losses import final_hidden, next_token_losses
-from gprune.models.masks import Masks, bypassed, gated
+from gprune.models.masks import Masks, gated
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks
+from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks, margin_of_cut
 from gprune.sparsity.thresholds import Thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
@@ -158,7 +156,7 @@ class ThresholdLearning(FrozenLMStage):
             blocks = zip(thresholds, margins, masks, strict=True)
             return [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in blocks]
 
-        of_kept = self.budget.of_kept_experts
+        of_kept = self.budget.of_kept_neurons
         ffn = shifted(self.ffn_thresholds, of_kept(neuron_margins), of_kept(hard.ffn))
         return ffn, shifted(self.attention_thresholds, group_margins, hard.attention)
 
@@ -188,7 +186,7 @@ class ThresholdLearning(FrozenLMStage):
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
-        with bypassed(self.lm, self.budget.removed), without_experts(self.lm, self.budget.removed_experts), gates:
+        with self.budget.bypassing(self.lm), gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
@@ -240,10 +238,7 @@ class ThresholdLearning(FrozenLMStage):
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
-        budget, removed = self.budget, self.budget.removed_experts
-        experts = [block.experts - len(removed.get(b, ())) for b, block in enumerate(budget.units)]
-        kept = replace(hard, ffn=budget.of_kept_experts(hard.ffn))
-        shift = cut_margin(kept, budget.of_kept_experts(neuron_margins), experts, group_margins)
+        shift = margin_of_cut(self.budget, hard, neuron_margins, group_margins)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 

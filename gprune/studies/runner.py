@@ -22,7 +22,7 @@ import torch
 
 import gprune
 from gprune.benchmarks import measurement
-from gprune.benchmarks.measurement import task_numbers
+from gprune.benchmarks.subjects import task_numbers
 from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output

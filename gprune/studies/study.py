@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from gprune.benchmarks.measurement import task_numbers
+from gprune.benchmarks.subjects import task_numbers
 from gprune.config import effective_settings
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError

@@ -183,9 +183,7 @@ def test_exported_or_dense_weights_that_changed_after_the_run_are_refused(offlin
 def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_install(offline_runs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert exit_code_of_wikitext2(offline_runs.runs / "kept") == 0
-    monkeypatch.setattr(
-        "gprune.benchmarks.measurement.load_model", lambda *_, **__: pytest.fail("loaded a model first")
-    )
+    monkeypatch.setattr("gprune.benchmarks.subjects.load_model", lambda *_, **__: pytest.fail("loaded a model first"))
     assert command("evaluate", [str(offline_runs.runs / "kept"), "--tasks", "piqa"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'gprune[lm-eval]'" in line

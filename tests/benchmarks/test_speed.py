@@ -12,6 +12,7 @@ import torch
 from experiments.architectures import example
 from gprune import report
 from gprune.cli import main
+from gprune.config.speed import speed_figure
 from gprune.errors import UserError
 from gprune.evaluation import speed
 from gprune.method import evaluate
@@ -19,7 +20,6 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
-from gprune.report.figures import speed_figure
 from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
@@ -264,7 +264,7 @@ def test_invalid_width_multiples_are_refused(flag, message, world, tmp_path, cap
 
 
 def test_the_speed_figure_has_curves_for_neurons_and_kv_groups_and_a_line_for_the_rest():
-    figure = speed_figure(TABLE, 3)
+    figure = speed_figure(TABLE | {"layers": 3}, None)
     lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
     curves, rest_lines = zip(*lines, strict=True)
     # Three layers, in milliseconds.

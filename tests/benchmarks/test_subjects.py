@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gprune
-from gprune.benchmarks.measurement import find_subjects, load_dense
+from gprune.benchmarks.subjects import find_subjects, load_dense_of_run
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.models.loading import load_model
@@ -25,7 +25,7 @@ def test_trust_remote_code_in_a_manifest_does_not_run_the_models_code(tmp_path):
     (folder / "code.py").write_text(CODE.format(ran=str(tmp_path / "ran")))
     model = {"name": str(folder), "dtype": "float32", "trust_remote_code": True}
     with pytest.raises(UserError, match=r"^--model\.name.* configuration"):
-        load_dense(tmp_path, {"model": model, "inputs": {"model": "x"}}, torch.float32)
+        load_dense_of_run(tmp_path, {"model": model, "inputs": {"model": "x"}}, torch.float32)
     assert not (tmp_path / "ran").exists()
 
 

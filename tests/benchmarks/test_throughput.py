@@ -8,7 +8,7 @@ import pytest
 
 from gprune import report
 from gprune.__main__ import run as command
-from gprune.benchmarks.measurement import task_numbers
+from gprune.benchmarks.subjects import task_numbers
 from gprune.evaluation import speed
 from gprune.report.tables import format_rate
 from gprune.runs.results import load_run

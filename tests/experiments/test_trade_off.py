@@ -50,7 +50,7 @@ def test_each_panel_has_the_points_of_all_measured_rows_and_files():
     points = [[c.lines[0].get_xydata().tolist() for c in axes.containers] for axes in panels]
     assert points[0] == [[[1.1, 1.2], [1.4, 2.0]], [[1.5, 1.01]]]
     assert points[1] == [[[90.0, 2.0], [110.0, 1.2]], [[140.0, 1.01]]]
-    assert [text.get_text() for text in panels[0].texts] == ["20 %", "50 %", "GGUF q8_0"]
+    assert [text.get_text() for text in panels[0].texts] == ["20 %", "50 %", "q8_0"]
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from experiments.bench.measure import flops as count_flops
-from gprune.calibration.moments import _panels
+from gprune.calibration.moments import _panels, panel_flops
 from gprune.config.parse import parse
-from gprune.method.dry_run import active_experts, estimated_flops, gram_flops
+from gprune.method.dry_run import estimated_flops
 from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
-from gprune.models.experts import EXPERTS_PER_TOKEN
+from gprune.models.experts import EXPERTS_PER_TOKEN, active_experts
 from gprune.models.losses import next_token_losses
 from tests.tiny_families import make_tiny
 
@@ -54,7 +54,7 @@ def test_estimated_training_flops_are_at_most_5_percent_above_torchs_count(tiny_
 def test_gram_flops_are_an_upper_bound_of_the_products_of_panels(channels):
     """A panel of w columns is multiplied with all columns from its first one on."""
     exact = sum(2 * (panel.stop - panel.start) * (channels - panel.start) for panel in _panels(channels))
-    assert exact <= gram_flops(channels) <= 4 / 3 * exact
+    assert exact <= panel_flops(channels) <= 4 / 3 * exact
 
 
 @pytest.mark.parametrize("name", EXPERTS_PER_TOKEN)

@@ -14,7 +14,7 @@ import gprune
 from gprune import RunConfig
 from gprune.cli import main
 from gprune.importance.metrics import EXPERT_IMPORTANCE
-from gprune.report.figures import experts_figure
+from gprune.sparsity.experts import experts_figure
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests.registries import restored
 from tests.tiny_run import World, draw, tiny_tokenizer, world_with_cache
@@ -234,7 +234,7 @@ def test_experts_that_no_token_reaches_are_named_in_one_warning(world, tmp_path,
     assert re.search(r"layer 1: [0-9, ]*3", warnings[0])
     assert 3 in result.summary["experts"]["removed"]["1"]
     assert result.summary["experts"]["scores"]["1"][3] is None
-    drawn = experts_figure(result.summary["experts"]).axes[0].images[0].get_array()
+    drawn = experts_figure(result.summary["experts"], None).axes[0].images[0].get_array()
     assert drawn.mask[1, 3]
     assert not drawn.mask.all(1).any()
     flags = [f"--model.name={idle}", *ALONE, "--sparsity.expert_metric=random"]  # removes any experts first

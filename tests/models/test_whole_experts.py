@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
 from gprune.export.reload import align_weights
 from gprune.importance.metrics import EXPERT_IMPORTANCE
-from gprune.importance.scores import idle_experts, score_units
+from gprune.importance.scores import idle_experts, score_experts, score_units
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks, masked
@@ -67,7 +68,7 @@ def tokens(seed: int = 1) -> Tensor:
 
 def experts_only(model: PreTrainedModel, kept: int | None = None) -> Masks:
     """Return masks that remove half of the experts, or all but the first `kept`, and nothing else."""
-    masks, ffn = random_masks(model, experts=True), []
+    masks, ffn = random_masks(model, scope="attention+ffn+experts"), []
     for block, keep in zip(blocks_of(model), masks.ffn, strict=True):
         by_expert = torch.ones(block.experts, block.neurons, dtype=torch.bool)
         if block.has_experts:
@@ -121,13 +122,13 @@ def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
     model, ids = make(name, **RENORMALISING.get(name, {})).double(), tokens()
     statistics = collect_routing(model, ids)
-    scores = score_units("magnitude", blocks_of(model), statistics, experts="reap")
+    scores = score_experts("reap", blocks_of(model), statistics)
     assert hooks_of(model) == 0
     for block, expected in zip(mixtures(model), reference_routing(model, ids), strict=True):
         routing = statistics.ffn[block.index].routing
         torch.testing.assert_close(routing, expected, rtol=1e-6, atol=1e-9)
         reap = expected[3] / expected[0].clamp_min(1)
-        torch.testing.assert_close(scores.experts[block.index], reap.where(expected[0] > 0, -torch.inf))
+        torch.testing.assert_close(scores[block.index], reap.where(expected[0] > 0, -torch.inf))
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
@@ -186,7 +187,7 @@ def test_metrics_of_experts_and_one_of_a_user():
             return routing.weight * weights.output.unflatten(1, (8, 24)).square().sum((0, 2))
 
         def scores(name: str, seed: int = 0) -> Tensor:
-            return score_units("magnitude", blocks_of(model), statistics, experts=name, seed=seed).experts[1]
+            return score_experts(name, blocks_of(model), statistics, seed=seed)[1]
 
         assert torch.equal(scores("frequency"), sums[0])
         torch.testing.assert_close(scores("output_norm"), sums[2] / sums[0])
@@ -211,7 +212,7 @@ def test_experts_without_tokens_are_named_and_have_the_lowest_score():
     with restored(EXPERT_IMPORTANCE):
         gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
         for name in ("reap", "negative"):
-            scores = score_units("magnitude", blocks_of(model), statistics, experts=name).experts[1]
+            scores = score_experts(name, blocks_of(model), statistics)[1]
             assert set(scores.argsort()[:2].tolist()) == {2, 5}
 
 
@@ -231,7 +232,8 @@ def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
     budget = ExpertBudget.of(units, (number - 0.5) / 24, rules=rules, share=1.0, equal=False)
     with restored(EXPERT_IMPORTANCE):
         gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
-        budget = budget.ranked_by(score_units("magnitude", blocks, statistics, experts=metric))
+        scores = score_units("magnitude", blocks, statistics)
+        budget = budget.ranked_by(replace(scores, experts=score_experts(metric, blocks, statistics)))
     assert idle[1] == [2, 5]
     assert budget.removed_experts == idle
 
@@ -322,7 +324,7 @@ def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_exper
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
 def test_experts_and_neurons_are_removed_together_also_in_different_numbers_by_layer(name, tmp_path):
     model, ids = make(name), tokens()
-    masks = random_masks(model, experts=True)  # fewer neurons in later blocks
+    masks = random_masks(model, scope="attention+ffn+experts")  # fewer neurons in later blocks
     last = mixtures(model)[-1]
     masks.ffn[last.index] = random_masks(model).ffn[last.index]  # all of its experts
     with masked(model, masks):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import wandb
 
-from gprune.benchmarks.measurement import log_evaluation
+from gprune.benchmarks.subjects import log_evaluation
 from gprune.config import LoggingConfig, RunConfig
 from gprune.config.parse import parse
 from gprune.errors import UserError

@@ -30,7 +30,7 @@ from transformers import (
 
 import gprune
 from gprune.__main__ import run as command
-from gprune.benchmarks.measurement import find_subjects
+from gprune.benchmarks.subjects import find_subjects
 from gprune.cli import main
 from gprune.config import parse
 from gprune.errors import UserError
