@@ -152,3 +152,8 @@ def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average"
 def neuron_ranks(block: Block, scores: Tensor, *, ties: Literal["average", "ordinal"] = "average") -> Tensor:
     """Return `fractional_ranks` of a block's neurons, (..., E x N) float64, separately for each of its experts."""
     return fractional_ranks(scores, groups=block.experts, ties=ties)
+
+
+def comparable_scores(block: Block, scores: Tensor) -> Tensor:
+    """Return scores of a block's neurons on one scale, (..., E x N): ranks if it has experts, whose scales differ."""
+    return neuron_ranks(block, scores) if block.has_experts else scores

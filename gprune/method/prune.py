@@ -50,6 +50,7 @@ from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import (
     Scores,
+    comparable_scores,
     ffn_weights,
     fractional_ranks,
     generator_for,
@@ -406,9 +407,9 @@ def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatis
     scores = torch.stack(by_corpus)  # (D, N)
     ranks = neuron_ranks(block, scores)
     half_ranks = neuron_ranks(block, torch.stack(by_half))  # (D, 2, N)
-    if block.has_experts:  # scores of different experts are on different scales
-        scores = ranks.clone()
-    return Drift(scores, ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks))
+    return Drift(
+        comparable_scores(block, scores), ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks)
+    )
 
 
 # Steps 4 and 5: modules
