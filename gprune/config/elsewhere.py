@@ -53,7 +53,10 @@ def effective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_run_name(settings: Mapping[str, Any]) -> str:
-    """Return OTHER-beside-MODEL-HASH, the default name of the run folder, with the hash of settings as plain data."""
+    """Return OTHER-beside-MODEL-HASH, the default name of the run folder of a model made elsewhere.
+
+    OTHER is the measured model, MODEL is `--model.name`, and HASH is of the settings as plain data.
+    """
     paths = (made_elsewhere(settings), settings["model"]["name"])
     names = (os.path.basename(os.path.normpath(path)) for path in paths)
     other, model = (name.encode()[:90].decode(errors="ignore") for name in names)  # --run.name has at most 200 bytes

@@ -73,6 +73,7 @@ def hub_errors(what: str, remedy: str) -> contextlib.AbstractContextManager[None
 def offline_if_unreachable() -> Iterator[bool]:
     """Context manager that sends the hub one request, and allows only cached copies if the hub does not answer.
 
+    It yields whether the hub may be used: False if it did not answer, or offline mode was already set.
     `datasets` alone would retry for half a minute per file, with a warning each time.
     """
     import datasets

@@ -179,7 +179,7 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig, *, all_layers: bo
 def _keep_layers(content: dict[str, Any], depth: int, *, all_layers: bool) -> list[int]:
     """Shorten all lists by layer of a configuration to the layers to keep, in place, and return the numbers of these.
 
-    Values of layers in the lists and in `per_layer_config` become small.
+    Values of layers in the lists and in `per_layer_config` become small. `all_layers` keeps the number of layers.
     """
     kept = list(range(depth)) if all_layers else _layers_to_keep(content, depth)
     per_layer = per_layer_lists(content, depth)
@@ -187,9 +187,12 @@ def _keep_layers(content: dict[str, Any], depth: int, *, all_layers: bool) -> li
         content[name] = [_tiny_value(name, values[index]) for index in kept]
     for name, numbers in lists_of_layer_numbers(content, per_layer).items():
         content[name] = [new for new, old in enumerate(kept) if old in numbers]
+    # Jamba has no list by layer. Layer i has attention if i % attn_layer_period == attn_layer_offset (8 and 4, so the
+    # first few layers have none), and experts likewise. With period 2 and offset 1 every second layer is of this kind,
+    # with `all_layers` too.
     for period in [name for name in content if name.endswith("_layer_period")]:
         offset = period.replace("_period", "_offset")
-        if content[period] > 2 and content.get(offset, depth) < depth:  # so that layers of both kinds remain
+        if content[period] > 2 and content.get(offset, depth) < depth:  # there are layers of both kinds
             content[period], content[offset] = 2, 1
     if content.get("per_layer_config"):
         values_by_layer = {int(index): values for index, values in content["per_layer_config"].items()}

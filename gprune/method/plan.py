@@ -76,7 +76,7 @@ class Pricing:
         costs, outside = self.costs_in(s.currency)
         units = block_units(blocks, scope=s.scope, protect=s.protect, costs=costs)
         multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
-        if multiple is None:
+        if multiple is None:  # auto: the smallest one that is fast by this machine's latency table
             with matmul_precision(self.cfg.trainer.float32_matmul_precision):
                 multiple = COST["seconds"].best_multiple(self)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:

@@ -1,16 +1,25 @@
-"""prune(cfg): generalization-aware structured pruning, step by step.
+"""prune(cfg): generalization-aware structured pruning, step by step, with the files that have the formulas.
 
- 1 statistics   one pass per corpus over the inputs of all down and output projections
- 2 importance   a score per unit, on one corpus or on several together; the choice of whole blocks, if in scope
- 3 drift        the variation of ranks between corpora, and its noise floor
- 4 partition    neurons of a block into modules by parameter similarity and drift
- 5 refinement   soft assignments optimised under a differentiable objective (a LightningModule)
- 6 reliability  sensitive, weakly activated modules are ranked by an activation-free metric
- 7 sparsity     one threshold per module, learned with the model frozen (a LightningModule)
- 8 budget       keep masks that reach the target and exceed it by less than a step, or the largest sparsity for a
-                quality target
- 9 pruning      smaller weight matrices; recovery
-10 evaluation   dense, controls and gprune, on seen and unseen text; controls are pruned and recovered here
+ 1 statistics   calibration/collector.py       one pass per corpus over the inputs of all down and output projections
+ 2 importance   importance/metrics.py          a score per unit, on one corpus or on several together
+                sparsity/whole_blocks.py       the choice of whole blocks, if in scope
+ 3 drift        partition/drift.py             the variation of ranks between corpora, and its noise floor
+ 4 partition    partition/initial.py           neurons of a block into modules by parameter similarity and drift
+ 5 refinement   partition/objective.py         soft assignments optimised under a differentiable objective
+                stages/refinement.py           (a LightningModule)
+ 6 reliability  partition/modules.py           sensitive, weakly activated modules are ranked by an activation-free
+                                               metric
+ 7 sparsity     stages/threshold_learning.py   one threshold per module, learned with the model frozen (a
+                                               LightningModule)
+ 8 budget       sparsity/cut.py                keep masks that reach the target and exceed it by less than a step
+                method/quality.py              or the largest sparsity for a quality target
+ 9 pruning      models/surgery.py              smaller weight matrices
+                recoveries/, stages/           recovery
+10 evaluation   evaluation/perplexity.py       dense, controls and gprune, on seen and unseen text; controls are pruned
+                                               and recovered here
+
+By default the metric is `wanda_sp`, learning starts from the allocation `uniform`, and the recovery is
+`least_squares+distill` (`recoveries/least_squares.py`, then `stages/distillation.py`).
 """
 
 from __future__ import annotations
@@ -463,7 +472,8 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
-    refiner, options = REFINER[p.refiner], run.cfg.options.get(p.refiner, {})
+    refiner = REFINER[p.refiner]  # by default stages/refinement.py
+    options = run.cfg.options.get(p.refiner, {})
     stage = refiner(inputs, labels, **select_options(refiner, dict(p)) | options)
     validation = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
     trainer = run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation)
@@ -570,8 +580,8 @@ def learn_sparsity(
         start = masks_of["base"]
     # Learning starts from the masks of `base`, so it keeps their scores of neurons and KV groups. What is removed as a
     # whole is chosen by the scores of gprune.
-    of_start = {name: getattr(start.scores, name) for name in ("ffn", "attention", "channels")}
-    scores = replace(scores, **of_start)
+    scores_of_units = {field: getattr(start.scores, field) for field in ("ffn", "attention", "channels")}
+    scores = replace(scores, **scores_of_units)  # `scores.experts` stay
     masks = replace(start, scores=scores, modules=modules, module_allocation=name)
     run = run.with_budget(run.budget.ranked_by(masks.scores))
     if not learns:
@@ -589,7 +599,8 @@ def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
     ranks, start = masks.modules.ranks, masks.module_sparsity(run.budget).thresholds
     cfg, s = run.cfg, run.cfg.sparsity
     _set_removed_to_mean(start, run.budget)  # `start` is a new object, which nobody else reads
-    learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
+    learner = LEARNER[s.learner]  # by default stages/threshold_learning.py
+    settings = dict(s) | {"shard": cfg.model.shard}
     options = cfg.options.get(s.learner, {})
     stage = learner(run.model, ranks, start, run.budget, **select_options(learner, settings) | options)
 
@@ -651,6 +662,7 @@ def _learned_sparsity(
 def meet_budget(run: Run, masks_of: Mapping[str, VariantMasks]) -> tuple[Thresholds | None, dict[str, Masks]]:
     """Step 8: return the thresholds of modules, if there are any, and masks of all variants that meet the budget."""
     run.step(8, "Meeting the budget")
+    # Each one is a `VariantMasks`, whose `__call__` (sparsity/masks.py) makes the masks.
     masks = {variant: masks_at(run.budget) for variant, masks_at in masks_of.items()}
     if "gprune" not in masks_of:
         return None, masks

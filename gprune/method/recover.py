@@ -60,7 +60,8 @@ def prune_and_recover(
         shard=cfg.model.shard,
         teacher=run.teacher,
     )
-    revise = recoveries[0].revise(material)  # only the first one of a chain may change blocks one at a time
+    # Only the first one of a chain may change blocks one at a time. Least squares is recoveries/least_squares.py.
+    revise = recoveries[0].revise(material)
     if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
         pruned = _slice_to_files(run, masks, revise, {} if recovery_learns(row[1]) else loading_arguments(run))

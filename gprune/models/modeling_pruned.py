@@ -69,9 +69,10 @@ def pruned_name(stock_name, config_name):
 
 
 def legacy_rope_settings(settings):
-    """Return the rope settings of transformers before version 5, which silently use 10000 without `rope_theta`.
+    """Return `rope_theta` and `rope_scaling` as transformers before version 5 reads them.
 
-    `settings` is the content of a config.json of version 5.
+    It does not read `rope_parameters`, and would silently use the theta of the type's default config, such as 10000.
+    `settings` is the content of a config.json of version 5. Empty if it has no single theta.
     """
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" not in rope:

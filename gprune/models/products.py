@@ -28,10 +28,11 @@ PRODUCT_MODULES = (nn.Linear, Conv1D)  # modules whose weights are only used in 
 def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
     """Return whether matrix products in bfloat16 are faster than in float32 on this hardware, and the reason.
 
-    They are on GPUs if all visible GPUs have compute capability 8 or above, on CPUs with AMX, and on AMD's CPUs with
-    AVX512-BF16 (Zen 5: 4.4 times as fast as MKL's float32, 2.0 times as fast as oneDNN's). On Intel's CPUs AVX512-BF16
-    alone is not enough: on Sapphire Rapids without AMX (`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`) products of SmolLM2's
-    sizes take 1.4 to 1.9 times as long in bfloat16 as in float32.
+    They are on NVIDIA's GPUs if all visible ones have compute capability 8 or above, on all GPUs of AMD, and on a
+    planned GPU that this machine does not have. They are on CPUs with AMX, and on AMD's CPUs with AVX512-BF16 (Zen 5:
+    4.4 times as fast as MKL's float32, 2.0 times as fast as oneDNN's). On Intel's CPUs AVX512-BF16 alone is not enough:
+    on Sapphire Rapids without AMX (`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`) products of SmolLM2's sizes take 1.4 to 1.9
+    times as long in bfloat16 as in float32.
     """
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -1,4 +1,7 @@
-"""Recoveries: change weights of kept units to compensate for removed ones. One file per method, one interface."""
+"""Recoveries: change weights of kept units to compensate for removed ones. One file per method, one interface.
+
+The recovery `distill` is in `stages/distill_recovery.py`, because it trains a LightningModule.
+"""
 
 from gprune.recoveries import bias, least_squares, sequential  # noqa: F401 - they register themselves
 from gprune.recoveries.contract import (

@@ -18,7 +18,7 @@ Run folders share calibration through the cache."""
 EXAMPLES = """A list is a YAML file such as mine.yaml (docs/experiments.md has all keys):
   protocol: protocol          # settings of all rows, by file or name: which text is used, and how much
   common: {importance: taylor}
-  reference: base             # ratios are to this row
+  reference: base             # ratios are to this row's base before recovery
   rows:
     base: {gprune: false}
     ours: {}

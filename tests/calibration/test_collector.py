@@ -98,12 +98,12 @@ def test_moments_and_gram_matrices_equal_those_of_raw_activations(tiny_model, to
     assert not torch.allclose(statistics.ffn[0].total.sum, statistics.ffn[1].total.sum)
 
 
-def test_halves_depend_on_the_window_index_in_the_corpus_not_in_the_batch(tiny_model, token_batch):
+def test_each_window_is_added_to_the_sums_of_its_half(tiny_model, token_batch):
     raw = projection_inputs(tiny_model, token_batch)["ffn"][2]
-    index = torch.tensor([4, 2, 8, 1, 6, 0])
-    statistics = collect(tiny_model, [{"input_ids": token_batch, "index": index}])
-    assert_moments(statistics.ffn[2].halves[0], raw[index % 2 == 0])
-    assert_moments(statistics.ffn[2].halves[1], raw[index % 2 == 1])
+    half = torch.tensor([0, 0, 0, 1, 0, 0])
+    statistics = collect(tiny_model, [{"input_ids": token_batch, "half": half}])
+    assert_moments(statistics.ffn[2].halves[0], raw[half == 0])
+    assert_moments(statistics.ffn[2].halves[1], raw[half == 1])
 
 
 COLLECTED = pytest.mark.parametrize(

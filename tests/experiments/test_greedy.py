@@ -117,5 +117,5 @@ def test_a_run_with_greedy_allocation_keeps_equal_widths_and_needs_least_squares
         widths = [int(keep.sum()) for keep in load_run(tmp_path / "run").masks.ffn]
         assert max(widths) - min(widths) <= 1
         capsys.readouterr()
-        assert main(world.args(tmp_path, *flags, name="none")) == 2
+        assert main(world.args(tmp_path, *flags, "--recovery=none", name="none")) == 2
         assert "needs --sparsity.scope ffn, dense blocks and --recovery least_squares" in capsys.readouterr().err

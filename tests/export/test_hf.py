@@ -294,16 +294,16 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
 
 
 @pytest.mark.slow
-def test_the_tokenizer_of_a_folder_loads_without_gprune_and_without_a_question(tmp_path):
+def test_the_tokenizer_of_a_folder_loads_without_gprune_and_without_a_question_with_remote_code(tmp_path):
     folder = hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "model")
     assert (folder / "modeling_pruned.py").is_file()
     load = "transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"
-    code = f"import sys, transformers\nprint({load}(sys.argv[2]).input_ids)"
+    code = f"import sys, transformers\nprint({load}(sys.argv[2]).input_ids, 'gprune' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, folder, f"{WORDS[1]} {WORDS[0]}"], cwd=tmp_path, stdin=subprocess.DEVNULL,
         env=environment(tmp_path, HF_MODULES_CACHE=str(tmp_path)), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("[5, 4]\n", "")
+    assert (done.stdout, done.stderr) == ("[5, 4] False\n", "")
 
 
 def test_tokenizer_chat_templates_and_model_card_are_exported(tmp_path):

@@ -463,7 +463,8 @@ def test_several_metrics_share_one_calibration_pass_with_identical_results(world
     monkeypatch.setenv("GPRUNE_CACHE", str(shared))
     fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
     first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="first")
-    assert calibration_tokens(first) == (0, 3 * tokens)  # three corpora, each once
+    # Three corpora, each once. Saliency needs gradients, so no token passes forward only.
+    assert calibration_tokens(first) == (0, 3 * tokens)
     collected = digests(shared / "statistics", "*.safetensors")
     assert len(collected) == 3 * 3  # moments, Gram matrices and saliency of three corpora
     for metric in ("wanda_sp", "taylor"):

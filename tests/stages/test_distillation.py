@@ -98,34 +98,51 @@ def test_the_loss_is_the_weighted_sum_of_kl_and_cross_entropy(kl, cross_entropy,
     assert float(trainer.callback_metrics["distill/loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+def train_two_steps(dense, tokens: torch.Tensor, *, precision: str = "32-true", accumulate: int = 1, **settings):
+    """Distil a pruned copy in two steps. Return the copy from before, and the changes of all weights as one vector."""
+    pruned = slice_model(dense, some_masks(dense, attention=True))
+    before = {name: t.clone() for name, t in pruned.state_dict().items()}
+    stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **settings)
+    options = {"precision": precision, "accumulate_grad_batches": accumulate}
+    trainer = fit(stage, tokens, batch_size=4 // accumulate, **options)
+    assert trainer.global_step == 2  # eight windows, four per step
+    after = stage.finished().state_dict()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.student.modules())
+    assert not stage.student(tokens[:1]).logits.requires_grad
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    return pruned, torch.cat([(t - before[name]).flatten() for name, t in after.items()])
+
+
+def relative_difference(dense, tokens: torch.Tensor, **settings) -> float:
+    """Relative difference of the changes of weights, with and without settings of `train_two_steps`."""
+    (_, plain), (_, changed) = (train_two_steps(dense, tokens, **of_run) for of_run in ({}, settings))
+    return float((plain - changed).norm() / plain.norm())
+
+
 @pytest.mark.parametrize(
     ("settings", "family"),
-    [({"checkpointing": True}, "llama"), ({"checkpointing": True}, "opt"), ({"precision": "bf16-mixed"}, "llama"),
-     ({"accumulate": 2}, "llama")],
-)  # fmt: skip
-def test_checkpointing_accumulation_and_mixed_precision_train_the_same_weights(settings, family, problem):
+    [({"checkpointing": True}, "llama"), ({"checkpointing": True}, "opt"), ({"accumulate": 2}, "llama")],
+)
+def test_checkpointing_and_accumulation_train_the_same_weights(settings, family, problem):
     dense, _, tokens = problem
     if family != "llama":
         dense = make_tiny(family)
-    changes = []
-    for run_settings in ({}, settings):
-        stage_options = {name: value for name, value in run_settings.items() if name == "checkpointing"}
-        pruned = slice_model(dense, some_masks(dense, attention=True))
-        before = {name: t.clone() for name, t in pruned.state_dict().items()}
-        stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **stage_options)
-        precision, accumulate = run_settings.get("precision", "32-true"), run_settings.get("accumulate", 1)
-        options = {"precision": precision, "accumulate_grad_batches": accumulate}
-        trainer = fit(stage, tokens, batch_size=4 // accumulate, **options)
-        assert trainer.global_step == 2  # eight windows, four per step
-        after = stage.finished().state_dict()
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.student.modules())
-        assert not stage.student(tokens[:1]).logits.requires_grad
-        if family == "opt":  # dropout is off during training, and the setting of the model is kept
-            assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
-        assert {t.dtype for t in after.values()} == {torch.float32}
-        changes.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
-    difference = float((changes[0] - changes[1]).norm() / changes[0].norm())
-    assert difference < (0.2 if "precision" in settings else 1e-3)
+    assert relative_difference(dense, tokens, **settings) < 1e-3
+
+
+def test_mixed_precision_changes_weights_in_nearly_the_same_way(problem):
+    dense, _, tokens = problem
+    # Rounding to bfloat16 changes gradients. The first steps of AdamW are about equally long for all weights, so a weight
+    # with a gradient as small as these errors may move the other way. Here 1 % of the weights do, and the relative
+    # difference is 0.13.
+    assert relative_difference(dense, tokens, precision="bf16-mixed") < 0.2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off_during_training_and_the_setting_of_the_model_is_kept(checkpointing, problem):
+    _, _, tokens = problem
+    pruned, _ = train_two_steps(make_tiny("opt"), tokens, checkpointing=checkpointing)
+    assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
 
 
 def with_dropout(model_type: str):
