@@ -132,8 +132,8 @@ def test_checkpointing_and_accumulation_train_the_same_weights(settings, family,
 
 def test_mixed_precision_changes_weights_in_nearly_the_same_way(problem):
     dense, _, tokens = problem
-    # Rounding to bfloat16 changes gradients. The first steps of AdamW are about equally long for all weights, so a weight
-    # with a gradient as small as these errors may move the other way. Here 1 % of the weights do, and the relative
+    # Rounding to bfloat16 changes gradients. The first steps of AdamW are about equally long for all weights, so one
+    # whose gradient is as small as these errors may move the other way. Here 1 % of the weights do, and the relative
     # difference is 0.13.
     assert relative_difference(dense, tokens, precision="bf16-mixed") < 0.2
 
