@@ -152,7 +152,7 @@ def drawn() -> Figure:
     return add_title(
         figure,
         "Standard protocol, one seed, 95 % intervals over windows. best: 98k training tokens on SmolLM2, 49k on Gemma. "
-        "untrained was measured\nat 50 % of SmolLM2. Weights are in bfloat16; in float32 for best on SmolLM2 and in "
+        "untrained was measured\nat 50 % on SmolLM2. Weights are in bfloat16; in float32 for best on SmolLM2 and in "
         "the last panel.",
         size=8,
     )
