@@ -208,7 +208,7 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
     """Launch the run's processes. Return for each corpus whether its statistics are missing on at least one rank.
 
     Ranks may see different files in the cache. They have to decide together, otherwise they could enter different
-    collectives and deadlock.
+    collectives and deadlock. Raise UserError if they are at different runs.
     """
     fabric = launch_processes(run.cfg.trainer)
 
@@ -333,7 +333,10 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
 def base_masks(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
 ) -> dict[str, VariantMasks]:
-    """Return variant -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
+    """Return variant -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`).
+
+    Masks that nothing uses are left out if they would need errors of blocks, which take a pass over text.
+    """
     cfg, masks_of = run.cfg, {}
     for variant, corpora in cfg.scored_on.items():
         if variant != "gprune" and (not cfg.measures_errors or variant in error_corpora(cfg)):
@@ -344,7 +347,10 @@ def base_masks(
 def allocated_masks(
     run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
 ) -> VariantMasks:
-    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
+    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
+
+    The statistics are those of `corpora`. `name` is a key of `error_corpora`, if the allocation reads errors.
+    """
     cfg = run.cfg
     of_corpora = [statistics[corpus] for corpus in corpora]
     return VariantMasks(

@@ -283,7 +283,10 @@ def in_folder(
     plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
     callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
 ) -> Iterator[Run]:  # fmt: skip
-    """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
+    """Context with an open run of a loaded model: create or resume the folder, and open the loggers.
+
+    `asked_precision` is `--trainer.precision` before `auto` was resolved.
+    """
     cfg = plan.cfg
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()

@@ -94,7 +94,10 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
-    """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
+    """Compare logits of the sliced model and of the masked dense model on the first evaluated window.
+
+    Return their differences, or raise UserError if they are too large.
+    """
     cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
     unrecovered = (

@@ -236,7 +236,7 @@ def _download_artifact(name: str) -> Path:
 
 
 def exported_model(run: Path) -> Path:
-    """Return the folder of the model that a run exported."""
+    """Return the folder of the model that a run exported. Raise UserError if its files were changed afterwards."""
     hashes = RunFolder(run).manifest.get("model")
     if hashes is not None and hashes != file_hashes(run / "model"):
         reason = "files were changed after the export"
@@ -251,7 +251,10 @@ def corpus_file(corpus: str) -> str:
 
 
 def config_of(run: FinishedRun) -> RunConfig:
-    """Read the configuration of a run from config.yaml."""
+    """Read the configuration of a run from config.yaml.
+
+    Raise UserError if the file was altered, or names a feature that is not registered.
+    """
     file = run.path / "config.yaml"
     try:
         settings = read_yaml(file, "The file must be YAML; got")

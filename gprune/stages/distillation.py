@@ -236,12 +236,12 @@ class DistillationStage(FrozenLMStage):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
             if self.outliers.in_a_row >= MAX_SKIPPED:
                 no_step_was_applied = not self.outliers.norms
-                last_loss = math.nan if no_step_was_applied else loss
+                last_loss = math.nan if no_step_was_applied else loss  # NaN raises
                 require_finite_loss(last_loss, "The loss of distillation", autocast=self.uses_bfloat16)
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
             for parameter in (p for p in self.learned.values() if p.grad is not None):
-                parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))
+                parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))  # as clip_grad_norm_
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
