@@ -53,7 +53,7 @@ DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `budget.d
 
 
 def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
-    """Return a width multiple: a number, `DEFAULT_MULTIPLE`, or None for auto."""
+    """Return a width multiple: a number that passes pydantic's `check`, `DEFAULT_MULTIPLE`, or None for auto."""
     if value == "auto":
         return None
     if isinstance(value, str) and value != DEFAULT_MULTIPLE:

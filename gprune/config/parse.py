@@ -260,7 +260,7 @@ class FlagParser(Parser):
     """
 
     def __init__(self, prog: str = "train.py", args: Sequence[str] = (), *, full_help: bool = True):
-        """Add a flag for each setting, and the flags in `args` that mean part of one, such as --options.mine.power.
+        """Add a flag for each setting, and flags in `args` that are part of one (--options.mine.power) or unknown.
 
         Without `full_help`, the help has examples and `MAIN_FLAGS` with their first sentence.
         """

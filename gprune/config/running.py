@@ -297,6 +297,7 @@ class RunFolderConfig(Group, prefix="run."):
     """Minutes between checkpoints; 0: after every step. A killed run resumes from them with identical results."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError for a name that is not a folder name, or too long."""
         name = self.name or "run"
         if name in (".", "..") or name != os.path.basename(name) or len(os.fsencode(name)) > 200:
             raise UserError(f"--run.name must be a folder name of at most 200 bytes; got '{name:.100}'.")

@@ -72,6 +72,7 @@ class Seconds(Currency):
         return pricing.measured["seconds"]
 
     def _table(self, pricing: Any) -> dict[str, Any] | None:
+        """Return `table` without its cache in `pricing`. Raise UserError if it is needed and cannot be measured."""
         import torch
 
         from gprune.evaluation.speed import speed_table

@@ -75,7 +75,7 @@ def describe(plan: Plan) -> str:
 def describe_text(plan: Plan) -> str:
     """Describe which corpora have enough text for the run, by cutting the windows of the run.
 
-    Corpora that would have to be downloaded are named and not read.
+    Corpora that would have to be downloaded are named and not read. Raise UserError if another one has too little text.
     """
     cfg, m = plan.cfg, plan.cfg.model
     corpora = dict.fromkeys([*cfg.train_corpora, *cfg.corpora.evaluate])
@@ -92,7 +92,7 @@ def describe_text(plan: Plan) -> str:
 
 
 def describe_widths(budget: Budget) -> str:
-    """Describe how many neurons and KV groups blocks keep if every module has the same sparsity."""
+    """Describe how many neurons and KV groups blocks keep if all of them are equally sparse."""
     masks = uniform_masks(budget.rest)
     kept_neurons = [int(mask.sum()) for mask in masks.ffn]
     kept_groups = [int(mask.sum()) for mask in masks.attention]

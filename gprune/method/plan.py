@@ -135,6 +135,7 @@ class Pricing:
         )
 
 
+# Statistics by name in `Feature.needs`, if they are features themselves, because they take tokens or refuse models.
 STATISTICS: dict[str, Feature] = {"gram": Grams(), "saliency": Saliency(), "errors": BlockErrors()}
 
 

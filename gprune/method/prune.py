@@ -404,7 +404,7 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
 def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatistics]) -> Drift:
     """Return the rank drift of one block's N neurons between the D drift corpora, and its noise floor."""
     cfg = run.cfg
-    if block.down is None:
+    if block.down is None:  # without an FFN
         no_neurons = torch.zeros(len(cfg.corpora.drift), 0, dtype=torch.float64)
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
         return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
@@ -649,7 +649,7 @@ def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
 def _learned_sparsity(
     stage: LightningModule, learner: str, ranks: ModuleRanks, masks: Masks, budget: Budget
 ) -> ModuleSparsity:
-    """Return what a learner has learned: thresholds and offsets if they give its masks, otherwise its masks too."""
+    """Return a learner's thresholds and offsets, if it has them, and also its masks unless these follow from them."""
     thresholds = getattr(stage, "thresholds", None)
     if thresholds is None:
         return ModuleSparsity(None, fixed_masks=masks)

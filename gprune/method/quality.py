@@ -142,6 +142,7 @@ class Trials:
         text = self.run.text.development
 
         def by_corpus(results: Sequence[PerplexityResult]) -> dict[str, list[float]]:
+            """Return corpus -> nll of each window, summed over its tokens."""
             pairs = zip(text, results, strict=True)
             return {w.corpus: result.window_nll for w, result in pairs if corpus in (None, w.corpus)}
 
@@ -160,6 +161,7 @@ class Trials:
         share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
+            """Return the rise of the recovered model without `cut` steps."""
             budget = self.budget(cut)
             return self.rise(self.results(masks_of(budget), row, budget))
 

@@ -157,7 +157,10 @@ class Run:
         self, what: str, stage: L.LightningModule, *, name: str = "", role: str = "",
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
-        """Construct the Trainer of one stage."""
+        """Construct the Trainer of one stage, and log the line `what`, whose first word is the default of `name`.
+
+        `name` and `role` are those of `fit`; `callbacks` follow those of the user.
+        """
         log.info("%s", what)
         t = self.cfg.trainer
         name = name or what.split()[0].lower()

@@ -183,7 +183,7 @@ def curves_hint(folder: Path) -> str:
 
 @rank_zero_only
 def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: int) -> None:
-    """Log values at a step of the Trainer to all loggers."""
+    """Log values to all loggers, with `step` as Lightning's step."""
     for logger in loggers:
         logger.log_metrics(values, step=step)
 

@@ -164,7 +164,7 @@ class DistillationStage(FrozenLMStage):
             self.learned = self._student.learned
 
     def on_train_end(self) -> None:
-        """Free gradients and optimizer states, which the Trainer would keep together with their weights."""
+        """Warn of skipped steps, and free gradients and optimizer states, which the Trainer would keep."""
         if self.outliers.left_out:
             log.warning(
                 "Skipped %d of %d steps: loss or gradient not finite, or above %d times the median of %d steps.",
@@ -206,7 +206,7 @@ class DistillationStage(FrozenLMStage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def gradient_norm(self) -> Tensor:
-        """Return the gradient norm before clipping, () float32, with the gradient of each tensor times its RMS.
+        """Return the gradient norm before clipping, () float32, with the gradient of each tensor times its `sizes`.
 
         It is computed once per step; the optimizer step forgets it.
         """
