@@ -316,7 +316,7 @@ def _export(run: Run, model: PreTrainedModel) -> None:
     if run.cfg.export.format == "none" or is_exported(run):
         return
     run.step(9, "Checking the recovered model")
-    # The process that reloads the model has this precision of matrix products.
+    # The model is reloaded in a new process, which has this precision of matrix products.
     with run.folder.step("save_and_check"), matmul_precision("highest"), torch.no_grad():
         difference = export_and_reload(run, model)
     run.folder.update_manifest(logits={"sliced_minus_reloaded": difference})

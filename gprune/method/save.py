@@ -1,4 +1,4 @@
-"""Save masks and the model of step 9, after checking that masked, sliced and reloaded logits agree."""
+"""Save masks and the model of step 9, and check that masked, sliced and reloaded logits agree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     exports = cfg.export.format != "none"
     if "logits" not in run.folder.manifest or (exports and not is_exported(run)):
         run.step(9, "Checking the pruned model")
-        # The process that reloads the model has this precision of matrix products.
+        # The model is reloaded in a new process, which has this precision of matrix products.
         with run.folder.step("save_and_check"), matmul_precision("highest"):
             checks = check_slices(run, pruned, masks[cfg.main_variant])
             if exports:
@@ -72,7 +72,7 @@ def is_exported(run: Run) -> bool:
 
 
 def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
-    """Write `model/` with the tokenizer, and return the difference of its reloaded logits from those of the model."""
+    """Write `model/` with the tokenizer, and return the largest difference of reloaded logits, 0 (`check_reload`)."""
     folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
     options = {"dtype": getattr(torch, dtype), **loading_arguments(run)}
