@@ -83,7 +83,7 @@ def add_row(
     run: Run, records: list[dict[str, Any]], row: ResultRow, measure: Callable[..., PerplexityResult],
     model: PreTrainedModel, text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
 ) -> None:  # fmt: skip
-    """Measure a row's model, and add its records to `records` and `metrics.json`."""
+    """Measure a row's model, and add its records, with the entries `about`, to `records` and `metrics.json`."""
     for windows in text:
         result = measure(run, model, windows, row_name(*row))
         records.append(as_record(run, row, result, windows, leaked[windows.corpus]) | about)
@@ -180,7 +180,7 @@ def measure_perplexity(
 def as_record(
     run: Run, row: ResultRow, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
-    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol."""
+    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol and its entry of `leaks`."""
     cfg = run.cfg
     variant, recovery = row
     chain = recovery.split("+")

@@ -683,7 +683,7 @@ def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> No
     """Log the measurements of each module, and its sparsity, which is the share of its neurons that masks remove."""
     sparsity = [module_means(~mask, block_labels) for mask, block_labels in zip(masks.ffn, modules.labels, strict=True)]
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
-    for step, row in enumerate(modules.rows()):
-        row["sparsity"] = float(sparsity[row["block"]][row["module"]])
-        scalars = {f"modules/{name}": float(row[name]) for name in names if row[name] is not None}
+    for step, numbers in enumerate(modules.rows()):
+        numbers["sparsity"] = float(sparsity[numbers["block"]][numbers["module"]])
+        scalars = {f"modules/{name}": float(numbers[name]) for name in names if numbers[name] is not None}
         log_scalars(loggers, {"modules/index": float(step)} | scalars, step=step)

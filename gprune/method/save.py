@@ -137,7 +137,7 @@ def check_discovered_structure(run: Run) -> None:
     """Compare the masked with the sliced model before step 1, with a random half of the units, if they were discovered.
 
     The structure was found and checked on a tiny copy. The loaded model has the same class, but other settings. Nothing
-    is compared if the model type has a record, or if the model is offloaded or sharded.
+    is compared if the structure is that of a written record, or if the model is offloaded or sharded.
     """
     if not record_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return
