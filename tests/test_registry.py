@@ -186,7 +186,6 @@ MASKS = {  # a change of valid masks, and words of the message
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
     "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
     "one block fewer": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
-    "a list": (lambda m: m.ffn, "Masks; got list"),
 }
 
 
@@ -200,9 +199,18 @@ def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny)
     model, statistics, scores, budget = tiny
     valid = allocate("uniform", scores, statistics, blocks_of(model), budget)
     change, message = MASKS[row]
-    assert checked_masks(ALLOCATION, "mine", valid, budget) == valid
+    result = valid
+    allocation("mine")(lambda *_: result)
+    assert allocate("mine", scores, statistics, blocks_of(model), budget) == valid
+    result = change(valid)
     with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
-        checked_masks(ALLOCATION, "mine", change(valid), budget)
+        allocate("mine", scores, statistics, blocks_of(model), budget)
+
+
+def test_a_list_instead_of_masks_is_refused(tiny):
+    """As the result of a registered learner. An allocation that returns lists returns margins."""
+    with pytest.raises(UserError, match=r"^Allocation 'mine' must return Masks; got list\.$"):
+        checked_masks(ALLOCATION, "mine", [], tiny[3])
 
 
 def test_masks_of_an_allocation_of_whole_blocks_must_remove_the_target(tiny):

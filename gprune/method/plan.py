@@ -32,7 +32,7 @@ from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, 
 from gprune.sparsity.budget import Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS_PER_BYTE
 
 MAX_CACHED_BYTES = 2**32  # limit of the dense model's hidden states that are cached for other rows
 
@@ -126,12 +126,12 @@ class Pricing:
         """
         export = self.cfg.export
         if export.format == "gguf":
-            of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS
+            of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS_PER_BYTE
             return parameter_costs(model, blocks, weight=lambda p: of_matrix if p.ndim > 1 else of_vector)
         dtype = getattr(torch, self.exported_dtype)
         in_float32 = {id(model.get_parameter(name)) for name in kept_in_float32(model, dtype)}
         return parameter_costs(
-            model, blocks, weight=lambda p: HALF_BITS * (4 if id(p) in in_float32 else dtype.itemsize)
+            model, blocks, weight=lambda p: HALF_BITS_PER_BYTE * (4 if id(p) in in_float32 else dtype.itemsize)
         )
 
 
