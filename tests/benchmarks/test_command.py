@@ -146,22 +146,27 @@ def edit_settings(run: Path, change) -> None:
     write_json(run / "metrics.json", metrics, run=key_of(settings=manifest["settings"]))
 
 
-def test_an_output_file_collects_several_runs_and_models_and_other_files_are_not_overwritten(
-    offline_runs, capsys, tmp_path
-):
+def test_an_output_file_has_one_record_for_each_run_and_model_folder(offline_runs, tmp_path):
     output = tmp_path / "out.json"
     for name in ("kept", "masks", "kept"):
         assert exit_code_of_wikitext2(offline_runs.runs / name, output=output) == 0
-    folder = offline_runs.runs / "kept" / "model"
-    before = sorted(folder.iterdir())
-    assert exit_code_of_wikitext2(folder) == 0  # for a model folder, results are only printed
-    assert "| wikitext2 " in capsys.readouterr().out
-    assert sorted(folder.iterdir()) == before
     # Folders of the same name at two places are two models. The third evaluation replaces the record of the first.
     for parent in ("here", "there", "here"):
         folder = shutil.copytree(offline_runs.runs / "kept" / "model", tmp_path / parent / "small", dirs_exist_ok=True)
         assert exit_code_of_wikitext2(folder, output=output) == 0
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
+
+
+def test_results_of_a_model_folder_are_printed_and_not_written(offline_runs, capsys):
+    folder = offline_runs.runs / "kept" / "model"
+    before = sorted(folder.iterdir())
+    assert exit_code_of_wikitext2(folder) == 0
+    assert "| wikitext2 " in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_output_file_with_other_content_is_not_overwritten(offline_runs, capsys, tmp_path):
+    output = tmp_path / "out.json"
     output.write_text('{"a": 1}')
     assert exit_code_of_wikitext2(offline_runs.runs / "kept", output=output) == 2
     assert "Cannot read records of gprune evaluate" in capsys.readouterr().err

@@ -25,6 +25,7 @@ SPLIT = {"lambada_openai": "test", "hellaswag": "validation", "winogrande": "val
 def rows_of(task: str, n: int) -> list[dict]:
     """Random rows with the columns of the task's data set."""
     rng = np.random.default_rng(n)
+    # Texts for each row: `a` of five words, `b` and `c` of one, and three more of two, three and one.
     a, b, c, *ends = ([sentence(rng, words) for _ in range(n)] for words in (5, 1, 1, 2, 3, 1))
     columns = {
         "lambada_openai": lambda i: {"text": f"{a[i]} {b[i]}"},

