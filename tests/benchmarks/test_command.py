@@ -79,7 +79,7 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     assert f"x {ratio:.3f} [" in out
 
 
-def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys, tmp_path):
+def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys):
     needs_lm_eval()
     write_task(offline_runs.folder, "other", "test", questions(12, seed=1))
     run = offline_runs.runs / "kept"

@@ -45,7 +45,7 @@ def table(measure=True, **more):
     return speed.speed_table(dense, torch.device("cpu"), torch.float32, SETTING | more, measure=measure)
 
 
-def test_the_latency_table_is_measured_once_per_machine_and_setting(measurements, tmp_path, monkeypatch):
+def test_the_latency_table_is_measured_once_per_machine_and_setting(measurements, monkeypatch):
     assert table(measure=False) is None
     assert table() == table() == table(measure=False) == TABLE
     assert len(measurements) == 1

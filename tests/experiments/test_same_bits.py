@@ -31,7 +31,7 @@ def runs(world, shared_cache, tmp_path_factory):
 
 
 @pytest.fixture
-def compared(runs, tmp_path, monkeypatch, capsys):
+def compared(runs, monkeypatch, capsys):
     """Return a function that compares run folders in place of those that a commit and the tree make.
 
     Its arguments are flags and `one=(BEFORE, AFTER)` or `other=...`, names of run folders. It returns exit code and
