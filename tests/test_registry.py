@@ -17,7 +17,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
-from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
+from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import Budget, block_units
 from tests import registries
 from tests.calibration.test_collector import batches
@@ -187,7 +187,6 @@ MASKS = {  # a change of valid masks, and words of the message
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
     "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
     "one block fewer": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
-    "a list": (lambda m: m.ffn, "Masks, or margins of neurons in block 0"),
 }
 
 
@@ -201,11 +200,18 @@ def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny)
     model, statistics, scores, budget = tiny
     valid = allocate("uniform", scores, statistics, blocks_of(model), budget)
     change, message = MASKS[row]
-    allocation("mine")(lambda *_: valid)
+    result = valid
+    allocation("mine")(lambda *_: result)
     assert allocate("mine", scores, statistics, blocks_of(model), budget) == valid
-    allocation("mine")(lambda *_: change(valid))
+    result = change(valid)
     with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
         allocate("mine", scores, statistics, blocks_of(model), budget)
+
+
+def test_a_list_instead_of_masks_is_refused(tiny):
+    """As the result of a registered learner. An allocation that returns lists returns margins."""
+    with pytest.raises(UserError, match=r"^Allocation 'mine' must return Masks; got list\.$"):
+        checked_masks(ALLOCATION, "mine", [], tiny[3])
 
 
 def test_masks_of_an_allocation_of_whole_blocks_must_remove_the_target(tiny):

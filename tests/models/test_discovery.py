@@ -41,6 +41,7 @@ MORE = (
     "falcon", "gptj", "phi", "mpt", "bloom", "qwen3_next", "qwen2_moe", "deepseek_v3", "llama4_text", "granitemoe",
     "nemotron_h", "lfm2", "minimax_m2", "olmo3", "bert", "modernbert-decoder", "xglm",
 )  # fmt: skip
+# Those of them whose KV groups can be removed.
 WITH_KV_GROUPS = {"gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4", "gptj",
                   "phi", "olmo3", "minimax_m2", "bert", "xglm"}  # fmt: skip
 

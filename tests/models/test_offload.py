@@ -400,7 +400,7 @@ def test_the_large_model_experiment_runs_on_a_small_model(monkeypatch, capsys):
 
 
 TWO_GPUS = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model"
+    torch.cuda.device_count() < 2, reason="needs two GPUs: on one, a process would hold the whole model"
 )
 
 
