@@ -21,8 +21,8 @@ from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked
 from gprune.sparsity.budget import Budget, block_units
 from tests import registries
 from tests.calibration.test_collector import batches
-from tests.conftest import collect, make_tiny_llama
 from tests.tiny_families import some_masks
+from tests.tiny_llama import collect, make_tiny_llama
 
 
 @pytest.fixture(scope="module")

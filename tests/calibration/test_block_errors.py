@@ -16,7 +16,7 @@ from gprune.models.blocks import blocks_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.budget import Budget, block_units
 from tests.calibration.test_collector import batches
-from tests.conftest import collect, hooks_of, make_tiny_llama
+from tests.tiny_llama import collect, hooks_of, make_tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.stages.calibration import CalibrationStage
-from tests.conftest import collect, hooks_of, make_tiny_llama
+from tests.tiny_llama import collect, hooks_of, make_tiny_llama
 
 KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
 

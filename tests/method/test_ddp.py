@@ -22,7 +22,6 @@ UNEVEN = [
     "--sparsity.scope=attention+ffn+blocks",
     "--sparsity.block_share=0.8",  # one whole block is removed
     "--recovery=least_squares",
-    "--logging.mode=offline",
 ]
 
 
@@ -34,8 +33,8 @@ TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
 def launched(world, folder, *flags):
-    """Run `train.py` as a user does: start one process, which starts the second one itself."""
-    (done,) = tiny_run.train(world.args(folder, *flags, *TWO), folder)
+    """Run `train.py` with W&B as a user does: start one process, which starts the second one itself."""
+    (done,) = tiny_run.train(world.args(folder, *flags, *TWO, "--logging.mode=offline"), folder)
     return done
 
 

@@ -27,10 +27,10 @@ from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests import registries, tiny_run
-from tests.conftest import hooks_of
 from tests.stages.test_refinement import planted, refinement
 from tests.stages.test_threshold_learning import make_stage, sampled_tokens, trainer_of
 from tests.tiny_families import some_masks
+from tests.tiny_llama import hooks_of
 
 
 class GateLearner(L.LightningModule):

@@ -19,7 +19,7 @@ from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
-from tests.conftest import hooks_of, make_tiny_llama
+from tests.tiny_llama import hooks_of, make_tiny_llama
 
 K = 4
 
