@@ -225,6 +225,7 @@ def test_offloaded_models_lose_the_same_experts(world, tmp_path):
 
 
 def test_experts_that_no_token_reaches_are_named_in_one_warning(world, tmp_path, capsys):
+    """They are removed and have no score, also in the figure. A metric that ignores activations gives no warning."""
     folder = Path(model_of(world, "qwen2_moe").partition("=")[2])
     model = AutoModelForCausalLM.from_pretrained(folder)
     idle = tmp_path / "idle"

@@ -152,6 +152,7 @@ def ratios_by_corpus(trained, dense, masks, corpora) -> dict[str, float]:
 def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
     trained, dense, tmp_path, search_to_the_last_step, monkeypatch, capsys
 ):
+    """All output names the worst corpus. A limit of the mean allows at least as large a cut."""
     calls = []
 
     def recorded(run, statistics, masks_of):

@@ -144,10 +144,10 @@ def test_mixed_precision_changes_weights_in_nearly_the_same_way(problem):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_off_during_training_and_the_setting_of_the_model_is_kept(checkpointing, problem):
     _, _, tokens = problem
-    changes = []
+    dense, changes = make_tiny("opt"), []
     for seed in (0, 1):
         torch.manual_seed(seed)  # dropout would drop other activations
-        pruned, changes_of_weights = train_two_steps(make_tiny("opt"), tokens, checkpointing=checkpointing)
+        pruned, changes_of_weights = train_two_steps(dense, tokens, checkpointing=checkpointing)
         changes.append(changes_of_weights)
         assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
     assert torch.equal(*changes)
