@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0] in COMMANDS:
         return run(args[0], args[1:])
-    return run_guarded("gprune", lambda: str(parser().parse_args(args[:1])))
+    return run_guarded("gprune", lambda: str(parser().parse_args(args[:1])))  # prints the help or raises UserError
 
 
 def run(name: str, args: Sequence[str]) -> int:

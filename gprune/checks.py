@@ -51,7 +51,10 @@ REQUIREMENTS = {
 
 
 def validation_message(error: ValidationError, prefix: str = "") -> str:
-    """Return pydantic's first error on one line: `--corpora.num_samples must be 2 or more; got 1`."""
+    """Return pydantic's first error on one line: `--corpora.num_samples must be 2 or more; got 1`.
+
+    `prefix` is put before pydantic's name of the setting, such as `--corpora.`.
+    """
     first_error = error.errors(include_url=False)[0]
     context = first_error.get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by one of gprune's own validators
@@ -69,7 +72,7 @@ def validation_message(error: ValidationError, prefix: str = "") -> str:
 
 
 def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:
-    """Raise UserError unless a value has a type."""
+    """Raise UserError, which begins with `expected`, unless a value is an instance of `kind`."""
     if not isinstance(value, kind):
         raise UserError(f"{expected}; got {format_value(value)}.")
 
@@ -140,7 +143,7 @@ def whole_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed_options(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return valid options in the types of an entry's parameters, for options whose numbers are stored as floats."""
+    """Convert checked options, whose numbers are stored as floats, to the types of an entry's parameters."""
     types = option_types(entry)
     return {
         name: TypeAdapter(types[name]).validate_python(value, strict=True)
@@ -151,7 +154,10 @@ def typed_options(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_options(
     flag: str, name: str, entry: Any, options: Mapping[str, Any], *, settings: Collection[str] = ()
 ) -> None:
-    """Raise UserError for an option that a registered entry does not have, or a value of wrong type or range."""
+    """Raise UserError for an option that a registered entry does not have, or a value of wrong type or range.
+
+    Parameters in `settings` are set by flags, so they are not options.
+    """
     known = {option: kind for option, kind in option_types(entry).items() if option not in settings}
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"{flag} must name options of '{name}' ({', '.join(known) or 'none'}); got '{unknown[0]}'.")

@@ -27,12 +27,12 @@ MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `train.py` and return the exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
+    """Run `train.py` and return the exit code (see `run_guarded`)."""
     return run_guarded("train.py", lambda: run(args, prog="train.py"), **MESSAGE_ENDINGS)
 
 
 def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
-    """Prune with the given flags and return the text to print: a table on rank 0, nothing on other ranks."""
+    """Prune with the given flags and return the text to print: the results on rank 0, or the plan of a dry run."""
     args = list(sys.argv[1:] if args is None else args)
     cfg = parse(args, prog)
     log_to_stdout()

@@ -42,7 +42,7 @@ class Parser(jsonargparse.ArgumentParser):
         self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise UserError instead of printing the usage; an unknown flag comes with the closest one."""
+        """Raise UserError instead of printing the usage. For an unknown flag, the error has the closest flag."""
         unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
         closest = closest_name(unknown[1], [action.dest for action in self._actions]) if unknown else None
         hint = f"Did you mean --{closest}? " if closest else ""
@@ -55,8 +55,10 @@ class Parser(jsonargparse.ArgumentParser):
 def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
     """Run a command, print the text that it returns, and report expected failures as one line on stderr.
 
-    Expected failures are UserError, Ctrl-C, SIGTERM, SIGHUP, out of memory, a full disk (also inside a library) and
-    a closed output pipe. Other exceptions are bugs, and are raised with their traceback.
+    Expected failures are UserError, Ctrl-C, SIGTERM, SIGHUP, out of memory, OSError (a full disk, a closed output pipe)
+    and the end of another process of the run. Other exceptions are bugs, and are raised with their traceback. The exit
+    code is 0, 130 for Ctrl-C, 129 for SIGHUP, 143 for SIGTERM, and 2 for other failures. `stopped` ends the line after
+    an interruption, and `memory` the line for out of memory.
     """
 
     def fail(message: str, code: int = 2, *, rank_local: bool = False) -> int:
@@ -181,7 +183,7 @@ class StdoutHandler(logging.StreamHandler):
         return sys.stdout
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
-        """End the run if the output pipe is closed; logging would print a traceback for each line."""
+        """Raise the error, such as a closed output pipe; logging would print a traceback for each line."""
         raise
 
 
@@ -216,7 +218,7 @@ def quiet() -> None:
 
 
 def show_progress() -> None:
-    """Call `quiet` for a run from Python, unless the user has configured logging. A higher level is kept."""
+    """Call `quiet` for a run from Python, unless the user has configured logging. A higher log level is kept."""
     logger = logging.getLogger("gprune")
     if not logger.hasHandlers():
         level = logger.level
@@ -285,7 +287,10 @@ def process_index() -> int:
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use."""
+    """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use.
+
+    `modules` maps each of these names to its module.
+    """
 
     def lazy_getattr(name: str) -> Any:
         """Import a public name, and store it in the package, so that this function is called once for each name."""

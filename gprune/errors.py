@@ -42,8 +42,9 @@ MAX_QUOTED = 500  # characters of a library's error that are quoted
 class UserError(ValueError):
     """An error that the caller can fix: a flag, a corpus, a model, a budget or a file.
 
-    The command line prints the message as a single line on stderr and exits with code 2. The module's docstring has
-    the form of messages. Internal invariants are `assert`s instead.
+    The command line prints the message as a single line on stderr and exits with code 2. Rank 0 prints it for all
+    ranks, unless the error is `rank_local`: only one rank failed. The module's docstring has the form of messages.
+    Internal invariants are `assert`s instead.
     """
 
     def __init__(self, message: str, *, rank_local: bool = False):
@@ -56,14 +57,14 @@ class UnregisteredError(UserError):
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:
-    """Raise UserError if a tensor has NaN or infinity."""
+    """Raise UserError if a tensor has NaN or infinity. `what` completes "a non-finite ..." in the message."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         remedy = "Check the model's weights, or use --model.dtype float32"
         raise UserError(f"Cannot compute with NaN or infinity: a non-finite {what}. {remedy}.")
 
 
 def closest_name(name: object, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to an unknown one, or None."""
+    """Return the known name that is most similar to an unknown one, or None if none is similar."""
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
 

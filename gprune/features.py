@@ -28,9 +28,9 @@ class Feature:
     # Flags that only some values of a choice read, by name: `ridge`, or `distill` for a group. They are listed under
     # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
     reads: frozenset[str] = frozenset()
-    also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
-    needs_narrower = False  # whether it recovers only what became narrower, and not what lost larger units
-    needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
+    also_reads: frozenset[str] = frozenset()  # flags that it reads, even if another choice would have them ignored
+    needs_narrower = False  # whether it changes nothing where whole experts are removed and no single neurons or groups
+    needs: frozenset[str] = frozenset()  # statistics of the dense model that it reads, such as `gram`, or `text`
 
     def identity(self, cfg: Any) -> dict[str, Any]:
         """Return settings, by group, that identify a run only because of this feature."""
@@ -104,7 +104,7 @@ FIGURES: dict[str, EntryFigure] = {}  # by the name of the figure's file
 
 
 def entry_figure(entry: str, name: str, caption: str) -> Callable[[Callable], Callable]:
-    """Return a decorator that adds a function, which draws the figure of an entry that a feature writes."""
+    """Return a decorator for a function that draws the figure of an entry; `name` is that of the figure's file."""
 
     def decorate(draw: Callable) -> Callable:
         FIGURES[name] = EntryFigure(entry, caption, draw)

@@ -105,12 +105,13 @@ class Registry(UserCode, Generic[T]):
     def code(self, name: str) -> dict[str, str | None]:
         """Return the hashes of the user's code of an entry, by module; empty for an entry of gprune.
 
-        The hash is None if the code cannot be read.
+        The hash is None if the code cannot be read, or if the name is not registered.
         """
         if name not in self._entries:
             return {f"{self.kind} {name}": None}
         entry = self._entries[name]
-        return code_of(getattr(entry, "registered", entry), self._registered_in.get(name, ""))
+        definition = getattr(entry, "registered", entry)  # of a recovery, whose entry is made from it
+        return code_of(definition, self._registered_in.get(name, ""))
 
     def check(self, name: str) -> None:
         """Raise UserError if the name is not registered."""
@@ -151,7 +152,7 @@ class StageClass(UserCode):
             _ = self[name]
 
     def __getitem__(self, name: str) -> type:
-        """Return the class of a name, with the errors of `check`."""
+        """Return the class of a name. Raise UserError for a name that `check` refuses."""
         if name == self.built_in[0]:
             module, _, attribute = self.built_in[1].rpartition(".")
             return getattr(importlib.import_module(module), attribute)
@@ -159,6 +160,7 @@ class StageClass(UserCode):
             known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
             raise UnregisteredError(f"Unknown {self.kind} '{name}'. Available: {known}.")
         found = find_loaded(name, self.flag)
+        # By name, because this module must not import Lightning.
         is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
         if not (is_stage and callable(getattr(found, self.method, None))):
             needed = f"the path of a LightningModule with the method {self.method}"
@@ -166,7 +168,7 @@ class StageClass(UserCode):
         return found
 
     def name_of(self, cls: type) -> str:
-        """Return the name of a class: its path, or that of the built-in one."""
+        """Return the name of a class: the built-in name, or its path."""
         path = path_of(cls)
         return self.built_in[0] if path == self.built_in[1] else path
 
@@ -176,7 +178,7 @@ class StageClass(UserCode):
 
 
 def _calling_module() -> str:
-    """Return the name of the first module outside gprune that has called a function of gprune."""
+    """Return the name of the module outside gprune that called gprune, the innermost of several; empty without one."""
     frame = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gprune":
         frame = frame.f_back

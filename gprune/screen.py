@@ -1,7 +1,7 @@
 """Progress bar of the whole run in a terminal: the step, its tokens per second, and the remaining time.
 
 Lightning's progress bars show one Trainer each, and a run has several. The bar is disabled if stdout is not a terminal,
-and on ranks other than 0; the log lists the steps in every case. A level of the log above INFO turns both off.
+in notebooks, and on ranks other than 0; the log lists the steps instead. A log level above INFO turns both off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from gprune.console import process_index
 
 
 class Screen(Progress):
-    """Progress bar of one run or one evaluation; a context manager."""
+    """Progress bar of one run or one evaluation; a context manager.
+
+    `work` is the planned work by number of the step. `work_done` returns the finished work, by default in tokens.
+    """
 
     def __init__(
         self, work: Mapping[int, float], work_done: Callable[[], float] | None = None, *, console: Console | None = None
@@ -60,7 +63,7 @@ class Screen(Progress):
         return self._title
 
     def add_batch(self, tokens: int = 0, note: str = "") -> None:
-        """Show a finished batch."""
+        """Count the tokens of a finished batch, and show the work done, tokens per second, and a note."""
         self._tokens += tokens
         seconds = max(time.monotonic() - self._part_start, 1e-9)
         per_second = (self._tokens - self._tokens_before_part) / seconds

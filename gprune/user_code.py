@@ -31,8 +31,8 @@ IMPORTED: list[str] = []  # names as given to --import; stored in the manifest o
 Code = Mapping[str, str | None]  # module -> hash of its code; None if the source cannot be read
 MAIN = "__main__"
 NOT_OF_USERS = {"gprune", *sys.stdlib_module_names}
-INSTALLED = {"site-packages", "dist-packages"}
-DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+INSTALLED = {"site-packages", "dist-packages"}  # names of folders
+DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)  # nodes that may have a docstring
 
 
 def import_user_module(name: str) -> None:
@@ -74,7 +74,7 @@ def find_loaded(path: str, flag: str = "") -> Any:
 
 
 def path_of(cls: type) -> str:
-    """Return the path by which `find_loaded` finds a class. Raise UserError for a class inside a function or class."""
+    """Return the path by which `find_loaded` finds a class. UserError unless it is a top-level class of a module."""
     if not isinstance(cls, type):
         raise UserError(f"A stage must be a class; got {cls!r:.100}.")
     path = f"{cls.__module__}.{cls.__qualname__}"
@@ -105,7 +105,7 @@ def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:
 
 
 def code_at(path: str) -> dict[str, str | None]:
-    """Return the hashes of the user's code of the class at a path, by module; None as hash if it is not loaded."""
+    """Return the hashes of the user's code of the class at a path, by module; {path: None} if it is not loaded."""
     try:
         return code_of(find_loaded(path), path.rpartition(".")[0])
     except UnregisteredError:
@@ -113,7 +113,10 @@ def code_at(path: str) -> dict[str, str | None]:
 
 
 def compare_code(recorded: Code, current: Code) -> Literal["same", "other", "unknown"]:
-    """Return whether a result was made by the current code; `unknown` if part of the code was or is unreadable."""
+    """Return whether a result was made by the current code.
+
+    `unknown` if part of the code was or is unreadable, or only one of the two has code.
+    """
     shared = recorded.keys() & current.keys()
     known = [module for module in shared if recorded[module] is not None and current[module] is not None]
     if any(recorded[module] != current[module] for module in known):
@@ -159,7 +162,8 @@ def _source_of_module(module: ModuleType) -> str | None:
 def _imported(module: ModuleType, source: str) -> Iterator[str]:
     """Yield the absolute names in a module's import statements. `a.b` of `from a import b` may be a function of a.
 
-    Imports inside functions are left out, because they may run after the look-up. Those in `try` and `if` are included.
+    Imports inside functions and classes are left out, because those of functions may run after the look-up. Those in
+    `try` and `if` are included.
     """
     top_level = [statement for statement in ast.parse(source).body if not isinstance(statement, DOCUMENTED)]
     for statement in chain.from_iterable(map(ast.walk, top_level)):

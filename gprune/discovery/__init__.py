@@ -1,7 +1,7 @@
 """Find the structure of a model of any type.
 
-`family_of` is the door: nothing outside of this package knows what is in it. Types with a record in `FAMILIES` need no
-more than this file. For other types the structure is found once on a tiny random copy, and cached.
+`family_of` is the door: other packages use only the functions of this file. A type in `FAMILIES` has its record there.
+For other types the structure is found once on a tiny random copy, and cached.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
 
 
 def _discovered(config: PreTrainedConfig) -> Family:
-    """Return the record of a configuration's type, discovered once per process."""
+    """Return the record of a configuration, discovered once per process."""
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _known:
         from gprune.discovery.search import discover  # only types without a record need it

@@ -81,7 +81,7 @@ class Probe:
     def decoder(self) -> nn.Module:
         """The module that maps ids to the hidden states for the head."""
         decoder = self.model.get_decoder()
-        if not isinstance(decoder, PreTrainedModel):
+        if not isinstance(decoder, PreTrainedModel):  # as in ModernBERT's decoder, whose head is called `decoder`
             return self.model.base_model
         head = self.model.get_output_embeddings()
         if any(module is head for module in decoder.modules()):  # as in Llama 4, where it is the whole model
@@ -102,7 +102,7 @@ class Probe:
 
         Lists with as many entries as the config has layers are preferred.
         """
-        lists = {
+        lists = {  # a layer has more than three modules
             path: module for path, module in self.decoder.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and len(list(module[0].modules())) > 3
         }  # fmt: skip
@@ -187,7 +187,8 @@ class Probe:
     def vanishing(self, projections: Mapping[int, tuple[Tensor, int]], columns: Tensor, skip: str) -> dict[int, Rows]:
         """Return rows of parameters whose gradient vanishes if columns of output projections are zero, by layer.
 
-        A parameter is omitted if none or all of its rows vanish.
+        `projections` maps the number of a layer to the weight of its projection and the dimension of columns; `skip` is
+        the name of this weight. Other parameters are omitted too if none or all of their rows vanish.
         """
         with torch.no_grad(), ExitStack() as restored:
             for weight, dim in projections.values():
@@ -332,7 +333,8 @@ def common_module(names: Sequence[str]) -> str:
 
 
 def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
-    """Return the norm whose output a module reads, and the first norm after the output projection."""
+    """Return the path of the norm whose output the module `host` reads, and of the first norm after the projection
+    `output`. Each is None if there is no such norm."""
     norms = _norm_paths(probe.layers[index])
     calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
     host_input = next((call.entering for call in calls if call.path == host), None)
@@ -372,7 +374,7 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
         return "its output does not join the residual"
     shift = shift.reshape(-1, 1, shift.shape[-1])  # (tokens, 1, H)
     streams = response.reshape(len(shift), -1, shift.shape[-1])  # (tokens, residual streams, H)
-    # The factor of each token is fitted by least squares. If there is a constant one, the remainder is zero.
+    # One factor for each token and stream is fitted by least squares. If such factors exist, the remainder is zero.
     factors = (streams * shift).sum(-1, keepdim=True) / shift.square().sum(-1, keepdim=True)
     remainder = (streams - factors * shift).abs().max()
     if bool(remainder <= 1e-3 * response.abs().max()):

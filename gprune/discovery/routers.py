@@ -79,6 +79,7 @@ def _layers_of(probe: Probe, config: PreTrainedConfig) -> list[tuple[Values, Val
 
 
 def _shapes(layer: nn.Module) -> Values:
+    """Return the shapes of parameters and buffers."""
     tensors: list[tuple[str, Tensor]] = [*layer.named_parameters(), *layer.named_buffers()]
     return {path: tuple(tensor.shape) for path, tensor in tensors}
 
@@ -97,7 +98,8 @@ def _per_expert(
 ) -> tuple[dict[str, int], list[str]]:
     """Return the tensors of a layer that depend on the number of experts, with their dimension, and the attributes.
 
-    Tensors with neurons are left out: they are those of the kind, and have experts in their first dimension.
+    Tensors with neurons are left out: they are those of the kind, and have experts in their first dimension. Both
+    results are empty if no tensor is outside of the experts, as those of a router are.
     """
     (shapes, counts), (smaller_shapes, smaller_counts) = layer, smaller
     stacked = {f"{kind['experts']}.{name}" for name in (*kind["expert_rows"], kind["expert_down"][0])}

@@ -57,7 +57,7 @@ from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
 Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
-RECORDS = Cache("structures")  # by class, structure and version of transformers
+RECORDS = Cache("structures")  # by class, content of the tiny configuration, and version of transformers
 FORMAT = 10  # part of their keys; increase it when results of discovery change
 PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
 # Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
@@ -350,7 +350,10 @@ def _first_norm(probe: Probe, path: str | None) -> nn.Module | None:
 
 
 def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
-    """Return config keys of numbers of units, which are needed to export stock folders."""
+    """Return config keys of numbers of units, which are needed to export stock folders, and attach the record.
+
+    `widths` has the key for each kind of FFN; `width`, for the whole model, is empty.
+    """
     attach_record(probe.model, record)
     blocks = blocks_of(probe.model)
     config_values = {name: value for name, value in probe.config.to_dict().items() if type(value) is int}

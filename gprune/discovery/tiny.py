@@ -1,8 +1,8 @@
 """Make a tiny configuration of transformers: same structure and flags, small sizes.
 
 Sizes are recognised by names of fields. The small sizes are distinguishable: no two of heads, key/value heads, head
-size, widths of FFN and expert, and hidden size are equal, or one twice the other. Lists by layer are shortened such
-that every kind of layer remains.
+size, widths of FFN and expert, and hidden size are equal, or one twice the other, except that there are two heads per
+key/value head. Lists by layer are shortened such that every kind of layer remains.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ KV_HEAD_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_quer
 
 
 def shrunk(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedConfig:
-    """Return a tiny configuration of the same class with the same structure."""
+    """Return a tiny configuration of the same class and structure. `all_layers` keeps the number of layers."""
     content = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         content.pop(name, None)

@@ -33,7 +33,10 @@ FIXED_PREFIXES = ("_", "num_key_value_groups", "layer_idx")
 
 
 def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: Rows) -> dict[str, Any] | None:
-    """Return the kind of FFN with an output projection, or None if the order of its rows is unknown."""
+    """Return the kind of FFN with an output projection, or None if it cannot be pruned by slicing.
+
+    `path` is the name of the projection's weight, `size` its number of columns, and `rows` those of column `neuron`.
+    """
     layer = probe.layers[index]
     order_of_rows = {
         (neuron,): "up",
@@ -113,7 +116,10 @@ def _experts_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tup
 def _tell_gate_from_up(
     probe: Probe, index: int, weights: dict[str, tuple[int, str]], measure: Callable[[], Tensor]
 ) -> dict[str, str] | None:
-    """Return the true order of parts in each weight. Neurons are linear in up, but not in gate."""
+    """Return the true order of parts in each weight, or None if it cannot be found.
+
+    `measure()` returns neurons, or the output of the experts, which are linear in up, but not in gate.
+    """
     layer = probe.layers[index]
 
     def is_linear_in(name: str, part: Callable[[Tensor], Tensor] = lambda weight: weight) -> bool:
@@ -371,7 +377,10 @@ def complete_kind(
     probe: Probe, index: int, kind: dict[str, Any], scope: str, hosts: Sequence[str], output: str,
     sizes: Mapping[int, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it."""
+    """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it.
+
+    `hosts` read the output of the norm before; `sizes` maps the value of an attribute to its name in the record.
+    """
     layer = probe.layers[index]
     owner = kind.get("experts") or owner_of(output)
     paths = [path for path in (*hosts, output, owner) if path]

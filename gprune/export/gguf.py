@@ -58,7 +58,10 @@ def is_ours(path: Path) -> bool:
 
 
 def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, type: str, uniform: bool, **_: Any) -> None:
-    """Raise UserError if the format cannot express a model without weights."""
+    """Raise UserError for an invalid type, or if the format cannot express a model with these blocks.
+
+    `uniform` tells that all blocks will have equal widths. The blocks may have no weights.
+    """
     from gprune.export.gguf_writer import check_expressible
 
     check_settings(type)

@@ -34,7 +34,10 @@ LIMITS = {"f32": 1e-6, "f16": 1e-3, "q8_0": 5e-2, "q4_k_m": 0.2}
 
 @torch.no_grad()
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str) -> float:
-    """Compare tokens and log-probabilities of llama.cpp with those of the model and its tokenizer."""
+    """Compare tokens and log-probabilities of llama.cpp with those of the model and its tokenizer.
+
+    Return KL(model || file) in nats per token. Raise UserError for other tokens, or a KL above `LIMITS`.
+    """
     special_tokens = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     texts = [CHECK_TEXT, f"{special_tokens}user\n{CHECK_TEXT[:80]}{special_tokens}"]
     ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]

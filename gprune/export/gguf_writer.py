@@ -115,7 +115,10 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
 
 
 def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, uniform: bool) -> None:
-    """Raise UserError if llama.cpp's graphs of `llama` and `deci` compute something else than the model."""
+    """Raise UserError if llama.cpp's graphs of `llama` and `deci` compute something else than the model.
+
+    `uniform` (all blocks have equal widths) only decides about the remedy in the error.
+    """
     remedy = (
         "Export to hf; as its layers have equal widths, llama.cpp's own converter may read the folder."
         if uniform
@@ -215,6 +218,7 @@ def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.n
     numbers = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
     with np.errstate(over="ignore"):
         encoded = quantize(numbers, kind)
+        # q8_0 has int8 numbers, from -127 to 127, and a scale in float16, the largest number of a block / 127.
         in_float16 = np.float16(np.abs(numbers).max() / 127) if kind == GGMLQuantizationType.Q8_0 else encoded
     if in_float16.dtype == np.float16 and not np.isfinite(in_float16).all():
         raise UserError(f"Cannot write '{name}' in {kind.name.lower()}: it has too large numbers. Use --type f32.")

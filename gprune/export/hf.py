@@ -63,10 +63,10 @@ CARD = "Pruned by gprune. Where layers differ in width, config.json has a table 
 
 
 def dense_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the model's config without gprune's keys, plus `dtype` and, for types with a record, `head_dim`.
+    """Return the model's config without gprune's keys, plus `dtype` and, for types in `FAMILIES`, `head_dim`.
 
-    A type has a record if it is in `gprune.FAMILIES`. For the other, discovered types the config may not have the key
-    `head_dim`. `tie_word_embeddings` is False if the head has its own weights, even if the config says otherwise.
+    The config class of other types, which are discovered, may not have the key `head_dim`. `tie_word_embeddings` is
+    False if the head has its own weights, even if the config says otherwise.
     """
     first_block = blocks_of(model)[0]
     is_discovered = first_block.family.found
@@ -94,9 +94,10 @@ def text_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str,
 def stock_skeleton(
     model: PreTrainedModel, changes: Mapping[str, Any], *, model_type: str | None = None
 ) -> PreTrainedModel:
-    """Return a stock model without weights, with the config of `model`, some changes, and its record or another type.
+    """Return a stock model without weights, with the config of `model` and `changes` to it.
 
-    Without changes it has the shapes of the dense model.
+    `model_type` replaces the type, but not the record, which is that of `model`. Without changes the stock model has
+    the shapes of the dense model.
     """
     record = record_of(model)
     settings = dense_settings(model)
@@ -140,7 +141,7 @@ def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
 def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the type's pruned class with the shapes of `model`, without weights.
 
-    Its config has all sizes of every layer. For types with a record it also has the table `per_layer_config`: layer ->
+    Its config has all sizes of every layer. For types in `FAMILIES` it also has the table `per_layer_config`: layer ->
     the settings in which the layer differs from the dense model.
     """
     record, settings = record_of(model), dense_settings(model)
@@ -177,7 +178,10 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Convert a model to the class that is saved, if possible a stock class. Weights are shared, not copied."""
+    """Convert a model to the class that is saved, if possible a stock class, and to `dtype`, if given.
+
+    Weights are shared, not copied, unless their dtype changes.
+    """
     turn_off_rescaling(model)
     register_type(family_of(model).model_type)  # for records that were added after the import, or discovered
     exportable = stock_export(model) or pruned_export(model)
@@ -262,8 +266,8 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
         The pruned model.
 
     Raises:
-        UserError: if an argument or a mask has a wrong type.
-        ValueError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
+        UserError: if an argument has a wrong type, the model's type is not supported, or the masks do not fit the
+            model, as for `slice_model`.
     """
     require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
     require(masks, Masks, "The masks of apply_masks must be Masks, such as those of a run's result")
@@ -279,7 +283,10 @@ def save_pruned(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write config, modelling file, weights, generation config, tokenizer and a short README.md; all or nothing."""
+    """Write config, modelling file, weights, generation config, tokenizer and a short README.md; all or nothing.
+
+    Weights are cast to `dtype`, if given. `overwrite` replaces an earlier folder of gprune.
+    """
     folder = expanded(folder).resolve()
     existing = sorted(folder.glob("*")) if overwrite else []
     card = folder / "README.md"
@@ -364,7 +371,8 @@ def check_reload(
     """Check that a fresh process computes the same logits from the folder as the model in memory.
 
     The result is max |difference of logits| for ids (B, T), which is 0.0. Any other difference raises UserError. The
-    folder is removed if the check fails or is interrupted.
+    folder is removed if the check fails or is interrupted. `dtype` is as for `save_pruned`, and `placement` as for
+    `reloaded_logits`.
     """
     training = model.training
     weights = [(parameter, parameter.data) for parameter in model.parameters()]

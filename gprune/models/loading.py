@@ -86,29 +86,29 @@ def register_type(model_type: str) -> None:
 
 
 def pruned_classes(
-    family: str,
+    model_type: str,
 ) -> tuple[type[PreTrainedConfig], type[PreTrainedModel] | None, type[PreTrainedModel] | None]:
-    """Return the pruned classes of a family: config, base model (without a head), and language model.
+    """Return the pruned classes of a dense model type: config, base model (without a head), and language model.
 
     The language model is the one for text only if transformers has it, and otherwise the one for images and text. A
-    model class is None if transformers does not list exactly one class for the family.
+    model class is None if transformers does not list exactly one class for the type.
     """
-    config_name = f"Pruned{CONFIG_MAPPING[family].__name__}"
+    config_name = f"Pruned{CONFIG_MAPPING[model_type].__name__}"
 
     def pruned_class(stock_name: str | tuple[str, ...] | None) -> type[PreTrainedModel] | None:
         if not isinstance(stock_name, str):  # a tuple: transformers chooses by other values of the config
             return None
         return getattr(modeling_pruned, modeling_pruned.pruned_name(stock_name, config_name))
 
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
-    with_head = causal or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
-    base = MODEL_MAPPING_NAMES.get(family)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    with_head = causal or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+    base = MODEL_MAPPING_NAMES.get(model_type)
     return getattr(modeling_pruned, config_name), pruned_class(base), pruned_class(with_head)
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a SHA-256 (16 hex digits) of a model's configuration and all parameters (names, shapes, dtypes, bytes).
+    """Return a SHA-256 (16 hex digits) of a model's configuration and state dictionary (names, shapes, dtypes, bytes).
 
     For models with code of their own it includes the class, whose module name contains a hash of the code. Models with
     equal fingerprints have equal statistics; the fingerprint is part of cache keys.
@@ -137,7 +137,7 @@ def locate_model(name: str) -> str:
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the configuration of a model."""
+    """Read the configuration of a model by embedded name, folder or hub id. Register the types of exports first."""
     location = locate_model(name)
     register()  # for records that were added after the import
     remedy = ". Use a causal language model; without network, an embedded model or a local folder."
@@ -199,9 +199,9 @@ def load_weights(
 
 
 def has_usable_generation_config(location: str | Path) -> bool:
-    """Return whether generation_config.json is valid, or missing and thus made from config.json by transformers.
+    """Return whether generation_config.json is valid, missing or not JSON, and otherwise log a warning.
 
-    Otherwise log a warning.
+    In the latter two cases transformers makes the configuration from config.json.
     """
     try:
         GenerationConfig.from_pretrained(location)
@@ -279,7 +279,7 @@ register()  # so that exports load after importing this module
 
 
 def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Check that a model loads exactly as it was saved, before weights are loaded.
+    """Check that a model loads exactly as it was saved, with a tokenizer. Return the model without weights.
 
     Only headers of weight files are read. A model on the hub is downloaded.
     """

@@ -157,7 +157,10 @@ def frozen_head_losses(
 
 
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
-    """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32."""
+    """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32.
+
+    `teacher` is the `final_hidden` of a teacher, as in `frozen_head_losses`. Without it the loss is the cross-entropy.
+    """
     head = model.get_output_embeddings()
     # If a model is on several devices, a head that is tied to the embeddings is not on that of the last layer.
     device = head.weight.device

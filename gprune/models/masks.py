@@ -24,7 +24,7 @@ from gprune.models.offload import device_of
 class Masks:
     """Keep masks, True = keep, one tensor per block."""
 
-    # (neurons,) bool, or (experts x neurons,) with equally many kept in every expert. An expert that keeps none is
+    # (neurons,) bool, or (experts x neurons,), where experts keep equally many or none. An expert that keeps none is
     # removed with its row of the router, if others keep some.
     ffn: list[Tensor]
     attention: list[Tensor]  # (kv_groups,) bool; all True when attention is out of scope
@@ -191,7 +191,7 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
 @contextmanager
 def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Skip layers while the context lasts: they return their input."""
+    """Let the layers of removed blocks (by number) return their input while the context lasts."""
 
     def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook that replaces the hidden states in a layer's output by those in its input."""

@@ -40,7 +40,7 @@ class PrunedConfig:
         """Skip checks of global numbers of heads, which do not apply if layers differ."""
 
     def to_dict(self):
-        """Add keys for older versions of transformers, and the name of this file."""
+        """Add keys for older versions of transformers, and an `auto_map` with the name of this file."""
         output = super().to_dict()
         output |= legacy_rope_settings(output)
         module = __name__.rsplit(".", 1)[-1]
@@ -71,8 +71,8 @@ def pruned_name(stock_name, config_name):
 def legacy_rope_settings(settings):
     """Return `rope_theta` and `rope_scaling` as transformers before version 5 reads them.
 
-    It does not read `rope_parameters`, and would silently use the theta of the type's default config, such as 10000.
-    `settings` is the content of a config.json of version 5. Empty if it has no single theta.
+    These versions do not read `rope_parameters`, and would silently use the theta of the type's default config, such as
+    10000. `settings` is the content of a config.json of version 5. The result is empty if it has no single theta.
     """
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" not in rope:
@@ -88,7 +88,9 @@ class PrunedModel:
     def __init__(self, config):
         """Construct the dense model of a pruned config, and slice its layers."""
         dense_config = copy.copy(config)
-        if "added_biases" in config.__dict__:  # otherwise the table is the dense model's, such as Gemma 4's head sizes
+        # `added_biases` marks a table of ours. Another `per_layer_config` is the dense model's, such as Gemma 4's head
+        # sizes, and is needed to construct the dense model.
+        if "added_biases" in config.__dict__:
             for attribute in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old transformers
                 dense_config.__dict__.pop(attribute, None)
         super().__init__(dense_config)
@@ -105,7 +107,7 @@ class PrunedModel:
         for layer, own in zip(layers_of(self, config), sizes_by_layer(config), strict=True):
             slice_to_sizes(layer, text_config, own)
         if not experts_aligned(self):
-            config._experts_implementation = "eager"
+            config._experts_implementation = "eager"  # grouped kernels do not support these widths
 
     @classmethod
     def is_custom_code(cls):

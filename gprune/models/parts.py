@@ -143,7 +143,10 @@ def names_in(layout: str) -> list[str]:
 
 
 def part_row_indices(layout: str, sizes: Mapping[str, int], units: int) -> dict[str, Tensor]:
-    """Return the row indices of each part in a fused weight, int64, ordered by unit."""
+    """Return the row indices of each part in a fused weight, int64, ordered by unit.
+
+    `sizes` has the number of rows of each part, which are equally many for each of the `units` units.
+    """
     indices: dict[str, Tensor] = {}
     start = 0
     for segment in layout.split("|"):

@@ -92,7 +92,10 @@ def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
 def slice_to_files(
     model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
 ) -> PreTrainedModel:
-    """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file."""
+    """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file.
+
+    Before a layer is written, `revise(dense_block, pruned_block)` may change its sliced weights.
+    """
     check_masks(model, masks)
     pruned = skeleton(copy.deepcopy(model.config), type(model), record=record_of(model)).eval().requires_grad_(False)
     for name, parameter in pruned.named_parameters():
@@ -292,7 +295,7 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     """Raise UserError unless the model is not quantised, and masks are bool, fit the widths, and can be applied.
 
     The latter needs at least one block; units of both scopes or of neither in each block; equally many neurons of all
-    experts of a block; and all or none of the blocks of a layer.
+    kept experts of a block, and enough of these for its router; and all or none of the blocks of a layer.
     """
     refuse_quantised(model.config)
     blocks = blocks_of(model)
@@ -329,7 +332,7 @@ def _check_experts(block: Block, keep: Tensor, config: PreTrainedConfig) -> None
     counts = set(keep.view(block.experts, -1).sum(1).tolist())
     if len(counts - {0}) > 1:
         raise UserError(f"Masks.ffn[{block.index}] must keep equally many neurons of every expert; got {counts}.")
-    if len(counts) < 2:
+    if len(counts) == 1:  # all experts are kept, or the whole block is removed
         return
     name = f"Experts of block {block.index} (model type '{config.model_type}')"
     if why := why_experts_stay(block):
@@ -382,7 +385,7 @@ def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) 
 
 
 def _select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
-    """Return the indices along `dim` where `keep` (bool) is True, as a new contiguous tensor.
+    """Return the part of a tensor at indices along `dim` where `keep` (bool) is True, as a new contiguous tensor.
 
     `index_select` copies even if all are kept.
     """

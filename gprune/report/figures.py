@@ -120,6 +120,9 @@ def plain_ticks(axis: Axis) -> None:
     low, high = sorted(axis.get_view_interval())
     is_short = high / low < 5
     axis.set_minor_formatter("{x:g}" if is_short else "")
+    # Minor ticks are shorter. With this pad the numbers of both kinds have the same distance from the axis.
+    major, minor = (matplotlib.rcParams[f"{axis.axis_name}tick.{kind}.size"] for kind in ("major", "minor"))
+    axis.set_tick_params(which="minor", pad=matplotlib.rcParams[f"{axis.axis_name}tick.major.pad"] + major - minor)
 
 
 @style()

@@ -453,8 +453,10 @@ def corpora_table(groups: Sequence[SeedGroup]) -> Table:
     columns = ["run", "stage", "seeds", "seen / dense", "unseen / dense", "worst corpus", "worst / dense", "ahead on"]
     digits = dict.fromkeys(("seen / dense", "unseen / dense", "worst / dense"), 3)
     note = (
-        "Perplexity divided by that of the dense model: geometric means over corpora, and the unseen corpus with the "
-        "highest ratio. ahead on: unseen corpora on which no other line of the same dense model has a lower perplexity."
+        "seen / dense, unseen / dense: perplexity over that of the dense model, geometric mean over corpora (in "
+        "brackets 95 % intervals over windows or, if there are several, over seeds). worst corpus: the unseen corpus "
+        "with the highest ratio. ahead on: unseen corpora on which no other line of the same dense model has a lower "
+        "perplexity."
     )
     return Table("corpora", "Many corpora", columns, rows, digits, note)
 

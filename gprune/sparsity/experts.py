@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.errors import UserError
 from gprune.features import Feature, attribute, entry_figure
 from gprune.importance.metrics import EXPERT_IMPORTANCE
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS_PER_BYTE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,7 +134,7 @@ def overshoot(plan: Any) -> str:
     cost, currency = plan.budget.overshoot, plan.cfg.sparsity.currency
     if not cost:
         return ""
-    amount = f"{cost // HALF_BITS:,} bytes" if currency == "bytes" else f"{cost:,} {currency}"
+    amount = f"{cost // HALF_BITS_PER_BYTE:,} bytes" if currency == "bytes" else f"{cost:,} {currency}"
     return f"; a whole number of experts is {amount} more than the target"
 
 

@@ -28,7 +28,7 @@ MIN_KEPT = 1000  # smallest size that may be kept, in parameters or bytes
 MAX_RATIO = 1000  # largest speedup
 TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
 LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
-HALF_BITS = 16  # half-bits per byte; byte budgets are counted in half-bits because q8_0 takes 8.5 bits per weight
+HALF_BITS_PER_BYTE = 16  # byte budgets are counted in half-bits, because q8_0 takes 8.5 bits per weight
 FORMS = (
     "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
     "a speedup such as 1.4x, or a rise in perplexity such as +5% (at most +1000%)"
@@ -89,7 +89,7 @@ class Target(Feature):
         if self.unit == "x":
             kept = model / self.number
         elif self.unit == "bytes":
-            kept = self.number * HALF_BITS
+            kept = self.number * HALF_BITS_PER_BYTE
         else:
             kept = self.number
         return model - math.floor(kept)
@@ -102,7 +102,8 @@ class Target(Feature):
         kept = model - removed
         if self.unit in ("parameters", "bytes"):
             bound = "at most" if least else "at least"
-            return f"{bound} {kept:,}" if self.unit == "parameters" else f"{bound} {kept / HALF_BITS / 2**20:.1f}MiB"
+            mebibytes = kept / HALF_BITS_PER_BYTE / 2**20
+            return f"{bound} {kept:,}" if self.unit == "parameters" else f"{bound} {mebibytes:.1f}MiB"
         bound = "at least" if least else "at most"
         if self.unit == "x":
             hundredths = 100 * model // max(kept, 1) + least  # rounded to the side of valid targets

@@ -44,7 +44,7 @@ def model_versions() -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the git revision, package versions and the device, as stored in the manifest of a run."""
+    """Return git revision, versions, machine, threads, GPU and user modules, as stored in the manifest of a run."""
     described = {
         "git_revision": git_revision(),
         "python": platform.python_version(),

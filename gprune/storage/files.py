@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders; safetensors and JSON that are verified when they are read; the cache.
+"""All-or-nothing writes of files and folders; safetensors and JSON that are verified when they are read; the cache.
 
 Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written beside its destination, and renamed
 when it is complete: text as a temporary file, everything else in a scratch folder. A file stores the hash of its
@@ -42,11 +42,12 @@ FORMER = "former"  # name in a scratch folder of the folder that is being replac
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Context manager that writes a file or folder atomically: a temporary path becomes `path` on success.
+    """Context manager that writes a file or folder completely or not at all.
 
-    On failure the temporary file is removed, and `path` stays as it was. The temporary path is in a scratch folder
-    beside `path` and has the same name, because files may store their name. Files get the default mode of new files
-    (safetensors would make them readable for the owner only).
+    A temporary path becomes `path` on success. On failure it is removed, and `path` is as before. The temporary path is
+    in a scratch folder beside `path` and has the same name, because files may store their name. Files get the default
+    mode of new files (safetensors would make them readable for the owner only). A file is replaced atomically, and a
+    folder by two renames.
     """
     with disk_errors(path), scratch_folder(path) as folder:
         temporary = folder / path.name
@@ -125,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
 
 @rank_zero_only
 def write_json(path: Path, content: dict[str, Any], *, run: str | None = None, width: int = 0) -> None:
-    """Write a JSON object, with its checksum and the key of its `run`, if any."""
+    """Write a JSON object, with its checksum and the key of its `run`, if any. For `width` see `_format_lines`."""
     content = json.loads(json.dumps(content, allow_nan=False))  # a copy, as it will be read
     if run:
         content["run"] = run
@@ -163,7 +164,8 @@ def inspect_json(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Read JSON and return (content, None), or (None, reason) if the file is missing, truncated, altered or foreign.
 
-    The reason for a missing file is `MISSING`.
+    The reason for a missing file is `MISSING`. A file of another `run` is foreign. `check` raises ValueError for
+    content that is invalid for the caller.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +207,7 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 @rank_zero_only
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save tensors, with their content hash and the file's name in the metadata."""
+    """Save tensors, with their content hash, the file's name and `metadata`, such as the key of the run."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     marks = {**(metadata or {}), "content_hash": content_hash(tensors), "file": path.name}
     with replacing(path) as temporary:
@@ -215,7 +217,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> dict[str, Tensor] | None:
-    """Read tensors. Return None if the file is missing or, with a warning, if it is truncated, altered or foreign."""
+    """Read tensors. Return None if the file is missing or, with a warning, if it is truncated, altered or foreign.
+
+    With `once`, the hash of an unchanged file is verified once per process. A file of another `run` is foreign.
+    """
     try:
         stat = path.stat()
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)

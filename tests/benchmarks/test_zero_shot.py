@@ -17,7 +17,7 @@ from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.report.tables import evaluation_table
 from tests.benchmarks.conftest import questions, write_task
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("data")
