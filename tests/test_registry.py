@@ -21,8 +21,8 @@ from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked
 from gprune.sparsity.budget import Budget, block_units
 from tests import registries
 from tests.calibration.test_collector import batches
-from tests.conftest import collect, make_tiny_llama
 from tests.tiny_families import some_masks
+from tests.tiny_llama import collect, make_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def _restore_registries():
 
 
 # --- kinds of functions ---------------------------------------------------------------------------------------------
-# Each function registers one of a kind that returns `spoil(valid tensor, an input)`, and returns the result of gprune.
+# Each function registers a function of one kind, which returns `spoil(valid tensor, an input)`, and returns the tensor
+# that gprune makes with it.
 
 
 def by_metric(tiny, spoil):
@@ -89,7 +90,7 @@ def by_model(tiny, spoil):
     return small.model.layers[0].mlp.down_proj.weight
 
 
-KINDS = {
+KINDS = {  # beginning of the message about an invalid value
     "Importance metric 'mine' must give scores": by_metric,
     "Allocation 'mine' must give Masks, or margins": by_margins,
     "Allocation 'mine' must give thresholds": by_thresholds,

@@ -17,7 +17,7 @@ from gprune.__main__ import run as command
 from gprune.benchmarks import measurement
 from gprune.benchmarks.placement import placement
 from gprune.benchmarks.settings import Benchmarks
-from gprune.benchmarks.tasks import zero_shot
+from gprune.benchmarks.tasks import measure_tasks
 from gprune.evaluation.intervals import paired_difference
 from gprune.models.offload import is_offloaded
 from gprune.storage.files import key_of, read_json, write_json
@@ -68,7 +68,7 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     out = capsys.readouterr().out
     records = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
     assert set(records) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
-    (in_memory,) = zero_shot(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
+    (in_memory,) = measure_tasks(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
     exported = records["gprune", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5

@@ -24,7 +24,7 @@ from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 
 SETTING = {"batch": 1, "prompt": 8, "generate": 2}
 TABLE = {"neurons": [[1, 1e-3], [24, 3e-3], [48, 4e-3]], "groups": [[1, 3e-3], [2, 4e-3]], "rest": 2e-3, "spread": 0.0}

@@ -21,9 +21,9 @@ from gprune.models.copies import skeleton
 from gprune.models.surgery import slice_model
 from gprune.storage.files import write_json
 from tests import synthetic_run
-from tests.conftest import make_tiny_llama
 from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned, needs_llama_cpp
 from tests.models.test_surgery import random_masks
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import isolated, tiny_tokenizer
 
 # Sizes of a model whose rows fit the blocks of all types.

@@ -32,11 +32,11 @@ from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS_PER_BYTE
 from gprune.storage import wheels
 from tests import tiny_run
-from tests.conftest import make_tiny_llama
 from tests.export.test_hf import LLAMA3_ROPE
 from tests.export.test_hf import make_pruned as pruned_llama
 from tests.models.test_surgery import masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer
 
 SIZE = 288  # number of embeddings, which is larger than the vocabulary of `byte_tokenizer`

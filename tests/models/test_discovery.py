@@ -30,8 +30,8 @@ from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
-from tests.conftest import collect
 from tests.models.records_by_hand import BY_HAND
+from tests.tiny_llama import collect
 
 # Types of different structure: separate and fused projections, interleaved and stacked experts, biases and sinks, norms
 # over all heads, latent and linear attention, Mamba, convolutions, dense layers between expert layers, parallel blocks,

@@ -36,8 +36,8 @@ from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
-from tests.conftest import collect
 from tests.tiny_families import SIZES, TYPES, WITH_EXPERTS, make_tiny, some_masks
+from tests.tiny_llama import collect
 
 EXPERTS = WITH_EXPERTS
 NEURONS = 48  # differs from all other sizes of the tiny models

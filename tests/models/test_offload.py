@@ -42,10 +42,10 @@ from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
-from tests.conftest import collect
 from tests.export.test_hf import load_with_own_head
 from tests.models.test_families import EXPERTS
 from tests.tiny_families import TYPES, make_tiny, some_masks, tiny_of
+from tests.tiny_llama import collect
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"

@@ -15,8 +15,8 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks, masked
 from gprune.models.modeling_pruned import experts_aligned
 from gprune.models.surgery import slice_model, widths
-from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny
+from tests.tiny_llama import make_tiny_llama
 
 
 def random_masks(neurons: list[int], groups: list[int], of_neurons=48, of_groups=2, seed: int = 0) -> Masks:

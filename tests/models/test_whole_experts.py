@@ -25,8 +25,8 @@ from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
-from tests.conftest import collect, hooks_of
 from tests.registries import restored
+from tests.tiny_llama import collect, hooks_of
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -28,8 +28,8 @@ from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to
 from gprune.storage.files import read_json, write_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
-from tests.conftest import collect
 from tests.tiny_families import TYPES, WITH_EXPERTS, make_tiny, some_masks
+from tests.tiny_llama import collect
 
 DENSE = [name for name in TYPES if name not in WITH_EXPERTS]
 RIDGE = 0.01

@@ -20,8 +20,8 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.whole_blocks import choose_blocks
 from tests import tiny_run
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.conftest import collect, make_tiny_llama
 from tests.models.test_surgery import masks_without
+from tests.tiny_llama import collect, make_tiny_llama
 
 BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
 

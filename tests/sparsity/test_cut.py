@@ -17,7 +17,7 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import BlockCosts
 from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 
 
 def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> list[BlockUnits]:

@@ -23,8 +23,8 @@ from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
-from tests.conftest import collect, make_tiny_llama
 from tests.registries import restored
+from tests.tiny_llama import collect, make_tiny_llama
 
 
 @pytest.mark.parametrize(
