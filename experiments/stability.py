@@ -27,8 +27,8 @@ from .summary import runs_of
 COLUMNS = ["unit", "Jaccard", "chance", "beyond chance"]
 DIGITS = dict.fromkeys(COLUMNS[1:], 3)
 NOTE = (
-    "Jaccard index of kept units, mean over blocks; chance: its expectation for independent masks of the same widths; "
-    "beyond chance: (Jaccard - chance) / (1 - chance)."
+    "Jaccard index of the kept units of two runs, mean over blocks (several seeds: and over pairs of seeds); chance: "
+    "its expectation for independent masks of the same widths; beyond chance: (Jaccard - chance) / (1 - chance)."
 )
 
 

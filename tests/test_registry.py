@@ -21,8 +21,8 @@ from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked
 from gprune.sparsity.budget import Budget, block_units
 from tests import registries
 from tests.calibration.test_collector import batches
-from tests.conftest import collect, make_tiny_llama
 from tests.tiny_families import some_masks
+from tests.tiny_llama import collect, make_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def _restore_registries():
 
 
 # --- kinds of functions ---------------------------------------------------------------------------------------------
-# Each function registers one of a kind that returns `spoil(valid tensor, an input)`, and returns the result of gprune.
+# Each function registers a function of one kind, which returns `spoil(valid tensor, an input)`, and returns the tensor
+# that gprune makes with it.
 
 
 def by_metric(tiny, spoil):
@@ -89,7 +90,7 @@ def by_model(tiny, spoil):
     return small.model.layers[0].mlp.down_proj.weight
 
 
-KINDS = {
+KINDS = {  # beginning of the message about an invalid value
     "Importance metric 'mine' must give scores": by_metric,
     "Allocation 'mine' must give Masks, or margins": by_margins,
     "Allocation 'mine' must give thresholds": by_thresholds,
@@ -186,7 +187,6 @@ MASKS = {  # a change of valid masks, and words of the message
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
     "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
     "one block fewer": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
-    "a list": (lambda m: m.ffn, "Masks; got list"),
 }
 
 
@@ -200,9 +200,18 @@ def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny)
     model, statistics, scores, budget = tiny
     valid = allocate("uniform", scores, statistics, blocks_of(model), budget)
     change, message = MASKS[row]
-    assert checked_masks(ALLOCATION, "mine", valid, budget) == valid
+    result = valid
+    allocation("mine")(lambda *_: result)
+    assert allocate("mine", scores, statistics, blocks_of(model), budget) == valid
+    result = change(valid)
     with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
-        checked_masks(ALLOCATION, "mine", change(valid), budget)
+        allocate("mine", scores, statistics, blocks_of(model), budget)
+
+
+def test_a_list_instead_of_masks_is_refused(tiny):
+    """As the result of a registered learner. An allocation that returns lists returns margins."""
+    with pytest.raises(UserError, match=r"^Allocation 'mine' must return Masks; got list\.$"):
+        checked_masks(ALLOCATION, "mine", [], tiny[3])
 
 
 def test_masks_of_an_allocation_of_whole_blocks_must_remove_the_target(tiny):

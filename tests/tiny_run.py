@@ -6,6 +6,7 @@ assert main(world.args(folder / "runs")) == 0
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
+from lightning.fabric.utilities import registry as lightning_registry
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +37,7 @@ from gprune.cli import main
 from gprune.export import hf, reload
 from gprune.method import prune, summary
 from gprune.runs.results import PruningResult, load_run
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"][:124]
@@ -119,7 +121,11 @@ def make_world(folder: Path) -> World:
 
 @contextmanager
 def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
-    """Use the given cache and environment variables, and restore them and the logging setup at the end."""
+    """Use the given cache and environment variables, and restore the environment and the logging setup at the end.
+
+    Args:
+        environment: values by name; None removes a variable. Three inherited variables are removed in any case.
+    """
     logger = logging.getLogger("gprune")
     handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +142,7 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
 
 
 def world_with_cache(folder: Path) -> Iterator[World]:
-    """Yield a world in `folder` with a cache of its own, as a module's fixture `world` does."""
+    """Yield a world in `folder`, and use a cache of its own meanwhile. For fixtures `world` of modules."""
     world = make_world(folder)
     with isolated(folder / "cache"):
         yield world
@@ -152,12 +158,14 @@ WRITE_PAGES, WRITE_FIGURES = prune.write_pages, summary.write_figures
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
-    """Replace the two slowest parts of tiny runs; `conftest.py` does so for all tests.
+    """Replace the slowest parts of tiny runs; `conftest.py` does so for all tests.
 
     - The export is reloaded in this process, except in tests with the fixture `fresh_process` and in scripts.
     - A run draws no figures and writes no page, except after `draw`.
+    - Lightning looks for callbacks of installed packages once, and not for each Trainer.
     """
     patch.setattr(hf, "subprocess", SimpleNamespace(run=in_this_process))
+    patch.setattr(lightning_registry, "entry_points", functools.cache(lightning_registry.entry_points))
     patch.setattr(prune, "write_pages", lambda run: None)
     patch.setattr(summary, "write_figures", lambda *_: [])
 

@@ -22,8 +22,8 @@ PRUNING_SETTINGS = ("gprune", "importance", "partition", "reliability", "sparsit
 def without_pruning(cfg: RunConfig, recovery: str, subject: str = "A model made elsewhere") -> RunConfig:
     """Return a copy with the defaults of the settings of pruning, and with the recovery `none` or `distill`.
 
-    Raise UserError, whose message begins with `subject`, for another recovery, several processes, sharding, offloading
-    and GGUF.
+    Raise UserError, whose message begins with `subject`, for another recovery, several processes, sharding, offloading,
+    a dry run and GGUF.
     """
     if recovery not in ("none", "distill"):
         raise UserError(f"{subject} needs --recovery none or distill; got {recovery}.")

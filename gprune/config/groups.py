@@ -53,7 +53,7 @@ DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `budget.d
 
 
 def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
-    """Return a width multiple: a number, `DEFAULT_MULTIPLE`, or None for auto."""
+    """Return a width multiple: a number that passes pydantic's `check`, `DEFAULT_MULTIPLE`, or None for auto."""
     if value == "auto":
         return None
     if isinstance(value, str) and value != DEFAULT_MULTIPLE:
@@ -289,7 +289,7 @@ class CorporaConfig(Group, prefix="corpora."):
 
     @property
     def scored(self) -> list[str]:
-        """Corpora of `score`, which are those of `drift` by null."""
+        """Corpora of `score`; those of `drift` if `score` is null."""
         return self.drift if self.score is None else self.score
 
 
@@ -359,7 +359,7 @@ def _sort_scope(scope: Any) -> str:
 
 
 def _default_width_multiple(settings: dict[str, Any]) -> str | None:
-    """Return `DEFAULT_MULTIPLE` or, for a speed target such as 1.4x, None (`auto`)."""
+    """Return `DEFAULT_MULTIPLE` or, for a speed target such as 1.4x without `cost`, None (`auto`)."""
     counts_seconds = str(settings.get("target")).endswith("x") and not settings.get("cost")
     return None if counts_seconds else DEFAULT_MULTIPLE
 

@@ -189,7 +189,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if not isinstance(code, dict) or not all(isinstance(value, str | None) for value in code.values()):
         raise UserError(f"The settings must have code as a mapping of modules to hashes; got {format_value(code)}.")
     cfg = RunConfig()
-    optional = {name: {} for name in ("options", "speed") if name in settings}
+    optional = {name: {} for name in ("options", "speed") if name in settings}  # stored only if the run uses them
     for group, expected in (cfg.settings() | optional).items():
         stored = settings.get(group)
         if group not in GROUPS:
@@ -260,7 +260,7 @@ class FlagParser(Parser):
     """
 
     def __init__(self, prog: str = "train.py", args: Sequence[str] = (), *, full_help: bool = True):
-        """Add a flag for each setting, and the flags in `args` that mean part of one, such as --options.mine.power.
+        """Add a flag for each setting, and flags in `args` that are part of one (--options.mine.power) or unknown.
 
         Without `full_help`, the help has examples and `MAIN_FLAGS` with their first sentence.
         """

@@ -263,7 +263,7 @@ class RunConfig(Group):
 
     @property
     def learns(self) -> bool:
-        """Whether thresholds are learned."""
+        """Whether thresholds or offsets are learned."""
         return self.gprune and ALLOCATION[self.sparsity.allocation].learned
 
     @property
@@ -310,7 +310,7 @@ class RunConfig(Group):
 
     @property
     def recovery_measurements(self) -> int:
-        """Number of measurements of development perplexity while a recovery trains."""
+        """Number of measurements of development perplexity while a recovery trains: by default after each quarter."""
         windows, batch_size = len(self.corpora.recover) * self.fresh_windows, self.distill.batch_size
         return self.trainer.measurements(windows, batch_size, 0.25, accumulate=self.distill.accumulate)
 
@@ -336,7 +336,7 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics that the run reads. No projection is solved again if neurons are not in scope."""
+        """Extra statistics that the run reads; without neurons in scope not gram, as no projection is solved again."""
         read = set(EXTRAS) if "ffn" in self.sparsity.scope else set(EXTRAS) - {"gram"}
         return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in read)
 
@@ -398,7 +398,7 @@ class RunConfig(Group):
 
     @property
     def trials(self) -> list[str]:
-        """The recovery of every model that is measured at most to find how much is removed; empty if that is known."""
+        """The recovery of each model that the search for a quality measures at most; empty without a search."""
         return Target.of(self.sparsity.target).trials(self)
 
     @property
@@ -414,7 +414,10 @@ class RunConfig(Group):
         return list(dict.fromkeys(name for names in self.roles.values() for name in names))
 
     def check_names(self) -> None:
-        """Raise UserError for unknown or repeated corpora. No text is read."""
+        """Raise UserError for unknown or repeated corpora, and if an evaluated train split is also used otherwise.
+
+        No text is read.
+        """
         for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
         for role in ("score", "drift", "learn", "recover", "evaluate"):

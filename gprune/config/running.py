@@ -217,7 +217,7 @@ class TrainerConfig(Group, prefix="trainer."):
     """Report the operation whose gradient is NaN, and stop. Slow."""
 
     def model_post_init(self, _: Any) -> None:
-        """Raise UserError for a fraction above 1, which is neither a number of batches nor a share."""
+        """Raise UserError for a float `val_check_interval` above 1: neither a number of batches nor a share."""
         interval = self.val_check_interval
         if isinstance(interval, float) and interval > 1:
             raise UserError(
@@ -247,7 +247,8 @@ class TrainerConfig(Group, prefix="trainer."):
     ) -> tuple[int, int]:
         """Return the number of batches in an epoch, and the number of batches between two development measurements.
 
-        The interval is rounded up to whole optimizer steps.
+        The interval is `--trainer.val_check_interval`, by default `share` of the epoch, rounded up to whole optimizer
+        steps. Raise UserError if the flag is more than an epoch, or `--trainer.limit_train_batches` leaves no batch.
         """
         all_batches = math.ceil(windows / batch_size)
         batches = all_batches
@@ -275,7 +276,8 @@ class TrainerConfig(Group, prefix="trainer."):
     ) -> int:
         """Return the number of measurements of development perplexity before, during and after training.
 
-        The last measurement is after the last step, also if the interval does not divide the batches of an epoch.
+        Arguments as for `validation_interval`. The last measurement is after the last step, also if the interval does
+        not divide the batches of an epoch.
         """
         batches, interval = self.validation_interval(windows, batch_size, share, accumulate=accumulate)
         after_last_step = int(batches % interval > 0)
@@ -295,6 +297,7 @@ class RunFolderConfig(Group, prefix="run."):
     """Minutes between checkpoints; 0: after every step. A killed run resumes from them with identical results."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError for a name that is not a folder name, or too long."""
         name = self.name or "run"
         if name in (".", "..") or name != os.path.basename(name) or len(os.fsencode(name)) > 200:
             raise UserError(f"--run.name must be a folder name of at most 200 bytes; got '{name:.100}'.")

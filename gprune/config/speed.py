@@ -55,7 +55,7 @@ class Seconds(Currency):
         return "--sparsity.width_multiple auto" if cfg.sparsity.width_multiple is None else ""
 
     def identity(self, cfg: Any) -> dict[str, Any]:
-        """Return the workload. The table itself is an input of the run."""
+        """Return the workload if the run needs the table, which is itself an input of the run."""
         return {"speed": cfg.speed.workload()} if self.flag(cfg) else {}
 
     def refuse_settings(self, cfg: Any) -> None:
@@ -72,6 +72,7 @@ class Seconds(Currency):
         return pricing.measured["seconds"]
 
     def _table(self, pricing: Any) -> dict[str, Any] | None:
+        """Return `table` without its cache in `pricing`. Raise UserError if it is needed and cannot be measured."""
         import torch
 
         from gprune.evaluation.speed import speed_table
@@ -140,7 +141,7 @@ class Seconds(Currency):
         return summary
 
     def _reached(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
-        """Measure the speed of the pruned model in alternation with the dense model."""
+        """Return the summary's entry `speed`, with the pruned model measured in alternation with the dense model."""
         from gprune.evaluation.speed import describe_device, time_generation
 
         dense_cost = run.budget.model  # in units of time

@@ -1,8 +1,8 @@
 """Text of `--dry_run`: widths, parameters, tokens, FLOPs and peak memory of a plan.
 
 `tests/method/test_memory.py` compares the memory with real runs. Sizes: H hidden size, V vocabulary, L layers; N active
-neurons of the widest layer, and C its attention channels. `weight` is the bytes of a weight in `--model.dtype`, and
-`activation` those of a number in the precision of training.
+neurons of the widest layer, and C the largest number of attention channels. `weight` is the bytes of a weight in
+`--model.dtype`, and `activation` those of a number in the precision of training.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def describe(plan: Plan) -> str:
 def describe_text(plan: Plan) -> str:
     """Describe which corpora have enough text for the run, by cutting the windows of the run.
 
-    Corpora that would have to be downloaded are named and not read.
+    Corpora that would have to be downloaded are named and not read. Raise UserError if another one has too little text.
     """
     cfg, m = plan.cfg, plan.cfg.model
     corpora = dict.fromkeys([*cfg.train_corpora, *cfg.corpora.evaluate])
@@ -92,7 +92,7 @@ def describe_text(plan: Plan) -> str:
 
 
 def describe_widths(budget: Budget) -> str:
-    """Describe how many neurons and KV groups blocks keep if every module has the same sparsity."""
+    """Describe how many neurons and KV groups blocks keep if all of them are equally sparse."""
     masks = uniform_masks(budget.rest)
     kept_neurons = [int(mask.sum()) for mask in masks.ffn]
     kept_groups = [int(mask.sum()) for mask in masks.attention]
@@ -184,7 +184,7 @@ def estimated_peaks(plan: Plan) -> dict[str, Memory]:
 
 
 class MemoryEstimate:
-    """The terms of one process."""
+    """Estimates of the terms of `Memory`, in one process."""
 
     def __init__(self, plan: Plan):
         cfg, budget, blocks = plan.cfg, plan.budget, blocks_of(plan.skeleton)
@@ -210,7 +210,10 @@ class MemoryEstimate:
         return math.ceil(batch_size / self.cfg.processes) * self.cfg.corpora.seq_len
 
     def layer(self, tokens: int, *, activation: int, kept_share: float = 1.0) -> float:
-        """Activations of one layer that its backward pass needs: 16 H + 4 (N + C) numbers a token."""
+        """Activations of one layer that its backward pass needs, in bytes.
+
+        A token has 4 H numbers in float32, and 4 (N + C) numbers of `activation` bytes.
+        """
         return tokens * (16 * self.H + 4 * activation * (kept_share * self.N + self.C))
 
     def chunk_logits(self, *, teacher: bool) -> float:
@@ -219,7 +222,7 @@ class MemoryEstimate:
 
     @property
     def grams(self) -> float:
-        """Gram matrices in memory: of all corpora, or of one corpus on a GPU or layer by layer."""
+        """Gram matrices in memory: of all corpora on the CPU, of one corpus on a GPU, or of one layer and corpus."""
         if "gram" not in self.cfg.collects:
             return 0
         of_one_corpus, corpora = gram_bytes(blocks_of(self.plan.skeleton)), max(1, len(self.cfg.calibration_corpora))
@@ -257,15 +260,14 @@ class MemoryEstimate:
             activations += 2 * self.L * self.N * tokens
         return Memory(
             weights=self.weight * self.parameters,
-            gradients=8
-            * self.budget.total_parameters
-            * ("saliency" in cfg.collects),  # float32 sums of both halves of a corpus
+            # float32 sums of both halves of a corpus
+            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.collects),
             gram_matrices=self.grams,
             activations=activations,
         )
 
     def evaluate(self) -> Memory:
-        """Evaluation of a row: logits of one window, and their softmax."""
+        """Evaluation of a row: logits of one window and a copy, and on a GPU their float32 softmax."""
         logits = self.cfg.evaluation.seq_len * self.V * (2 * self.weight if self.cpu else 2 * self.weight + 8)
         tokens = self.tokens_of(self.cfg.corpora.batch_size)
         return Memory(

@@ -122,14 +122,15 @@ class MeasurementPlan(Plan):
         """Largest numbers of tokens (forward, forward and backward) by step: 9 recovers, 10 evaluates."""
         cfg = self.cfg
         forward, trained = self.recovery_tokens(cfg.recovery, counts_teacher=True)
-        of_row = 2 * cfg.evaluated_tokens  # by the model, and by the dense model for KL
-        return {9: (forward + cfg.evaluation.compared_tokens, trained), 10: (of_row // 2 + of_row * len(cfg.rows), 0)}
+        passes = 1 + 2 * len(cfg.rows)  # of the dense model, then of each row's model and again the dense model for KL
+        return {9: (forward + cfg.evaluation.compared_tokens, trained), 10: (passes * cfg.evaluated_tokens, 0)}
 
 
 def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:
     """Check settings and both models, and return the plan, before weights are loaded.
 
-    Raise UserError as `plan.make_plan`, and if the model is incomplete, too large for memory, or cannot be distilled.
+    Raise UserError as `plan.make_plan`, and if the model is incomplete, too large for memory, has too few positions, or
+    is to be distilled and cannot be.
     """
     plan = make_plan(cfg, callbacks)
     other = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
@@ -151,7 +152,10 @@ def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = No
 
 
 def _as_folder(model: Model, tokenizer: str | None = None) -> str:
-    """Return the folder or hub id of a model. A loaded model is saved to the cache, with a tokenizer."""
+    """Return the folder or hub id of a model. A loaded model is saved to the cache.
+
+    The tokenizer beside it is that of the model `tokenizer`, by default of the folder from which it was loaded.
+    """
     if not isinstance(model, PreTrainedModel):
         require(model, (str, os.PathLike), "A model must be a folder, a hub id or a loaded PreTrainedModel")
         return os.fspath(model)
@@ -312,7 +316,7 @@ def _export(run: Run, model: PreTrainedModel) -> None:
     if run.cfg.export.format == "none" or is_exported(run):
         return
     run.step(9, "Checking the recovered model")
-    # The process that reloads the model has this precision of matrix products.
+    # The model is reloaded in a new process, which has this precision of matrix products.
     with run.folder.step("save_and_check"), matmul_precision("highest"), torch.no_grad():
         difference = export_and_reload(run, model)
     run.folder.update_manifest(logits={"sliced_minus_reloaded": difference})

@@ -42,7 +42,7 @@ def evaluate(
     masks: Mapping[str, Masks],
     pruned: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """Step 10, and before recovery a part of step 9: perplexity of all rows on every evaluated corpus.
+    """Step 10: perplexity of all rows on every evaluated corpus. Without `pruned`, rows without recovery (in step 9).
 
     The rows are the dense model, the controls and the main row. Controls are pruned and recovered here. Finished rows
     are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split over processes,
@@ -83,7 +83,7 @@ def add_row(
     run: Run, records: list[dict[str, Any]], row: ResultRow, measure: Callable[..., PerplexityResult],
     model: PreTrainedModel, text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
 ) -> None:  # fmt: skip
-    """Measure a row's model, and add its records to `records` and `metrics.json`."""
+    """Measure a row's model, and add its records, with the entries `about`, to `records` and `metrics.json`."""
     for windows in text:
         result = measure(run, model, windows, row_name(*row))
         records.append(as_record(run, row, result, windows, leaked[windows.corpus]) | about)
@@ -103,7 +103,7 @@ def leaks(run: Run, also_used: Collection[str] = ()) -> dict[str, tuple[bool, fl
     """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text.
 
     A corpus counts as seen if the run uses its train split, if it is in `also_used`, or if the share is above
-    `SEEN_ABOVE`; the latter is logged as a warning.
+    `SEEN_ABOVE`. If the share is the only reason, a warning is logged.
     """
     used_corpora = {identity(name) for name in (*run.cfg.train_corpora, *also_used)}
     by_corpus = {}
@@ -180,7 +180,7 @@ def measure_perplexity(
 def as_record(
     run: Run, row: ResultRow, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
-    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol."""
+    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol and its entry of `leaks`."""
     cfg = run.cfg
     variant, recovery = row
     chain = recovery.split("+")

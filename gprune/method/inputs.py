@@ -89,7 +89,8 @@ def prepare_text(
     """Read and tokenize every corpus, and cut the windows of each role.
 
     The roles are calibration (`Text.train`), mask learning (`learn`), distillation (`fresh`), validation
-    (`development`) and evaluation (`test`).
+    (`development`) and evaluation (`test`). Token ids must be below `embeddings`, the rows of the model's embedding.
+    Corpora in `without` are left out.
     """
     windows = window_cutter(cfg, tokenizer, embeddings, without=without)
     calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
@@ -136,7 +137,7 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
         "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
         "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
         "fresh": Sample(
-            cfg.fresh_windows or 1,
+            cfg.fresh_windows or 1,  # 0 only if no recovery trains, and then not used
             c.seq_len,
             seed,
             bos=bos,
@@ -148,7 +149,7 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
             c.seq_len,
             bos=bos,
             flags=("--evaluation.development_samples", length_flag),
-            at_least=2 if e.development_samples is None else None,
+            at_least=2 if e.development_samples is None else None,  # a smaller corpus may have fewer by default
         ),
         "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
     }

@@ -32,7 +32,7 @@ from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, 
 from gprune.sparsity.budget import Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS_PER_BYTE
 
 MAX_CACHED_BYTES = 2**32  # limit of the dense model's hidden states that are cached for other rows
 
@@ -126,15 +126,16 @@ class Pricing:
         """
         export = self.cfg.export
         if export.format == "gguf":
-            of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS
+            of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS_PER_BYTE
             return parameter_costs(model, blocks, weight=lambda p: of_matrix if p.ndim > 1 else of_vector)
         dtype = getattr(torch, self.exported_dtype)
         in_float32 = {id(model.get_parameter(name)) for name in kept_in_float32(model, dtype)}
         return parameter_costs(
-            model, blocks, weight=lambda p: HALF_BITS * (4 if id(p) in in_float32 else dtype.itemsize)
+            model, blocks, weight=lambda p: HALF_BITS_PER_BYTE * (4 if id(p) in in_float32 else dtype.itemsize)
         )
 
 
+# Statistics by name in `Feature.needs`, if they are features themselves, because they take tokens or refuse models.
 STATISTICS: dict[str, Feature] = {"gram": Grams(), "saliency": Saliency(), "errors": BlockErrors()}
 
 
@@ -172,7 +173,7 @@ class Plan:
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
-        """Largest numbers of tokens (forward, forward and backward), by step: sums over the features of the run."""
+        """Largest numbers of tokens (forward, forward and backward), by step: of calibration, features and rows."""
         of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
         total: dict[int, tuple[int, int]] = {}
         for tokens in ({1: (self.calibration_tokens, 0)}, *of_features, self.row_tokens):
@@ -219,7 +220,10 @@ class Plan:
         return early, total - early
 
     def recovery_tokens(self, chain: str, *, counts_teacher: bool) -> tuple[int, int]:
-        """Return the (forward, forward and backward) tokens of one model's recovery, including development text."""
+        """Return the (forward, forward and backward) tokens of one model's recovery, including development text.
+
+        Without `counts_teacher`, passes of a teacher whose states are cached are not counted.
+        """
         cfg = self.cfg
         text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
         forward = trained = 0
@@ -264,7 +268,8 @@ class Plan:
 def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: bool = False) -> Plan:
     """Check settings, model and device, and return the plan, before weights are loaded.
 
-    The model is constructed from its configuration on the meta device, without weights.
+    The model is constructed from its configuration on the meta device, without weights. With `together` all
+    processes of the run make the plan, and agree on its precision; this may launch them.
     """
     cfg.validate()
     cfg.check_names()
@@ -311,7 +316,7 @@ def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.devic
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
-    """Raise UserError if flags do not fit the model's blocks or positions, or this machine."""
+    """Raise UserError if flags of export or length do not fit the model's blocks or positions, or this machine."""
     if cfg.export.format in FORMATS:
         target = format_named(cfg.export.format)
         uniform = cfg.sparsity.uniform_width

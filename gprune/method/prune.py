@@ -208,7 +208,7 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
     """Launch the run's processes. Return for each corpus whether its statistics are missing on at least one rank.
 
     Ranks may see different files in the cache. They have to decide together, otherwise they could enter different
-    collectives and deadlock.
+    collectives and deadlock. Raise UserError if they are at different runs.
     """
     fabric = launch_processes(run.cfg.trainer)
 
@@ -333,7 +333,10 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
 def base_masks(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
 ) -> dict[str, VariantMasks]:
-    """Return variant -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
+    """Return variant -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`).
+
+    Masks that nothing uses are left out if they would need errors of blocks, which take a pass over text.
+    """
     cfg, masks_of = run.cfg, {}
     for variant, corpora in cfg.scored_on.items():
         if variant != "gprune" and (not cfg.measures_errors or variant in error_corpora(cfg)):
@@ -344,7 +347,10 @@ def base_masks(
 def allocated_masks(
     run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
 ) -> VariantMasks:
-    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
+    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
+
+    The statistics are those of `corpora`. `name` is a key of `error_corpora`, if the allocation reads errors.
+    """
     cfg = run.cfg
     of_corpora = [statistics[corpus] for corpus in corpora]
     return VariantMasks(
@@ -398,7 +404,7 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
 def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatistics]) -> Drift:
     """Return the rank drift of one block's N neurons between the D drift corpora, and its noise floor."""
     cfg = run.cfg
-    if block.down is None:
+    if block.down is None:  # without an FFN
         no_neurons = torch.zeros(len(cfg.corpora.drift), 0, dtype=torch.float64)
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
         return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
@@ -643,7 +649,7 @@ def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
 def _learned_sparsity(
     stage: LightningModule, learner: str, ranks: ModuleRanks, masks: Masks, budget: Budget
 ) -> ModuleSparsity:
-    """Return what a learner has learned: thresholds and offsets if they give its masks, otherwise its masks too."""
+    """Return a learner's thresholds and offsets, if it has them, and also its masks unless these follow from them."""
     thresholds = getattr(stage, "thresholds", None)
     if thresholds is None:
         return ModuleSparsity(None, fixed_masks=masks)
@@ -677,7 +683,7 @@ def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> No
     """Log the measurements of each module, and its sparsity, which is the share of its neurons that masks remove."""
     sparsity = [module_means(~mask, block_labels) for mask, block_labels in zip(masks.ffn, modules.labels, strict=True)]
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
-    for step, row in enumerate(modules.rows()):
-        row["sparsity"] = float(sparsity[row["block"]][row["module"]])
-        scalars = {f"modules/{name}": float(row[name]) for name in names if row[name] is not None}
+    for step, numbers in enumerate(modules.rows()):
+        numbers["sparsity"] = float(sparsity[numbers["block"]][numbers["module"]])
+        scalars = {f"modules/{name}": float(numbers[name]) for name in names if numbers[name] is not None}
         log_scalars(loggers, {"modules/index": float(step)} | scalars, step=step)

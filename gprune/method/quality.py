@@ -44,8 +44,8 @@ FILE = "quality.json"
 FIRST_SPARSITY = 0.1  # sparsity of the first trial
 LEARNING_RESOLUTION = 0.01  # of the sparsity at which thresholds are learned
 EXPONENT = 1.5  # until two models are measured, log perplexity is assumed to rise with this power of the sparsity
-# Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
-# by 0.001 from one neuron to the next.
+# Tolerance of the search: the smaller of a share of the requested rise and a share of the dense perplexity. The curve
+# of SmolLM2 fluctuates by 0.001 from one neuron to the next.
 TOLERANCE = 0.05, 0.002
 TRAINED_TOLERANCE = 0.1, 0.005  # if each model has to be trained
 
@@ -75,7 +75,7 @@ class Trials:
         self.max_cut = math.ceil(run.budget.target / self.step)
 
     def cuts(self, sparsity: float) -> float:
-        """Return the number of smallest steps that remove a share of the scope."""
+        """Return the number of smallest steps of the budget that remove a share of the scope, not rounded."""
         return sparsity * self.run.budget.total / self.step
 
     def budget(self, cut: int) -> Budget:
@@ -142,6 +142,7 @@ class Trials:
         text = self.run.text.development
 
         def by_corpus(results: Sequence[PerplexityResult]) -> dict[str, list[float]]:
+            """Return corpus -> nll of each window, summed over its tokens."""
             pairs = zip(text, results, strict=True)
             return {w.corpus: result.window_nll for w, result in pairs if corpus in (None, w.corpus)}
 
@@ -151,14 +152,16 @@ class Trials:
     def search(
         self, row: ResultRow, masks_of: VariantMasks, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
-        """Search the largest cut of a row of the result table that keeps the quality, from another search.
+        """Search the largest cut of a row of the result table that keeps the quality, from the result of `after`.
 
-        The search ends within `resolution` cuts of one that does not keep the quality.
+        The search ends within the tolerance, within `resolution` cuts of one that does not keep the quality, at the
+        largest cut, or after `TRIES`.
         """
         learns = recovery_learns(row[1])
         share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
+            """Return the rise of the recovered model without `cut` steps."""
             budget = self.budget(cut)
             return self.rise(self.results(masks_of(budget), row, budget))
 
@@ -225,15 +228,15 @@ def with_quality_budget(
         log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
     budget = trials.budget(search.best.cut)
     masks = masks_at(budget)
-    rows = [_size_of_main_row(trials, search, budget, masks)]
+    rows = [_entry_of_main_row(trials, search, budget, masks)]
     trial = trials.number(masks, cfg.own_row)
     trials.write(reached={"asked": trials.requested_rise, "largest": is_largest, "trial": trial, "rows": rows})
     _remove_other_trials(trials, masks)
     return run.with_budget(budget)
 
 
-def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
-    """Return how many parameters the main row needs for the requested quality."""
+def _entry_of_main_row(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
+    """Return the main row's entry of `quality.json`: its size, and its predicted and measured ratios to dense."""
     run, row = trials.run, trials.run.cfg.own_row
     predicted_rise = search.best.predicted
     results = trials.results(masks, row, budget)

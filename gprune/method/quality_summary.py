@@ -19,8 +19,8 @@ WIDE = 0.5  # share of the requested rise by which a wide interval is above the 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     """Return the entry `quality` of the summary (see `numbers.entries`).
 
-    It has requested, predicted and measured quality, on development and on unseen text. `numbers` are rises of
-    perplexity above dense; the others are ratios to dense.
+    It has requested, predicted and measured quality, on development and on unseen text. The key `numbers` has
+    rises of perplexity above dense; other keys of the same names have ratios to dense.
     """
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row, target = reached["rows"][-1], run.cfg.sparsity.target

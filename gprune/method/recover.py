@@ -60,7 +60,7 @@ def prune_and_recover(
         shard=cfg.model.shard,
         teacher=run.teacher,
     )
-    # Only the first one of a chain may change blocks one at a time. Least squares is recoveries/least_squares.py.
+    # Only the first recovery of a chain may change blocks one at a time. Least squares is recoveries/least_squares.py.
     revise = recoveries[0].revise(material)
     if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.

@@ -157,7 +157,10 @@ class Run:
         self, what: str, stage: L.LightningModule, *, name: str = "", role: str = "",
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
-        """Construct the Trainer of one stage."""
+        """Construct the Trainer of one stage, and log the line `what`, whose first word is the default of `name`.
+
+        `name` and `role` are those of `fit`; `callbacks` follow those of the user.
+        """
         log.info("%s", what)
         t = self.cfg.trainer
         name = name or what.split()[0].lower()
@@ -283,7 +286,10 @@ def in_folder(
     plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
     callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
 ) -> Iterator[Run]:  # fmt: skip
-    """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
+    """Context with an open run of a loaded model: create or resume the folder, and open the loggers.
+
+    `asked_precision` is `--trainer.precision` before `auto` was resolved.
+    """
     cfg = plan.cfg
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()

@@ -1,4 +1,4 @@
-"""Save masks and the model of step 9, after checking that masked, sliced and reloaded logits agree."""
+"""Save masks and the model of step 9, and check that masked, sliced and reloaded logits agree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     exports = cfg.export.format != "none"
     if "logits" not in run.folder.manifest or (exports and not is_exported(run)):
         run.step(9, "Checking the pruned model")
-        # The process that reloads the model has this precision of matrix products.
+        # The model is reloaded in a new process, which has this precision of matrix products.
         with run.folder.step("save_and_check"), matmul_precision("highest"):
             checks = check_slices(run, pruned, masks[cfg.main_variant])
             if exports:
@@ -72,7 +72,7 @@ def is_exported(run: Run) -> bool:
 
 
 def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
-    """Write `model/` with the tokenizer, and return the difference of its reloaded logits from those of the model."""
+    """Write `model/` with the tokenizer, and return the largest difference of reloaded logits, 0 (`check_reload`)."""
     folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
     options = {"dtype": getattr(torch, dtype), **loading_arguments(run)}
@@ -94,7 +94,10 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
-    """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
+    """Compare logits of the sliced model and of the masked dense model on the first evaluated window.
+
+    Return their differences, or raise UserError if they are too large.
+    """
     cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
     unrecovered = (
@@ -134,7 +137,7 @@ def check_discovered_structure(run: Run) -> None:
     """Compare the masked with the sliced model before step 1, with a random half of the units, if they were discovered.
 
     The structure was found and checked on a tiny copy. The loaded model has the same class, but other settings. Nothing
-    is compared if the model type has a record, or if the model is offloaded or sharded.
+    is compared if the structure is that of a written record, or if the model is offloaded or sharded.
     """
     if not record_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return

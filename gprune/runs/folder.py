@@ -59,7 +59,7 @@ def check_manifest(content: dict[str, Any]) -> None:
 
 
 def check_metrics(content: dict[str, Any]) -> None:
-    """Raise ValueError unless the content of `metrics.json` has its names; the summary is written last."""
+    """Raise ValueError unless the content of `metrics.json` has its names. Only a finished run has a summary."""
     require_names("metrics", content, ("records",))
     for record in content["records"]:
         require_names("a record", record, RECORD)
@@ -145,7 +145,10 @@ class _RunningStep:
 
 
 class RunFolder:
-    """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step."""
+    """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step.
+
+    `count_tokens` returns the tokens so far by kind. `key` is the hash of the run's settings, which its files contain.
+    """
 
     def __init__(self, path: Path | str, count_tokens: Callable[[], dict[str, int]] = dict, *, key: str | None = None):
         self.path = Path(path)
@@ -283,8 +286,8 @@ class RunFolder:
     def part(self, *names: str, shared: bool = False) -> Iterator[None]:
         """Context that counts the tokens of a part of the running step, without those of inner parts.
 
-        A part that was interrupted and repeated in a later session is counted once, because only finished parts are
-        recorded.
+        Several names share the tokens evenly. With `shared` the ranks share the work, so their tokens are added. A part
+        that was interrupted and repeated in a later session is counted once, because only finished parts are recorded.
         """
         before = self._uncounted()
         yield

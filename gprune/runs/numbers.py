@@ -70,7 +70,7 @@ def on_same_windows(records: Sequence[Record], row: ResultRow) -> bool:
 
 
 def distance(records: Sequence[Record], row: ResultRow) -> dict[str, Estimate | None]:
-    """Return a row's mean `kl` from the dense model and `agreement` with it on unseen text; None if unknown."""
+    """Return a row's mean `kl` from the dense model and `agreement` with it on unseen text; None if not measured."""
     unseen = records_of(records, row, seen=False)
     if not unseen or any(r.get("kl") is None for r in unseen.values()):
         return {"kl": None, "agreement": None}
@@ -90,7 +90,10 @@ def unseen_ratio(
     other_row: ResultRow,
     number: str = "nll",
 ) -> Estimate | None:
-    """Ratio of the geometric-mean perplexities of two rows on unseen text, with a paired 95 % interval."""
+    """Ratio of the geometric-mean perplexities of two rows on unseen text, with a paired 95 % interval.
+
+    With `number="kl"` it is the ratio of exp(KL). None without unseen text, on different windows, or if not measured.
+    """
     denominator = records_of(other_records, other_row)
     numerator = {  # without corpora that the other row has seen
         corpus: r
@@ -111,7 +114,10 @@ def unseen_ratio(
 
 
 def estimates(records: Sequence[Record], row: ResultRow, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
-    """Means, gap, ratios, KL and agreement of a row, with intervals over windows; None for undefined numbers."""
+    """Means, gap, ratios, KL and agreement of a row, with intervals over windows; None for undefined numbers.
+
+    `base` are the records of the run whose row `BASE` is the denominator of `unseen_over_unrecovered_base`.
+    """
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
     seen = {r["corpus"]: r["seen"] for r in records}
     window_nll = by_row(records, "window_nll")
@@ -157,7 +163,7 @@ def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = N
     """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
 
     Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
-    `estimates`; `base` is as there. Ends of intervals are NaN if there is no interval.
+    `estimates`; `base` is that of `estimates`. Ends of intervals are NaN if there is no interval.
     """
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
     for row in by_row(records):

@@ -48,7 +48,7 @@ class FinishedRun:
     records: list[Record]
     summary: dict[str, Any]
     masks: Masks | None = None  # masks of the main row; None if they were not read or not stored
-    modules: Modules | None = None  # None also for a base run
+    modules: Modules | None = None  # None also with --gprune false
     evaluation: list[Record] = field(default_factory=list)  # records of `gprune evaluate`
     steps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # seconds, tokens, memory of each step
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions and machine
@@ -94,7 +94,7 @@ class PruningResult:
     path: Path
     config: RunConfig
     masks: Masks | None  # None for a model made elsewhere
-    modules: Modules | None  # None for a base run
+    modules: Modules | None  # None with --gprune false, and for a model made elsewhere
     thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups; None without modules
     statistics: Mapping[str, CorpusStatistics]  # by corpus
     records: list[dict[str, Any]]  # metrics.json
@@ -236,7 +236,7 @@ def _download_artifact(name: str) -> Path:
 
 
 def exported_model(run: Path) -> Path:
-    """Return the folder of the model that a run exported."""
+    """Return the folder of the model that a run exported. Raise UserError if its files were changed afterwards."""
     hashes = RunFolder(run).manifest.get("model")
     if hashes is not None and hashes != file_hashes(run / "model"):
         reason = "files were changed after the export"
@@ -251,7 +251,10 @@ def corpus_file(corpus: str) -> str:
 
 
 def config_of(run: FinishedRun) -> RunConfig:
-    """Read the configuration of a run from config.yaml."""
+    """Read the configuration of a run from config.yaml.
+
+    Raise UserError if the file was altered, or names a feature that is not registered.
+    """
     file = run.path / "config.yaml"
     try:
         settings = read_yaml(file, "The file must be YAML; got")

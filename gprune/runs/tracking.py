@@ -110,7 +110,7 @@ def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
 
 
 def wandb_arguments(cfg: RunConfig, other: str | None) -> dict[str, Any]:
-    """Arguments of `wandb_run` except `id`, for a run that prunes or, without pruning, measures the model `other`."""
+    """Arguments `name` to `config` of `wandb_run`, for a run that prunes or, with `other`, only measures that model."""
     s = cfg.sparsity
     arguments = {
         "name": cfg.run_name,
@@ -139,10 +139,10 @@ def wandb_id(key: str, cfg: RunConfig) -> str:
 
 @contextmanager
 def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
-    """Context in which a stage is trained, whose metrics W&B shows over tokens, with the name of a row if one is given.
+    """Context for training a stage. W&B shows its metrics over tokens and, unless `row` is empty, with the row's name.
 
     `distill/loss` becomes `distill/<row>/loss`, over the axis `distill/<row>/tokens`. Development perplexity keeps its
-    name for the run's main row, and becomes `controls/<row>/perplexity` for a control.
+    name, or with `control` becomes `controls/<row>/perplexity`.
     """
     row_key = key_part(row)
     groups = [f"{stage}/{row_key}" if row else stage]
@@ -183,7 +183,7 @@ def curves_hint(folder: Path) -> str:
 
 @rank_zero_only
 def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: int) -> None:
-    """Log values at a step of the Trainer to all loggers."""
+    """Log values to all loggers, with `step` as Lightning's step."""
     for logger in loggers:
         logger.log_metrics(values, step=step)
 
@@ -252,6 +252,8 @@ def wandb_run(
 ) -> Iterator[Any]:  # fmt: skip
     """Context with a W&B run, which is finished at the end. A run that is already open is used, and stays open.
 
+    It is None if W&B is disabled or cannot be started, and on other ranks than 0.
+
     Flags of `logging` have precedence, then W&B's environment variables ($WANDB_NAME and so on), then the arguments. A
     run that is already open keeps its name, group and tags. The configuration is stored in its config under `gprune`.
     """
@@ -295,7 +297,7 @@ def resumed_run(folder: Path, identity: Mapping[str, Any]) -> Iterator[wandb.Run
 
 @contextmanager
 def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
-    """Context with a new W&B run, which is finished at the end."""
+    """Context with a new W&B run, which is finished at the end. `latest`: whether `latest-run` becomes a link to it."""
     folder = Path(os.environ.get("WANDB_DIR") or folder)
     with suppress(OSError):  # W&B falls back to a temporary folder
         folder.mkdir(parents=True, exist_ok=True)

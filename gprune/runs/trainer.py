@@ -130,7 +130,8 @@ def _is_of_lightning(callback: L.Callback) -> bool:
 def _monitors_stage(callback: L.Callback, stage: L.LightningModule, role: str) -> bool:
     """Return whether a callback is used in a stage: not if it monitors a metric that only other stages log.
 
-    All stages except refinement (`partition`) log `development/...`. A metric with an unknown prefix may be the user's.
+    All stages that train, except refinement (`partition`), log `development/...`. A metric with an unknown prefix may
+    be the user's.
     """
     prefix = (getattr(callback, "monitor", None) or "").partition("/")[0]
     stage_prefixes = (role, getattr(stage, "curves", role))
@@ -218,7 +219,7 @@ def check_trainer(*, callbacks: Sequence[L.Callback] = (), **settings: Any) -> t
 
 
 def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
-    """Raise UserError for too many processes on this machine, and for several nodes without a launcher."""
+    """Raise UserError for more processes than 4 per core (or 8) without GPUs, and if a launcher is missing or wrong."""
     max_processes = max(8, 4 * (os.cpu_count() or 1))
     if devices > max_processes and (accelerator == "cpu" or not torch.cuda.is_available()):
         raise UserError(f"--trainer.devices must be {max_processes} or less on the CPU of this machine; got {devices}.")
@@ -256,7 +257,10 @@ def launch_processes(trainer: TrainerConfig) -> Fabric:
 
 @contextmanager
 def matmul_precision(precision: str, fastest_on: torch.device | None = None) -> Iterator[None]:
-    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end."""
+    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end.
+
+    On the device `fastest_on`, float32 products use the faster library, and a change of the precision is logged.
+    """
     before, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     if precision != before and fastest_on is not None:
         log.info("float32 matrix products in precision '%s' instead of '%s'", precision, before)
@@ -311,7 +315,8 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
     """Replace the precision `auto` in a configuration, and return the reason for the choice.
 
     A resumed run keeps its precision on any hardware. With float16 weights, training uses float32, because bfloat16 has
-    three bits of precision less. The default name of the run does not depend on the hardware.
+    three bits of precision less. The default name of the run does not depend on the hardware. With `together`
+    the processes of several nodes are launched, and agree.
     """
     if cfg.trainer.precision != "auto":
         return cfg, "--trainer.precision"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.errors import UserError
 from gprune.features import Feature, attribute, entry_figure
 from gprune.importance.metrics import EXPERT_IMPORTANCE
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS_PER_BYTE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ class WholeExperts(Feature):
     needs = frozenset({"routing"})
 
     def identity(self, cfg: Any) -> dict[str, Any]:
-        """Return the settings of whole experts, which identify no run without them."""
+        """Return the settings that identify a run only if whole experts are in scope."""
         names = ("expert_metric", "expert_share", "uniform_experts")
         return {"sparsity": {name: getattr(cfg.sparsity, name) for name in names}}
 
@@ -97,7 +97,10 @@ class WholeExperts(Feature):
         return replace(scores, experts=of_experts)
 
     def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
-        """Write the scores of experts, and warn of experts that no token reaches if they are removed first."""
+        """Write the scores of experts, and warn of experts that no token reaches.
+
+        These are removed first, unless the metric ignores activations; then there is no warning.
+        """
         from gprune.importance.scores import idle_experts
 
         run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in enumerate(scores.experts)})
@@ -131,7 +134,7 @@ def overshoot(plan: Any) -> str:
     cost, currency = plan.budget.overshoot, plan.cfg.sparsity.currency
     if not cost:
         return ""
-    amount = f"{cost // HALF_BITS:,} bytes" if currency == "bytes" else f"{cost:,} {currency}"
+    amount = f"{cost // HALF_BITS_PER_BYTE:,} bytes" if currency == "bytes" else f"{cost:,} {currency}"
     return f"; a whole number of experts is {amount} more than the target"
 
 

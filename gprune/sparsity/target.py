@@ -28,7 +28,7 @@ MIN_KEPT = 1000  # smallest size that may be kept, in parameters or bytes
 MAX_RATIO = 1000  # largest speedup
 TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
 LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
-HALF_BITS = 16  # half-bits per byte; byte budgets are counted in half-bits because q8_0 takes 8.5 bits per weight
+HALF_BITS_PER_BYTE = 16  # byte budgets are counted in half-bits, because q8_0 takes 8.5 bits per weight
 FORMS = (
     "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
     "a speedup such as 1.4x, or a rise in perplexity such as +5% (at most +1000%)"
@@ -66,7 +66,7 @@ class Target(Feature):
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 
     def trials(self, cfg: Any) -> list[str]:
-        """Return the recovery of every model that is measured at most to find how much is removed."""
+        """Return the recovery of each model that may be measured to find how much is removed."""
         return []
 
     def development_corpora(self, cfg: Any) -> list[str]:
@@ -81,7 +81,7 @@ class Target(Feature):
         return {"removes": f"{plan.removed:,} parameters: {shares}"}
 
     def removes(self, scope: int, model: int) -> int:
-        """Return the cost to remove, rounded up."""
+        """Return the cost to remove, rounded up, from the costs of the scope and of the model."""
         if self.unit == "share":
             return math.ceil(self.number * scope)
         if self.unit == "%":
@@ -89,17 +89,21 @@ class Target(Feature):
         if self.unit == "x":
             kept = model / self.number
         elif self.unit == "bytes":
-            kept = self.number * HALF_BITS
+            kept = self.number * HALF_BITS_PER_BYTE
         else:
             kept = self.number
         return model - math.floor(kept)
 
     def limit(self, removed: int, scope: int, model: int, *, least: bool = False) -> str:
-        """Return the limit of the target in its unit, such as "at most 0.9"."""
+        """Return the limit of targets in this one's unit, such as "at most 0.9".
+
+        `removed` is the largest cost that can be removed or, with `least`, the smallest.
+        """
         kept = model - removed
         if self.unit in ("parameters", "bytes"):
             bound = "at most" if least else "at least"
-            return f"{bound} {kept:,}" if self.unit == "parameters" else f"{bound} {kept / HALF_BITS / 2**20:.1f}MiB"
+            mebibytes = kept / HALF_BITS_PER_BYTE / 2**20
+            return f"{bound} {kept:,}" if self.unit == "parameters" else f"{bound} {mebibytes:.1f}MiB"
         bound = "at least" if least else "at most"
         if self.unit == "x":
             hundredths = 100 * model // max(kept, 1) + least  # rounded to the side of valid targets

@@ -111,10 +111,11 @@ class FrozenLMStage(L.LightningModule):
     def autocast_losses(
         self, compute: Callable[[], Tensor], *models: PreTrainedModel, check_always: bool = False
     ) -> Tensor:
-        """Return the losses of a batch, (B,), that `compute` returns. With autocast, frozen weights are cast once.
+        """Return the losses of a batch, (B,), that `compute` returns. With autocast, frozen weights of the given
+        models are cast once.
 
         If a loss is not finite under autocast on any process, the stage continues in float32, with a warning. Losses
-        are checked before the first optimizer step, or always.
+        are checked before the first optimizer step, or with `check_always` in every call.
         """
         strategy = self.trainer.strategy
         device = strategy.root_device.type

@@ -209,11 +209,11 @@ class BestWeights(PerplexityCurve):
             stage.load_state_dict(self.best)
 
     def _compare_with_noise(self, last_step: int, earlier_step: int) -> tuple[bool, str]:
-        """Return whether the 95 % interval of the ratio, paired over development windows, is above 1; and as text."""
+        """Return whether the 95 % interval of the paired ratio of perplexities is above 1, and words for the log."""
         last, earlier = self.nll_per_token[last_step], self.nll_per_token[earlier_step]
         if all(len(windows) == 1 for windows in last.values()):
             return False, "with unknown noise (one window per corpus)"
-        ratio, low, high = paired_ratio(last, earlier, 1)
+        ratio, low, high = paired_ratio(last, earlier, tokens_per_window=1)  # the losses of windows are per token
         is_beyond = low > 1
         return is_beyond, f"{'beyond' if is_beyond else 'within'} noise (ratio {ratio:.4f} [{low:.4f}, {high:.4f}])"
 

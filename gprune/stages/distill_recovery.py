@@ -29,7 +29,7 @@ class Distill(Recovery):
         self.settings = settings or DistillConfig()
 
     def refuse_settings(self, cfg: RunConfig) -> None:
-        """Raise UserError if there is too little text to choose the best weights."""
+        """Raise UserError if the best weights would be chosen on evaluated text, or on too little text."""
         settings = cfg.distill
         if settings.keep == "best" and cfg.evaluation.split == "development":
             raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
@@ -40,7 +40,7 @@ class Distill(Recovery):
             )
 
     def refuse(self, plan: Any) -> None:
-        """Raise UserError as `Recovery.refuse`, if a run misses PEFT, or if layers cannot be sharded or recomputed."""
+        """Raise UserError as `Recovery.refuse`, if LoRA cannot be used, or layers cannot be recomputed."""
         super().refuse(plan)
         settings = plan.cfg.distill
         if settings.targets == "lora" and plan.cfg.model.shard:

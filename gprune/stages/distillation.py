@@ -164,7 +164,7 @@ class DistillationStage(FrozenLMStage):
             self.learned = self._student.learned
 
     def on_train_end(self) -> None:
-        """Free gradients and optimizer states, which the Trainer would keep together with their weights."""
+        """Warn of skipped steps, and free gradients and optimizer states, which the Trainer would keep."""
         if self.outliers.left_out:
             log.warning(
                 "Skipped %d of %d steps: loss or gradient not finite, or above %d times the median of %d steps.",
@@ -206,7 +206,7 @@ class DistillationStage(FrozenLMStage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def gradient_norm(self) -> Tensor:
-        """Return the gradient norm before clipping, () float32, with the gradient of each tensor times its RMS.
+        """Return the gradient norm before clipping, () float32, with the gradient of each tensor times its `sizes`.
 
         It is computed once per step; the optimizer step forgets it.
         """
@@ -236,12 +236,12 @@ class DistillationStage(FrozenLMStage):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
             if self.outliers.in_a_row >= MAX_SKIPPED:
                 no_step_was_applied = not self.outliers.norms
-                last_loss = math.nan if no_step_was_applied else loss
+                last_loss = math.nan if no_step_was_applied else loss  # NaN raises
                 require_finite_loss(last_loss, "The loss of distillation", autocast=self.uses_bfloat16)
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
             for parameter in (p for p in self.learned.values() if p.grad is not None):
-                parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))
+                parameter.grad.mul_(gradient_clip_val / (norm + 1e-6))  # as clip_grad_norm_
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -44,8 +44,8 @@ class TeacherStates:
     ) -> Tensor:
         """Return the states of token ids (B, T), (B, T - 1, H) in the model's dtype.
 
-        `agree` decides from whether this process has the states whether all of them are read. With `in_float32` they
-        are computed without autocast, so those of bfloat16 are not used.
+        `agree` combines over processes whether each has stored the states; if not all have, all compute them. States of
+        calls with `in_float32`, which are computed without autocast, are stored separately.
         """
         if not self.keep:
             return final_hidden(model, ids)
@@ -71,7 +71,7 @@ class Student:
         self.rank = rank
         self.checkpointing = checkpointing
         self.learned = nn.ParameterDict()
-        self._sizes: dict[str, Tensor] = {}
+        self._sizes: dict[str, Tensor] = {}  # by name in `learned`: the RMS, to which learning rates are relative
         self._paths: list[tuple[int, str]] = []  # of trained weights: number of the layer, and name in it
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -224,7 +224,7 @@ def _parametrize(host: nn.Module, name: str, parts: FusedParts) -> None:
 
 
 class FusedParts(nn.Module):
-    """Parametrization of a fused tensor by its parts."""
+    """Parametrization of a fused tensor by its parts, whose `rows` of the fused tensor are counted along `dim`."""
 
     def __init__(self, rows: list[Tensor], dim: int):
         super().__init__()

@@ -32,7 +32,7 @@ class ThresholdLearning(FrozenLMStage):
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
         h_i in {0, 1}  the hard keep mask that meets the budget (`cut.keep_masks` on logit p_i - t_m),
         s_i = sigmoid((p_i - sigmoid(t_m)) / T_m)  the soft gate, T_m = max(0.05, 1/n_m),
-        p_i in (0, 1)  the unit's rank inside its module, n_m the module's size, stop the gradient stop.
+        p_i in (0, 1)  the unit's rank inside its module, n_m the module's size; stop() blocks the gradient.
     So the forward pass is the pruned model on budget, and the backward pass uses the gradient of
     the soft gate (straight-through). Adding a constant to all t_m changes no hard mask, only the distance of the soft
     gates from it. After every update the thresholds are therefore shifted so that the budget cuts at margin 0, where

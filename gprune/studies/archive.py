@@ -31,7 +31,7 @@ DEFAULTS = Path(__file__).with_name("defaults_0_1_0.json")  # never changed
 
 @functools.cache
 def stored_defaults() -> dict[str, Any]:
-    """Settings against which names of records are hashed, and which records have that lack a setting.
+    """Settings whose differences are hashed in names of records, and that fill in for settings missing in a record.
 
     They are the defaults of version 0.1.0, in `DEFAULTS`, so that neither a changed default nor a removed setting
     changes the name of a record. Settings that were added later have their default.
@@ -204,17 +204,19 @@ def record_to_run(record: dict[str, Any]) -> FinishedRun:
 
 
 def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """Convert a record to a `FinishedRun` with the row's name, and its tasks."""
-    records, evaluation = record["records"], task_results(row, record)
+    """Convert a record to a `FinishedRun` with the row's name, and its tasks.
+
+    `seen` is the key of the list. Raise UserError if it lacks a corpus that the run has seen.
+    """
     if seen is not None:
-        missing = sorted({r["corpus"] for r in records if r["seen"]} - set(seen))
+        missing = sorted({r["corpus"] for r in record["records"] if r["seen"]} - set(seen))
         if missing:
             raise UserError(
                 f"Row '{row.name}': The key seen must include {missing[0]}, because the run used text of this corpus; "
                 f"got {', '.join(seen)}."
             )
-    evaluation = [r | {"run": row.name} for r in evaluation]
-    return replace(record_to_run(record), name=row.name, records=records, evaluation=evaluation)
+    evaluation = [r | {"run": row.name} for r in task_results(row, record)]
+    return replace(record_to_run(record), name=row.name, evaluation=evaluation)
 
 
 def learned_tokens(manifest: Mapping[str, Any]) -> int:

@@ -58,7 +58,7 @@ class RowContent(BaseModel):
     @property
     def made_elsewhere(self) -> str | None:
         """Folder or hub id of the measured model; None for a row that prunes."""
-        is_yaml_mapping = isinstance(self.model, str) and self.model.lstrip().startswith("{")
+        is_yaml_mapping = isinstance(self.model, str) and self.model.lstrip().startswith("{")  # in quotes by mistake
         return self.model if isinstance(self.model, str) and not is_yaml_mapping else None
 
     @property
@@ -87,7 +87,7 @@ class Content(StrictModel):
     common: dict[str, Any] = {}
     """Settings of all rows, which override `protocol`."""
     reference: Name | None = None
-    """Row whose stage `base` is the denominator of ratios, for all rows with as few parameters."""
+    """Row whose stage `base` is the denominator of ratios, for all rows of about the same size."""
     compare: list[Pair] = []
     """Pairs to compare: a row's name, as in 'a', is its final model; another model of it is named as in 'a: base'."""
     seeds: list[int] = [0]
@@ -102,7 +102,7 @@ class Content(StrictModel):
 
     @model_validator(mode="after")
     def check_rows(self) -> Self:
-        """Raise UserError if a key names an unknown row, or a task cannot be measured."""
+        """Raise UserError if a key names an unknown row, a name has two meanings, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
             ("compare", [split_name(name, self.rows)[0] or name for pair in self.compare for name in pair]),
@@ -134,9 +134,9 @@ class Row:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Configuration of the row, of which metrics and so on may be unknown: records are read without them."""
+        """Configuration of the row. Its metrics and so on need not be registered, as records are read without them."""
         where = f"Row '{self.name}'"
-        cfg = config_from_mapping(self._all_settings, where=where, check=False)
+        cfg = config_from_mapping(self._applied_settings, where=where, check=False)
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
@@ -147,7 +147,7 @@ class Row:
 
     def check(self) -> None:
         """Raise UserError for a name that is not registered, and for settings that contradict each other."""
-        config_from_mapping(self._all_settings, where=f"Row '{self.name}'")
+        config_from_mapping(self._applied_settings, where=f"Row '{self.name}'")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Row:
     @property
     def command(self) -> str:
         """The shell command that runs this row alone, without its tasks and without a record."""
-        flags = [as_flag(*setting) for setting in self._all_settings.items()]
+        flags = [as_flag(*setting) for setting in self._applied_settings.items()]
         if self.made_elsewhere is None:
             return shlex.join([*prune_command(), *flags])
         function = "evaluate" if self.config.recovery == "none" else "recover"
@@ -167,7 +167,8 @@ class Row:
         return shlex.join(["python", "-c", code, *flags])
 
     @property
-    def _all_settings(self) -> dict[str, Any]:
+    def _applied_settings(self) -> dict[str, Any]:
+        """Settings of the row, with the precision of lists, without those of pruning for a model made elsewhere."""
         settings = {"trainer.precision": LISTED_PRECISION} | self.settings
         if self.made_elsewhere is None:
             return settings

@@ -79,7 +79,7 @@ def run(args: Sequence[str]) -> str:
 
 
 def split_list_name(name: str) -> tuple[str, str | None] | None:
-    """Split the argument LIST.yaml:ROW."""
+    """Split LIST.yaml:ROW into (list, row), and LIST.yaml into (list, None). None for runs and records."""
     if expanded(name).is_dir():
         return None
     path, colon, row = name.rpartition(":")

@@ -131,7 +131,7 @@ def _plan_of(row: Row) -> Plan:
 
 
 def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
-    """Run one configuration and store its record.
+    """Run one configuration and store its record. Return the run folder and the record, which other ranks lack ({}).
 
     Tasks and their results in an existing record are kept.
     """

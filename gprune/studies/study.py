@@ -128,7 +128,7 @@ class StudyResult:
         return study_tables(self.listing, self.report)
 
     def files(self) -> Table:
-        """Table of the training precision and the record's file for each row and seed."""
+        """Table of the dtype, the training precision, the record's file and its commit for each row and seed."""
         cells = []
         for found in self.found:
             row, record = found.row, found.finished
@@ -270,7 +270,7 @@ def make_report(listing: Listing, done: FinishedRows) -> Report:
 
 
 def reference_runs(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run with the same seed, if the two have the same number of parameters."""
+    """Return path of a run -> reference run with the same seed, if both have `same_size`; None for no reference."""
     if reference is None:
         return None
     references = {run.seed: run for run in runs if run.name == reference}
@@ -354,10 +354,10 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
             if differences:
                 results.append((f"{first} - {second}", run.seed, differences))
     tasks = list(dict.fromkeys(task for *_, differences in results for task in differences))
-    note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
-    note += "perplexity with a 95 % interval."
+    note = "Paired over questions or windows: difference of accuracies +- standard error; x ratio of perplexities with "
+    note += "a 95 % interval (columns name the tokens per window)."
     if any(task.endswith(", acc") for task in tasks):
-        note += " Means of accuracies over tasks with a 95 % interval."
+        note += " Differences of means over tasks have a 95 % interval."
     rows = [[pair, seed, *(differences.get(task) for task in tasks)] for pair, seed, differences in results]
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 
@@ -368,7 +368,7 @@ def select_row(records: Sequence[Record], row: ResultRow) -> list[Record]:
 
 
 def pair_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: str = "nll") -> list[Estimate] | None:
-    """Compute `unseen_ratio` of two rows for every common seed."""
+    """Compute `unseen_ratio` of two rows for every common seed; None without runs of both, [] if one is undefined."""
     first_runs, first_row = _find_row(runs, first)
     second_runs, second_row = _find_row(runs, second)
     if not first_runs or not second_runs:

@@ -32,16 +32,21 @@ def short(monkeypatch):
 
 
 def evaluated(capsys, *args) -> list[list[str]]:
-    """Return the rows of the table."""
+    """Run `gprune evaluate` on the task `speed`, and return the rows of its table."""
     capsys.readouterr()
     assert command("evaluate", [*map(str, args), "--tasks", "speed", *SIZES]) == 0
     return [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
 
 
-def start(command, *, stderr, **options):
-    """Replacement for `subprocess.Popen`: a fresh process for the first model of a form, forked ones for the others."""
-    is_first = os.path.basename(stderr.name) == "0.log"
-    return (subprocess.Popen if is_first else ForkedScript)(command, stderr=stderr, **options)
+def fork(monkeypatch, fresh=0):
+    """Run engines in forked processes, except for the first `fresh` ones."""
+    started = iter([subprocess.Popen] * fresh)
+
+    def start(*args, **options):
+        return next(started, ForkedScript)(*args, **options)
+
+    popen = SimpleNamespace(run=subprocess.run, Popen=start, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(serving, "subprocess", popen)
 
 
 def records_in(run) -> dict[tuple, dict]:
@@ -50,8 +55,7 @@ def records_in(run) -> dict[tuple, dict]:
 
 
 def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(world, tmp_path, capsys, monkeypatch):
-    popen = SimpleNamespace(run=subprocess.run, Popen=start, PIPE=subprocess.PIPE)
-    monkeypatch.setattr(serving, "subprocess", popen)
+    fork(monkeypatch, fresh=1)
     runs = [tmp_path / name for name in ("a", "b")]
     for run, target in zip(runs, ("0.5", "0.25"), strict=True):
         world.run(tmp_path, "--gprune=false", f"--sparsity.target={target}", name=run.name)
@@ -75,7 +79,8 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
             prefill, decode, total = (
                 records[f"transformers {kind}", batch, "base"]["seconds"] for kind in ("prefill", "decode", "generate")
             )
-            assert total == pytest.approx(prefill + 3 * decode, rel=0.01)  # one round: the same answer
+            # There is one round, so the times are of one answer: prefill gives the first of its four tokens.
+            assert total == pytest.approx(prefill + 3 * decode, rel=0.01)
         assert records["transformers:nemotron-nas decode", 1, "base"]["engine_class"] == "DeciLMForCausalLM"
         assert records["transformers decode", 1, "dense"]["engine_class"] == "LlamaForCausalLM"
 
@@ -95,7 +100,7 @@ def test_llama_cpp_times_a_model_in_two_types_and_a_missing_engine_is_named_and_
 
 
 def write_variant(folder) -> str:
-    """Write the file of the engines without vLLM, which may be installed here."""
+    """Write a copy of `engines.py` that does not find vLLM, which may be installed here, and return its path."""
     with open(serving.engines.__file__, encoding="utf-8") as file:
         source = file.read()
     path = folder / "engines.py"
@@ -140,7 +145,8 @@ def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(
     assert "Export to hf or gguf" in line
 
 
-def test_an_engine_that_fails_is_quoted(tmp_path):
+def test_an_engine_that_fails_is_quoted(tmp_path, monkeypatch):
+    fork(monkeypatch)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     (choice,) = parse_engines(["transformers"])
     forms = serving.Forms({"hf": tmp_path}, "float32")

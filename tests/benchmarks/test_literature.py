@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from gprune.benchmarks import literature
 from gprune.benchmarks.literature import join_lines, literature_perplexity, literature_windows
 from gprune.errors import UserError
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import WORDS, tiny_tokenizer
 
 

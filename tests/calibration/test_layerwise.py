@@ -16,8 +16,8 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
-from tests.conftest import collect
 from tests.tiny_families import TYPES, make_tiny, some_masks
+from tests.tiny_llama import collect
 
 
 def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:

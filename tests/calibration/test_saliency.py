@@ -14,7 +14,7 @@ from gprune.calibration.saliency import StreamingGradients, weight_saliency
 from gprune.calibration.statistics import kind_of, pool_statistics
 from gprune.errors import UserError
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.conftest import collect, hooks_of, make_tiny_llama
+from tests.tiny_llama import collect, hooks_of, make_tiny_llama
 
 BOTH = ("ffn", "attention")
 

@@ -8,12 +8,12 @@ import torch
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity, perplexity_from_logits
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 
 
-def float64_log_probabilities(model, tokens, words=None):
-    """(B, T - 1, V) log-probabilities over the first `words` tokens."""
-    return model(tokens).logits[:, :-1, :words].double().log_softmax(-1)
+def float64_log_probabilities(model, tokens, vocab_size=None):
+    """(B, T - 1, V) log-probabilities over the first `vocab_size` tokens."""
+    return model(tokens).logits[:, :-1, :vocab_size].double().log_softmax(-1)
 
 
 @pytest.fixture
@@ -27,8 +27,9 @@ def other():
 
 
 def test_kl_and_agreement_of_models_with_different_heads_equal_float64(tiny_model, other, token_batch):
-    p, q = float64_log_probabilities(other, token_batch), float64_log_probabilities(tiny_model, token_batch)
-    kl, same = (q.exp() * (q - p)).sum(-1), p.argmax(-1) == q.argmax(-1)
+    log_dense, log_other = (float64_log_probabilities(model, token_batch) for model in (tiny_model, other))
+    kl = (log_dense.exp() * (log_dense - log_other)).sum(-1)
+    same = log_dense.argmax(-1) == log_other.argmax(-1)
     result = perplexity_from_logits(other, Windows("demo", "test", token_batch), tiny_model)
     assert result.kl == pytest.approx(float(kl.mean()), rel=1e-4)
     assert result.window_kl == pytest.approx(kl.sum(-1).tolist(), rel=1e-4)
@@ -37,22 +38,23 @@ def test_kl_and_agreement_of_models_with_different_heads_equal_float64(tiny_mode
     assert kl.mean() > 0.01
 
 
-def test_perplexity_measured_apart_equals_perplexity_of_a_run(other, token_batch):
+def test_perplexity_from_logits_equals_perplexity(other, token_batch):
     windows, progress_calls = Windows("demo", "test", token_batch), []
-    of_run = perplexity(other, windows)
+    expected = perplexity(other, windows)
     of_logits = perplexity_from_logits(other, windows, progress=progress_calls.append)
-    assert of_logits.window_nll == pytest.approx(of_run.window_nll, rel=1e-6)
-    assert (of_logits.perplexity, of_logits.tokens) == (pytest.approx(of_run.perplexity, rel=1e-6), of_run.tokens)
+    assert of_logits.window_nll == pytest.approx(expected.window_nll, rel=1e-6)
+    assert (of_logits.perplexity, of_logits.tokens) == (pytest.approx(expected.perplexity, rel=1e-6), expected.tokens)
     assert of_logits.kl is None
     assert progress_calls == [token_batch.shape[1]] * len(token_batch)
 
 
 def test_a_padded_vocabulary_is_compared_on_the_tokens_of_both_models(tiny_model, token_batch):
     padded = make_tiny_llama(vocab_size=tiny_model.config.vocab_size + 8, tie_word_embeddings=True)
-    words, windows = tiny_model.config.vocab_size, Windows("demo", "test", token_batch)
-    p, q = float64_log_probabilities(padded, token_batch, words), float64_log_probabilities(tiny_model, token_batch)
+    common, windows = tiny_model.config.vocab_size, Windows("demo", "test", token_batch)
+    log_dense, log_padded = (float64_log_probabilities(model, token_batch, common) for model in (tiny_model, padded))
     result = perplexity_from_logits(padded, windows, tiny_model)
-    assert result.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
+    kl = (log_dense.exp() * (log_dense - log_padded)).sum(-1)
+    assert result.kl == pytest.approx(float(kl.mean()), rel=1e-4)
     assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # over the whole padded vocabulary
 
 
@@ -66,8 +68,8 @@ def test_tokens_that_the_dense_model_excludes_add_nothing_to_kl(masked, tiny_mod
 
     for model in [tiny_model, other][: 1 if masked == "dense" else 2]:
         model.lm_head.register_forward_hook(exclude)
-    p, q = float64_log_probabilities(other, token_batch), float64_log_probabilities(tiny_model, token_batch)
-    kl = (q.exp() * (q - p)).nan_to_num(0).sum(-1)
+    log_dense, log_other = (float64_log_probabilities(model, token_batch) for model in (tiny_model, other))
+    kl = (log_dense.exp() * (log_dense - log_other)).nan_to_num(0).sum(-1)
     result = perplexity_from_logits(other, Windows("demo", "test", token_batch), tiny_model)
     assert result.window_kl == pytest.approx(kl.sum(-1).tolist(), rel=1e-4)
 

@@ -21,8 +21,8 @@ from gprune.evaluation.intervals import (
     paired_ratio,
 )  # fmt: skip
 from gprune.evaluation.perplexity import Forecast, perplexity
-from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny
+from tests.tiny_llama import make_tiny_llama
 
 
 def nll_in_float64(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_a_non_finite_loss_raises_a_user_error(tiny_model, token_batch, bad):
 def test_a_perplexity_that_overflows_float64_raises_a_user_error(token_batch):
     model = make_tiny_llama(tie_word_embeddings=False)
     model.lm_head.weight.data *= 1e4  # thousands of nats per token: exp overflows
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"must be at most 700 nats per token; got \d+"):
         perplexity(model, windows_of(token_batch))
 
 

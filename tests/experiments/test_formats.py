@@ -17,10 +17,10 @@ from experiments.formats.packages import OLDER
 from gprune.export import hf
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model, widths
-from tests.conftest import make_tiny_llama
 from tests.export.test_gguf import byte_tokenizer
 from tests.export.test_hf import LLAMA3_ROPE, make_pruned
 from tests.models.test_surgery import random_masks
+from tests.tiny_llama import make_tiny_llama
 
 INSTALLED = importlib.metadata.version("transformers")
 

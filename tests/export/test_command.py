@@ -21,9 +21,9 @@ from gprune.models.copies import skeleton
 from gprune.models.surgery import slice_model
 from gprune.storage.files import write_json
 from tests import synthetic_run
-from tests.conftest import make_tiny_llama
 from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned, needs_llama_cpp
 from tests.models.test_surgery import random_masks
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import isolated, tiny_tokenizer
 
 # Sizes of a model whose rows fit the blocks of all types.
@@ -81,7 +81,7 @@ def error_line(capsys, *args, code=2):
     return line
 
 
-def test_gguf_files_are_written_next_to_the_model_by_default(run, tmp_path, capsys):
+def test_gguf_files_are_written_next_to_the_model_by_default(run, capsys):
     before = listing(run)
     assert command("export", [str(run)]) == 0
     output = capsys.readouterr()

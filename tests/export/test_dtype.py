@@ -1,4 +1,4 @@
-"""`--export.dtype`: dtype of the written weights. The results of the run do not depend on it."""
+"""`--export.dtype`: dtype of the written weights. Results of a run depend on it only with a target in bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gprune.models.agreement import random_masks
 from gprune.models.surgery import slice_model
 from gprune.runs.results import load_run
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS_PER_BYTE
 from tests import tiny_run
 from tests.tiny_families import make_tiny, some_masks, tiny_of
 
@@ -74,7 +74,7 @@ def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
     files = [load_file(file) for file in folder.glob("*.safetensors")]
     written = sum(tensor.nbytes for file in files for name, tensor in file.items() if name in parameters)
     planned = plan.budget.model - plan.budget.removed_by(masks)
-    assert planned == HALF_BITS * written <= HALF_BITS * 120 * 2**10
+    assert planned == HALF_BITS_PER_BYTE * written <= HALF_BITS_PER_BYTE * 120 * 2**10
 
 
 @pytest.mark.slow

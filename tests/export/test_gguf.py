@@ -29,14 +29,14 @@ from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.target import HALF_BITS_PER_BYTE
 from gprune.storage import wheels
 from tests import tiny_run
-from tests.conftest import make_tiny_llama
 from tests.export.test_hf import LLAMA3_ROPE
 from tests.export.test_hf import make_pruned as pruned_llama
 from tests.models.test_surgery import masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer
 
 SIZE = 288  # number of embeddings, which is larger than the vocabulary of `byte_tokenizer`
@@ -328,7 +328,7 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_p
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
     num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
     costs, outside = make_plan(parse(args)).pricing.costs_in("bytes")
-    assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS * num_bytes
+    assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS_PER_BYTE * num_bytes
 
 
 def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):

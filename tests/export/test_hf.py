@@ -23,9 +23,9 @@ from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaMod
 from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
-from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks, tiny_of
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import WORDS, environment, tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
@@ -161,7 +161,7 @@ def test_the_config_has_widths_per_layer_and_the_keys_of_older_transformers(tmp_
     assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
 
 
-# `pruned_layout` of Llamas in folders of earlier versions: sums of values of `per_layer_config`.
+# `pruned_layout` of Llamas in folders of earlier versions. Sizes are multiples of values of `per_layer_config`.
 EARLIER_LAYOUT = {
     "layers": "layers",
     "attributes": {},

@@ -27,7 +27,7 @@ from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
 from tests import registries
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.conftest import collect, make_tiny_llama
+from tests.tiny_llama import collect, make_tiny_llama
 
 BUILT_IN = registries.BUILT_IN_METRICS
 BOTH = ("ffn", "attention")

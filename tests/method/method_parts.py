@@ -33,9 +33,9 @@ from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests.conftest import collect
 from tests.simulated_devices import TYPE, Devices, place_on_devices, simulate_devices
 from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_llama import collect
 
 WINDOWS, LENGTH = 2, 16  # windows in a batch, tokens in a window
 STEPS = 2  # batches of a part; the waits of one training step are measured from STEPS and 2 * STEPS batches

@@ -1,6 +1,6 @@
 """Results are identical after SIGKILLs and with another order of directory listings.
 
-`python -m tests.method.kill_and_resume` tests fifty kills and more.
+`python -m tests.method.kill_and_resume` tests fifty kills, or as many as `--count` says.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 from gprune.runs.folder import RunFolder
 from gprune.storage import files as artifacts
 from tests import tiny_run
-from tests.conftest import make_tiny_llama
 from tests.method.kill_and_resume import KINDS, Launcher, digests, kill_and_resume, tiny_run_flags
+from tests.tiny_llama import make_tiny_llama
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_a_type_whose_tiny_copy_does_not_run_is_refused():
 
 
 def test_projections_that_do_not_divide_into_heads_are_refused():
-    """The shapes of the real model are checked, even if the tiny copy is correct."""
+    """The record is found on a tiny copy. `check_structure` compares it with the shapes of the given model."""
     model = tiny_of(shrunk(CONFIG_MAPPING["gemma"]()))
     check_structure(model)
     model.model.layers[1].self_attn.v_proj.weight.data = model.model.layers[1].self_attn.v_proj.weight.data[:-3]
@@ -103,13 +103,13 @@ def test_experts_shared_between_layers_are_refused():
     [("rwkv", {}, "the logits differ"), ("big_bird", {}, "sequence length must be multiple of block size"),
      ("gemma4_text", {"num_kv_shared_layers": 12}, "sliding_attention")],
 )  # fmt: skip
-def test_types_whose_layers_depend_on_more_than_hidden_states_are_refused_along_the_pruned_prefix(
+def test_types_whose_layers_depend_on_more_than_hidden_states_are_refused_for_sequential_least_squares(
     model_type, settings, reason, tmp_path, capsys
 ):
-    """What the first three layers do not show, or only the decoder.
+    """Neither the first three layers nor a layer by itself show it.
 
-    RWKV changes its seventh layer, Gemma 4 uses keys of other layers, and big_bird changes all layers at its first
-    short text.
+    RWKV changes its seventh layer, Gemma 4 uses keys of other layers, and the decoder of big_bird changes all layers at
+    its first short text.
     """
     config = default_config(model_type)
     config.update(settings)

@@ -71,7 +71,7 @@ def with_reversed_tokens(watch):
 
 
 @pytest.mark.parametrize("broken", [without_calls, with_reversed_tokens(experts.watch_experts)])
-def test_experts_whose_activations_cannot_be_observed_are_not_pruned(broken, monkeypatch):
+def test_experts_whose_activations_are_not_observed_correctly_are_not_pruned(broken, monkeypatch):
     """For example, a class that computes its products in a custom kernel."""
     model = tiny("deepseek_v3")
     record = discover_record(model)

@@ -30,8 +30,8 @@ from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
-from tests.conftest import collect
 from tests.models.records_by_hand import BY_HAND
+from tests.tiny_llama import collect
 
 # Types of different structure: separate and fused projections, interleaved and stacked experts, biases and sinks, norms
 # over all heads, latent and linear attention, Mamba, convolutions, dense layers between expert layers, parallel blocks,
@@ -41,6 +41,7 @@ MORE = (
     "falcon", "gptj", "phi", "mpt", "bloom", "qwen3_next", "qwen2_moe", "deepseek_v3", "llama4_text", "granitemoe",
     "nemotron_h", "lfm2", "minimax_m2", "olmo3", "bert", "modernbert-decoder", "xglm",
 )  # fmt: skip
+# Those of them whose KV groups can be removed.
 WITH_KV_GROUPS = {"gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4", "gptj",
                   "phi", "olmo3", "minimax_m2", "bert", "xglm"}  # fmt: skip
 

@@ -36,8 +36,8 @@ from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
-from tests.conftest import collect
 from tests.tiny_families import SIZES, TYPES, WITH_EXPERTS, make_tiny, some_masks
+from tests.tiny_llama import collect
 
 EXPERTS = WITH_EXPERTS
 NEURONS = 48  # differs from all other sizes of the tiny models
@@ -197,7 +197,7 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
     family_of(reloaded_model)
     assert widths(reloaded_model) == widths(pruned)
     assert torch.equal(reloaded_model(ids).logits, sliced)
-    # Generation with and without a KV cache, for families with their defaults beyond the sliding window
+    # Generation with and without a KV cache; with the family's defaults, it exceeds the sliding window.
     prompt = ids[:2, :9]
     settings = {"max_new_tokens": 3 if overrides else 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = pruned.generate(prompt, **settings)
@@ -239,7 +239,7 @@ def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
-def with_lora(model: nn.Module, family: str) -> nn.Module:
+def with_lora(model: nn.Module) -> nn.Module:
     """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
     peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
     block = blocks_of(model)[0]
@@ -264,7 +264,7 @@ def test_exported_and_fine_tuned_models_load_without_gprune(ids, worlds, tmp_pat
         save_pruned(small, None, folders / family)
         tuned = copy.deepcopy(small)
         train_a_step(tuned, ids)
-        models[f"{family}-tuned"] = with_lora(tuned, family).merge_and_unload()
+        models[f"{family}-tuned"] = with_lora(tuned).merge_and_unload()
     flags = worlds("llama").args(tmp_path, "--gprune=false", "--sparsity.allocation=owl")
     models["run"] = gprune.prune(parse(flags)).model
     for name, model in models.items():
@@ -311,7 +311,7 @@ def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family,
         assert torch.equal(other(ids).logits, twice(ids).logits)
     before = train_a_step(once, ids)
     assert once(input_ids=ids, labels=ids).loss < before
-    adapter = with_lora(once, family)
+    adapter = with_lora(once)
     with_adapter = adapter(ids).logits
     merged = adapter.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, with_adapter, atol=1e-3, rtol=0)
@@ -340,10 +340,11 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
             loss_of().backward()
         return torch.stack([gate.grad for gate in gates])
 
+    log_q, teacher = model(ids).logits[:, :-1].log_softmax(-1), final_hidden(model, ids)  # of the dense model
+
     def divergence() -> torch.Tensor:
         return (log_q.exp() * (log_q - model(ids).logits[:, :-1].log_softmax(-1))).sum(-1).mean()
 
-    log_q, teacher = model(ids).logits[:, :-1].log_softmax(-1), final_hidden(model, ids)
     # Cross-entropy without a teacher, and KL divergence with the dense model as the teacher.
     for reference, hidden in ((lambda: model(input_ids=ids, labels=ids).loss, None), (divergence, teacher)):
         expected = gradient(reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -46,18 +47,18 @@ def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
     assert small.generate(PROMPT, **GREEDY).shape == (1, 13)
 
 
-@pytest.mark.parametrize(("target", "refused"), [(0.1, False), (0.5, True)])
-def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, refused):
+REFUSED = pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]")
+
+
+@pytest.mark.parametrize(
+    ("target", "protect", "outcome"), [(0.1, [], nullcontext()), (0.5, [], REFUSED), (0.5, [1], nullcontext())]
+)
+def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, protect, outcome):
     model = example("qwen3_next")
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
-    budget = Budget.of(block_units(blocks_of(model), scope="ffn"), target, block_share=1.0)
-    if not refused:
-        return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
-    with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
+    budget = Budget.of(block_units(blocks_of(model), scope="ffn", protect=protect), target, block_share=1.0)
+    with outcome:
         check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
-    protected = block_units(blocks_of(model), scope="ffn", protect=[1])
-    budget = Budget.of(protected, target, block_share=1.0)
-    return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
 
 
 def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept():

@@ -19,8 +19,8 @@ from gprune.models.losses import (
     same_head,
 )
 from gprune.models.masks import gated
-from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny, tiny_of
+from tests.tiny_llama import make_tiny_llama
 
 
 def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:

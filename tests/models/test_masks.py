@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gprune.models.masks import Masks, gated, masked
-from tests.conftest import hooks_of, make_tiny_llama
+from tests.tiny_llama import hooks_of, make_tiny_llama
 
 
 def some_masks(seed: int = 0, depth: int = 3) -> Masks:

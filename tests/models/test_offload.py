@@ -42,10 +42,10 @@ from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
-from tests.conftest import collect
 from tests.export.test_hf import load_with_own_head
 from tests.models.test_families import EXPERTS
 from tests.tiny_families import TYPES, make_tiny, some_masks, tiny_of
+from tests.tiny_llama import collect
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
@@ -400,7 +400,7 @@ def test_the_large_model_experiment_runs_on_a_small_model(monkeypatch, capsys):
 
 
 TWO_GPUS = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model"
+    torch.cuda.device_count() < 2, reason="needs two GPUs: on one, a process would hold the whole model"
 )
 
 

@@ -1,4 +1,4 @@
-"""RWKV divides weights of layers from the seventh on in evaluation, in place. Pruned and saved weights must not be."""
+"""RWKV divides weights of layers from the seventh on in place in evaluation. Pruned and saved weights are not."""
 
 from __future__ import annotations
 

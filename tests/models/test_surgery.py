@@ -15,8 +15,8 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks, masked
 from gprune.models.modeling_pruned import experts_aligned
 from gprune.models.surgery import slice_model, widths
-from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny
+from tests.tiny_llama import make_tiny_llama
 
 
 def random_masks(neurons: list[int], groups: list[int], of_neurons=48, of_groups=2, seed: int = 0) -> Masks:
@@ -65,7 +65,7 @@ def test_a_sliced_model_equals_one_with_zeroed_weights(overrides, token_batch):
 
 
 @pytest.mark.parametrize("removed", [(), (1,)])
-def test_prune_changes_the_original_only_with_inplace(removed, tiny_model, token_batch):
+def test_slice_model_changes_the_original_only_with_inplace(removed, tiny_model, token_batch):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     masks = masks_without(tiny_model, *removed, narrow=True)
     pruned = slice_model(tiny_model, masks)

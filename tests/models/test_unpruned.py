@@ -1,4 +1,4 @@
-"""FFNs and experts that cannot be pruned are named with their size, in plans, runs and the dry run."""
+"""FFNs and experts that cannot be pruned are named with their size, also in runs and the dry run."""
 
 from __future__ import annotations
 

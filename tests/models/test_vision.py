@@ -35,7 +35,7 @@ from gprune.models.loading import PROCESSOR_FILES
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from tests import tiny_run
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer
 
 PATCH, IMAGE = 8, 32  # pixels

@@ -25,8 +25,8 @@ from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
-from tests.conftest import collect, hooks_of
 from tests.registries import restored
+from tests.tiny_llama import collect, hooks_of
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -43,6 +43,7 @@ TYPES: dict[str, dict] = {
     "minimax_m2": {}, "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]}, "afmoe": {},
 }  # fmt: skip
 AS_TINY = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+# Types whose routers divide weights by their sum only with a setting.
 RENORMALISING = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}}
 
 
@@ -174,7 +175,7 @@ def test_routing_ignores_padded_windows_is_pooled_and_does_not_change_other_stat
     assert torch.equal(CorpusStatistics.from_tensors(flat).ffn[2].routing, together.ffn[2].routing)
 
 
-def test_metrics_of_experts_and_one_of_a_user():
+def test_expert_metrics_equal_their_formulas_and_scores_of_a_registered_one_are_checked():
     model, ids = make("mixtral"), tokens()
     statistics = collect_routing(model, ids)
     sums = statistics.ffn[1].routing
@@ -339,10 +340,11 @@ def test_experts_and_neurons_are_removed_together_also_in_different_numbers_by_l
     assert_same_bits(loaded, pruned, ids)
     family_of(loaded)
     again = slice_model(loaded, experts_only(loaded))  # a pruned model can be pruned again
+    # Half of 4 and of 8 experts, but DeepSeek's router needs two in each of two groups.
     assert {block.experts for block in mixtures(again)} == ({4} if name == "deepseek_v3" else {2, 4})
 
 
-def test_experts_of_a_router_with_groups_are_removed_equally_from_each_group():
+def test_experts_of_a_router_with_groups_must_be_removed_equally_from_each_group():
     model = make("deepseek_v3")
     for kept, found in (((0, 1, 2, 3), "4, 0"), ((0, 1, 2, 4), "3, 1"), ((0, 4), "1, 1")):
         masks = experts_only(model, kept=8)
@@ -397,10 +399,12 @@ def test_gradients_pass_routers_without_the_removed_experts():
     torch.testing.assert_close(*gradients)
 
 
-def test_folders_of_mixtures_that_keep_all_experts_are_those_of_earlier_versions(tmp_path: Path):
+def test_the_layout_of_a_mixture_that_keeps_all_experts_has_no_entries_for_experts_and_routers(tmp_path: Path):
+    """So folders of mixtures are those of earlier versions, which could not remove experts."""
     pruned = gprune.apply_masks(make("deepseek_v3"), random_masks(make("deepseek_v3")))
     pruned.save_pretrained(tmp_path)
     own = json.loads((tmp_path / "config.json").read_text())["pruned_layout"]["own"]
+    assert own
     for of_layer in own.values():
         assert "experts" not in of_layer
         assert not [path for path in of_layer["sizes"] if "gate.weight" in path or "correction_bias" in path]

@@ -28,8 +28,8 @@ from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to
 from gprune.storage.files import read_json, write_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
-from tests.conftest import collect
 from tests.tiny_families import TYPES, WITH_EXPERTS, make_tiny, some_masks
+from tests.tiny_llama import collect
 
 DENSE = [name for name in TYPES if name not in WITH_EXPERTS]
 RIDGE = 0.01
@@ -226,7 +226,7 @@ def with_factors(model_type: str, values: dict, scaled: dict[str, float]):
         ("granite", {"residual_multiplier": (0.25, 1.0)}, {"down_proj.weight": 0.25, "o_proj.weight": 0.25}),
     ],
 )
-def test_a_factor_after_a_projection_is_as_good_as_in_its_weights(model_type, values, scaled):
+def test_recovered_weights_before_a_factor_equal_those_that_contain_the_factor(model_type, values, scaled):
     model, plain = with_factors(model_type, values, scaled)
     assert torch.allclose(model(windows()[0]).logits, plain(windows()[0]).logits, rtol=1e-4, atol=1e-4)
     masks = some_masks(model, [n // 2 for n in (block.neurons for block in blocks_of(model))], attention=True)
@@ -358,6 +358,7 @@ def test_sequential_recovery_is_deterministic_leaves_the_dense_model_and_ignores
     ],
 )
 def test_pruned_layers_run_only_the_passes_that_are_needed(kept, attention, passes):
+    """`attention`: whether block 1 also loses a KV group."""
     model = make_tiny("llama", num_hidden_layers=5)
     masks = some_masks(model, kept, attention=False)
     masks.attention[1][0] = not attention

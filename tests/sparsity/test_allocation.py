@@ -20,8 +20,8 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.whole_blocks import choose_blocks
 from tests import tiny_run
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.conftest import collect, make_tiny_llama
 from tests.models.test_surgery import masks_without
+from tests.tiny_llama import collect, make_tiny_llama
 
 BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
 
@@ -55,7 +55,7 @@ def half_budget(model) -> Budget:
 
 
 def margins_of(name: str, with_outliers, scores: Scores | None = None, **options):
-    """Margins of neurons and of KV groups by an allocation, at half of all parameters."""
+    """Margins of neurons and of KV groups by an allocation, with `half_budget`."""
     model, _, statistics, default = with_outliers
     return ALLOCATION[name](
         default if scores is None else scores, statistics, blocks_of(model), half_budget(model), **options
@@ -120,7 +120,7 @@ def test_global_margins_of_constant_scores_are_zero(value, with_outliers):
 
 
 def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
-    """D of each block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
+    """D of each kind and block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
     raw, shares_of_kind = projection_inputs(model, tokens), {}
     for kind, part in (("ffn", lambda x: x.mlp.down_proj), ("attention", lambda x: x.self_attn.o_proj)):
         shares = []
@@ -133,7 +133,7 @@ def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("options", [{}, {"multiple": 3.0, "spread": 0.2}], ids=["the paper's", "others"])
-def test_owl_removes_less_from_blocks_with_more_outliers(options, with_outliers):
+def test_owl_margins_are_ranks_minus_a_sparsity_that_falls_with_the_share_of_outliers(options, with_outliers):
     model, tokens, _, scores = with_outliers
     multiple, spread = options.get("multiple", 5.0), options.get("spread", 0.08)
     shares = outlier_share(model, tokens, multiple)

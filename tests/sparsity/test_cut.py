@@ -17,7 +17,7 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import BlockCosts
 from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
-from tests.conftest import make_tiny_llama
+from tests.tiny_llama import make_tiny_llama
 
 
 def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> list[BlockUnits]:
@@ -139,20 +139,13 @@ def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
 
 
 @st.composite
-def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, largest=30):
-    """Draw blocks, a width multiple and a sparsity.
-
-    Args:
-        width_multiples: possible width multiples.
-        scopes: whether attention is in scope.
-        smallest: minimum width of blocks.
-        largest: maximum width of blocks.
-    """
+def problems(draw, width_multiples=(1, 4, 8), largest=30):
+    """Draw blocks of at most `largest` neurons, one of the width multiples and a sparsity."""
     width_multiple = draw(st.sampled_from(width_multiples))
     depth = draw(st.integers(1, 4))
     lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)  # noqa: E731
-    neurons = draw(lists(st.integers(max(width_multiple, smallest), largest)))
-    group = draw(lists(st.integers(1, 60))) if draw(st.sampled_from(scopes)) else None
+    neurons = draw(lists(st.integers(width_multiple, largest)))
+    group = draw(lists(st.integers(1, 60))) if draw(st.booleans()) else None
     protected = draw(st.just(frozenset()) | st.frozensets(st.integers(0, depth - 1), max_size=depth - 1))
     neuron, groups = draw(lists(st.integers(1, 9))), draw(lists(st.integers(1, 4)))
     return units_of(neuron, neurons, group, groups, protected=protected), width_multiple, draw(sparsities)
@@ -169,7 +162,7 @@ def removable_neurons(units: list[BlockUnits], width_multiple: int) -> int:
 
 
 def solve(problem, data):
-    """Masks for a problem with drawn margins, the margins of neurons and groups, and the target.
+    """Masks for a problem with drawn margins, the margins of neurons and groups, and the budget.
 
     Problems without a solution are discarded, after a check that they have none.
     """

@@ -25,7 +25,12 @@ def budget(
     least: int = 2, share: float = 1.0, equal: bool = True, protect: tuple[int, ...] = (), multiple: int = 1,
     block_share: float = 0.0,
 ) -> ExpertBudget:  # fmt: skip
-    """Return a budget for layers with experts, and behind them `dense` layers with an FFN of 2 N neurons."""
+    """Return a budget for layers with experts, and behind them `dense` layers with an FFN of 2 N neurons.
+
+    Args:
+        groups, least: groups of experts of each router, and the number of experts that each group needs.
+        share, equal: largest share of the target that experts may have; whether all layers lose equally many.
+    """
     mixture = BlockCosts.by_unit(E * NEURON, 7, E * EXPERT + 20, EXPERT, neurons=N, groups=2, experts=E)
     plain = BlockCosts.by_unit(NEURON, 7, 2 * N * NEURON + 20, neurons=2 * N, groups=2)
     units = [
@@ -50,7 +55,7 @@ def random_margins(of_budget: ExpertBudget, seed: int = 0) -> list[Tensor]:
 
 
 def kept(mask: Tensor) -> list[int]:
-    """Numbers of neurons of each expert."""
+    """Number of kept neurons of each expert."""
     return mask.view(E, -1).sum(1).tolist()
 
 
@@ -89,7 +94,7 @@ def test_what_experts_leave_of_the_target_is_removed_as_neurons_of_the_others():
 def test_a_share_limits_experts_unless_other_units_cannot_make_up_the_rest():
     assert budget(0.5, share=0.5).removed_experts == {0: [0, 1], 1: [0, 1]}
     assert budget(0.5, share=0.01).removed_experts == {}
-    # Without rows of the router, experts are less than 0.91 of the scope: N - 15 neurons are kept of each.
+    # An expert keeps one of its 16 neurons, so neurons alone are at most 15 x 3 of its cost of 53, less than 0.9.
     most = budget(0.9, share=0.01)
     assert most.removed_experts
     assert most.removed_by(keep_masks(most, random_margins(most))) >= most.target
@@ -149,7 +154,7 @@ def test_whole_blocks_come_first_and_lose_no_single_experts():
     assert blocks.target <= blocks.removed_by(masks) < blocks.target + E * NEURON
 
 
-def test_other_targets_of_the_same_run_keep_the_scores_and_their_whole_numbers():
+def test_other_targets_of_the_same_run_use_the_scores_and_are_rounded_up_to_whole_experts():
     alone = budget(0.3, scope="experts").ranked_by(scores(DOWN, UP))
     for other in (alone.at(0.6), alone.removing(2 * 4 * EXPERT + 1), alone.ranked_by(scores(DOWN, UP)).at(0.6)):
         assert other.removed_experts == {0: [3, 4, 5, 6, 7], 1: [0, 1, 2, 3, 4]}

@@ -22,9 +22,9 @@ from gprune.sparsity.allocation import allocate, checked_masks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.target import HALF_BITS, Target
-from tests.conftest import collect, make_tiny_llama
+from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
 from tests.registries import restored
+from tests.tiny_llama import collect, make_tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def scored():
 
 
 def costs_in(model, name: str, **weights) -> tuple[list[BlockCosts], int]:
-    """Costs of blocks, and of everything outside of them."""
+    """Costs of blocks, and of everything outside of them, by the cost `name` or with these `weights` of parameters."""
     blocks = blocks_of(model)
     costs = parameter_costs(model, blocks, **weights) if weights else COST[name](model, blocks)
     return costs_of_blocks(costs, blocks)
@@ -102,25 +102,26 @@ def irregular_costs(model) -> tuple[list[BlockCosts], int]:
     return [BlockCosts(n, g, n[-1] + g[-1] + 7) for n, g in zip(*tables, strict=True)], 500
 
 
-@pytest.mark.parametrize("name", ["uniform", "global", "owl"])
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
+@pytest.mark.parametrize("equal_widths", [False, True])
 @pytest.mark.parametrize(("value", "cost"), [
     ("30%", "parameters"), ("24K", "parameters"), ("40KiB", "bytes"), (0.4, "kv_cache"), (0.4, "curved"),
     ("20%", "curved"),
 ])  # fmt: skip
-def test_all_allocations_meet_targets_in_each_cost_within_a_step(value, cost, uniform, name, scored):
+def test_allocations_meet_targets_in_each_cost_within_a_step(value, cost, equal_widths, rule, scored):
     model, statistics, scores = scored
     blocks = blocks_of(model)
-    size = {"weight": lambda p: HALF_BITS * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
+    size = {"weight": lambda p: HALF_BITS_PER_BYTE * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
     costs = irregular_costs(model) if cost == "curved" else costs_in(model, cost, **size)
     for multiple in (1, 8):
-        budget = budget_of(model, costs, value, width_multiple=multiple, uniform=uniform)
-        masks = allocate(name, scores, statistics, blocks, budget)
-        checked_masks(COST, name, masks, budget)  # meets the target, and exceeds it by less than a step
+        budget = budget_of(model, costs, value, width_multiple=multiple, uniform=equal_widths)
+        masks = allocate(rule, scores, statistics, blocks, budget)
+        checked_masks(COST, rule, masks, budget)  # raises unless masks exceed the target by less than a step
         small = slice_model(model, masks)
         remaining, number = budget.model - budget.removed_by(masks), Target.of(value).number
         if cost == "bytes":
-            assert remaining == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= HALF_BITS * number
+            half_bits = sum(p.numel() * size["weight"](p) for p in small.parameters())
+            assert remaining == half_bits <= HALF_BITS_PER_BYTE * number
         if cost == "parameters":
             assert remaining == small.num_parameters() <= (number if value == "24K" else (1 - number) * budget.model)
         if cost == "kv_cache":
@@ -143,12 +144,13 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
     budget = Budget(units, target)
     masks = keep_masks(budget, margins)
     order = sorted((float(m[i]), b, i) for b, m in enumerate(margins) for i in range(len(m)))
-    removed, spent = [0] * len(neurons), 0
-    for _, b, _ in order:
-        if spent < target and removed[b] < neurons[b] - 1:
-            spent += tables[b][-1 - removed[b]] - tables[b][-2 - removed[b]]
-            removed[b] += 1
-    assert [int((~m).sum()) for m in masks.ffn] == removed
+    removed, spent = [[] for _ in neurons], 0  # indices of each block, cost
+    for _, b, i in order:
+        n = len(removed[b])
+        if spent < target and n < neurons[b] - 1:
+            spent += tables[b][-1 - n] - tables[b][-2 - n]
+            removed[b].append(i)
+    assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == list(map(sorted, removed))
     assert budget.removed_by(masks) == spent >= target
 
 
@@ -220,7 +222,7 @@ def test_an_invalid_registered_cost_is_refused_by_name(costs, world, tmp_path, c
         ),
     ],
 )
-def test_an_impossible_byte_target_names_a_smaller_export_format(export, remedy):
+def test_an_impossible_byte_target_names_a_smaller_export_format_if_there_is_one(export, remedy):
     sparsity = {"target": "100KiB", "width_multiple": 32}
     with pytest.raises(UserError) as error:
         make_plan(RunConfig(model={"name": "tiny-random"}, export=export, sparsity=sparsity))

@@ -19,7 +19,7 @@ from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
-from tests.conftest import hooks_of, make_tiny_llama
+from tests.tiny_llama import hooks_of, make_tiny_llama
 
 K = 4
 
@@ -295,7 +295,7 @@ def slopes(p: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
     return -(soft * (1 - soft) / T) * cut * (1 - cut)
 
 
-def test_equal_widths_stay_equal_during_training(tiny_model):
+def test_equal_widths_stay_equal_during_training_and_soft_gates_are_steepest_at_each_blocks_cut(tiny_model):
     tokens = sampled_tokens(tiny_model)
     stage = make_stage(tiny_model, uniform=True)
     first = stage.masks()
