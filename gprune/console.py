@@ -269,7 +269,7 @@ def process_index() -> int:
     """Return this process's rank from the environment variables of torchrun, Lightning and SLURM. The default is 0.
 
     RANK and LOCAL_RANK count only together with MASTER_ADDR; alone they may be left over in a shell. Lightning sets
-    only LOCAL_RANK on each machine, so rank 0 of another machine returns its NODE_RANK.
+    only LOCAL_RANK on each machine, so local rank 0 of another machine returns its NODE_RANK. Then only 0 is exact.
     """
 
     def read_number(name: str) -> int:

@@ -53,7 +53,7 @@ class UserError(ValueError):
 
 
 class UnregisteredError(UserError):
-    """An unknown name: nothing is registered under it."""
+    """An unknown name: nothing is registered under it, or no imported module defines it."""
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:

@@ -25,8 +25,9 @@ class Feature:
     A function overrides a default by an attribute of this name, as `sparsity.allocation.allocation` sets them.
     """
 
-    # Flags that only some values of a choice read, by name: `ridge`, or `distill` for a group. They are listed under
-    # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
+    # Flags that this feature reads and other values of the same choice may not: `ridge`, or `distill` for a group. They
+    # are "Ignored flags" if the chosen value does not read them. With one such as `corpora.recover` a feature gets that
+    # text.
     reads: frozenset[str] = frozenset()
     also_reads: frozenset[str] = frozenset()  # flags that it reads, even if another choice would have them ignored
     needs_narrower = False  # whether it changes nothing where whole experts are removed and no single neurons or groups

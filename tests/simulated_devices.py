@@ -200,9 +200,9 @@ def simulate_devices() -> Iterator[Devices]:
     """Provide the devices `lazy:0`, `lazy:1`, ... inside the context. Lightning's `cpu` is `lazy:0` there."""
     is_autocast_enabled, attention = torch.is_autocast_enabled, F.scaled_dot_product_attention
 
-    def fused_attention(query, key, value, mask=None, *, is_causal=False, enable_gqa=False, attn_mask=None, **options):
+    def fused_attention(query, key, value, attn_mask=None, *, is_causal=False, enable_gqa=False, **options):
         """Compute attention without a (tokens, tokens) matrix, as on a GPU."""
-        mask = attn_mask if mask is None else mask
+        mask = attn_mask
         if not isinstance(query, SimulatedTensor):
             return attention(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa, **options)
         if mask is not None and mask.dtype == torch.bool:

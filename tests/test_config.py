@@ -283,7 +283,7 @@ def test_the_default_configuration_is_valid_and_logs_offline(monkeypatch):
     assert (RunConfig().logging.resolved_mode, RunConfig().model.trust_remote_code) == ("offline", False)
 
 
-def test_settings_exclude_the_run_folder_logging_and_export():
+def test_settings_and_generated_run_names_exclude_the_run_folder_logging_and_export():
     """Two devices and two nodes are the same setting: the number of processes."""
     plain = RunConfig()
     with_other_output = RunConfig(

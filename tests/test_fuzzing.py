@@ -54,7 +54,7 @@ def bounded(seconds: int = 20, memory: int = 3 * 2**30) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_random_input_is_accepted_without_output_or_refused_in_one_line(entry_point):
+def test_random_input_is_accepted_without_a_message_or_refused_in_one_line(entry_point):
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
     @settings(

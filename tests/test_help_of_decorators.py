@@ -35,7 +35,7 @@ def test_the_example_in_the_help_runs_with_the_flag_that_the_help_names(name, wo
     description, _, example = help_of(name).partition("Example:")
     exec(textwrap.dedent(example.partition("\nArgs:")[0]), {"__name__": "example"})
     run = world.run(tmp_path, "--export=none", "--evaluation.controls=[]", *EXAMPLES[name])
-    # The help names --sparsity.allocation, and the example of allocation runs as --sparsity.start.
+    # The help of `allocation` names --sparsity.allocation, and its example is run as --sparsity.start.
     flag = EXAMPLES[name][0].partition("=")[0].replace(".start", ".allocation")
     assert f"`{flag}`" in description
     assert run.masks

@@ -26,7 +26,7 @@ from tests import tiny_run
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),
     ],
 )  # fmt: skip
-def test_the_log_lists_given_flags_that_have_no_effect_with_the_reason(flags, expected, tmp_path, monkeypatch, capsys):
+def test_the_log_lists_given_flags_that_have_no_effect_with_the_reason(flags, expected, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # flags from a file are not listed
     args = [f"--config={tmp_path / 'a.yaml'}", *flags.split(), "--model.name=tiny-random", "--dry_run=true"]
     assert tiny_run.main(args) == 0

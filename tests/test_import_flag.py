@@ -17,8 +17,8 @@ from tests import registries, tiny_run
 METRIC = """
 import gprune
 
-@gprune.metric("rows_of_mine", activation_free=True)
-def rows_of_mine(weights, moments, generator):
+@gprune.metric("norm_of_mine", activation_free=True)
+def norm_of_mine(weights, moments, generator):
     return weights.output.norm(dim=0)
 """
 
@@ -38,22 +38,26 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metric_of_mine", "./metric_of_mine.py"])
-def test_import_accepts_a_module_name_or_path_at_any_position(name, folder):
-    assert parse(["--importance=rows_of_mine", "--import", name]).importance == "rows_of_mine"
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.usefixtures("folder")
+def test_import_accepts_a_module_name_or_path_before_and_after_the_flag_that_needs_it(name, position):
+    args = ["--importance=norm_of_mine"]
+    args[position:position] = ["--import", name]
+    assert parse(args).importance == "norm_of_mine"
 
 
 def test_load_run_names_the_import_that_registers_its_metric_and_works_after_it(folder):
     world = tiny_run.make_world(folder)
     with tiny_run.isolated(folder / "cache"), registries.restored(IMPORTANCE):
-        flags = ("--import=metric_of_mine", "--importance=rows_of_mine", "--gprune=false", "--export=none")
-        assert world.run(folder / "runs", *flags).config.importance == "rows_of_mine"
+        flags = ("--import=metric_of_mine", "--importance=norm_of_mine", "--gprune=false", "--export=none")
+        assert world.run(folder / "runs", *flags).config.importance == "norm_of_mine"
     sys.modules.pop("metric_of_mine")
     with pytest.raises(UserError, match=r"run: .*Unknown importance metric.* Register it first: import metric_of_mine"):
         load_run(folder / "runs/run")
     assert "metric_of_mine" not in sys.modules  # load_run does not import modules
-    (folder / "list.yaml").write_text("rows: {a: {importance: rows_of_mine, gprune: false}}")
+    (folder / "list.yaml").write_text("rows: {a: {importance: norm_of_mine, gprune: false}}")
     assert main(["study", "list.yaml", "--table", "--import", "metric_of_mine"]) == 0
-    assert load_run(folder / "runs/run").config.importance == "rows_of_mine"
+    assert load_run(folder / "runs/run").config.importance == "norm_of_mine"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
 def test_help_early_errors_and_the_first_line_of_a_run_do_not_import_pytorch(code, args, words, tmp_path):
     output, packages = imported(code, *args, tmp_path=tmp_path)
     assert all(word in output for word in words)
-    assert "Run folder: " not in output
+    assert "Run folder: " not in output  # no run was started
     assert not packages & HEAVY
     assert len(packages) <= MAX_PACKAGES, packages
 

@@ -147,7 +147,7 @@ def exit_code_of(error: BaseException, *, stopped: str = ".", memory: str = ".")
     def work():
         raise error
 
-    return run_guarded("a verb", work, stopped=stopped, memory=memory)
+    return run_guarded("a command", work, stopped=stopped, memory=memory)
 
 
 class SIGTERMException(SystemExit):
@@ -173,7 +173,7 @@ class OutOfMemoryError(RuntimeError):
 )  # fmt: skip
 def test_run_guarded_turns_errors_into_one_line_and_an_exit_code(error, code, line, capsys):
     assert exit_code_of(error, stopped=". All is kept.", memory="; ask for less.") == code
-    assert capsys.readouterr().err == f"a verb: {line}\n"
+    assert capsys.readouterr().err == f"a command: {line}\n"
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("a bug"), ValueError("a bug")])
@@ -192,7 +192,7 @@ def in_a_child_process(work, stdout: int | None) -> tuple[int, str]:
         os.close(1) if stdout is None else os.dup2(stdout, 1)
         sys.stdout = None if stdout is None else os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        code = run_guarded("a verb", work, stopped=". All is kept.")
+        code = run_guarded("a command", work, stopped=". All is kept.")
         sys.stderr.flush()
         os._exit(code)
     os.close(write)
@@ -241,7 +241,7 @@ def test_signals_outside_a_trainer_end_the_command_in_one_line(signum, code, wor
             code_and_stderr = in_a_child_process(lambda: os.kill(os.getpid(), signum) or "x", devnull.fileno())
     finally:
         signal.signal(signum, before)
-    assert code_and_stderr == (code, f"a verb: {word}. All is kept.\n")
+    assert code_and_stderr == (code, f"a command: {word}. All is kept.\n")
 
 
 def test_signals_that_follow_the_first_one_do_not_interrupt_the_cleanup(tmp_path):
@@ -265,7 +265,7 @@ def test_signals_that_follow_the_first_one_do_not_interrupt_the_cleanup(tmp_path
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
             signal.signal(number, handler)
-    assert code_and_stderr == (143, "a verb: Terminated. All is kept.\n")
+    assert code_and_stderr == (143, "a command: Terminated. All is kept.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["cleaned"]
 
 
@@ -276,14 +276,14 @@ def test_only_rank_0_prints_errors_unless_a_single_rank_fails(capsys, monkeypatc
     assert exit_code_of(RuntimeError("Connection closed by peer")) == 2
     assert capsys.readouterr().err == ""
     assert exit_code_of(MemoryError()) == 2
-    assert capsys.readouterr().err == "a verb: Out of memory.\n"
+    assert capsys.readouterr().err == "a command: Out of memory.\n"
 
 
 def test_rank_0_reports_in_one_line_that_another_process_has_ended(capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("RANK", "0")
     assert exit_code_of(RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")) == 2
-    messages = "a verb: Another process of this run has ended; its own error, if any, is above.\n"
+    messages = "a command: Another process of this run has ended; its own error, if any, is above.\n"
     assert capsys.readouterr().err == messages
     with pytest.raises(RuntimeError, match="a bug"):
         exit_code_of(RuntimeError("a bug"))

@@ -47,7 +47,7 @@ USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiment
 
 @pytest.fixture
 def world(tmp_path):
-    """Return a tiny model and tiny corpora; exports of runs are checked in this process."""
+    """Return a tiny model and tiny corpora, and use a cache of their own."""
     (tmp_path / "world").mkdir()
     with tiny_run.isolated(tmp_path / "cache"):
         yield tiny_run.make_world(tmp_path / "world")
@@ -105,7 +105,7 @@ def test_every_command_and_file_on_a_page_exists(page):
 
 @pytest.mark.parametrize("page", USER_PAGES)
 def test_every_train_command_on_a_page_parses(page):
-    """Parse the flags of every command with their values."""
+    """Parse the flags of every command with their values, except of commands with `--help` or "..."."""
     text = PAGES[page].replace("\\\n", " ")
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
     code_spans = re.findall(r"`([^`\n]+)`", text)
@@ -238,7 +238,7 @@ def test_method_svg_is_the_output_of_its_script():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_are_stored_with_small_outputs_and_without_errors(path):
+def test_notebooks_are_stored_with_figures_in_small_files_without_errors_and_local_paths(path):
     text = path.read_text(encoding="utf-8")
     outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
     assert any("image/png" in out.get("data", {}) for out in outputs)
@@ -247,14 +247,11 @@ def test_notebooks_are_stored_with_small_outputs_and_without_errors(path):
     assert not re.search(r"/(home|root|tmp|work)/", text)
 
 
-def test_the_first_notebook_is_stored_with_its_outputs_and_without_errors():
+def test_the_first_notebook_is_stored_with_three_figures_and_a_table():
     text = (ROOT / "notebooks/01_prune_and_look_inside.ipynb").read_text(encoding="utf-8")
     outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 3
     assert any("| dense" in "".join(out.get("data", {}).get("text/markdown", [])) for out in outputs)
-    assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
-    assert len(text) < 150_000
-    assert not re.search(r"/(home|root|tmp|work)/", text)
 
 
 # Recipes of docs/extend.md
@@ -400,5 +397,5 @@ def test_the_recipe_for_a_callback_logs_a_curve(world, tmp_path):
     callback = run_recipe("L.Callback")["Thresholds"]()
     cfg = gprune.config.parse(world.args(tmp_path, "--export=none", "--evaluation.controls=[]"))
     (curves,) = gprune.prune(cfg, callbacks=[callback]).path.glob("csv/*/metrics.csv")
-    assert len(callback.spread) == 2
+    assert len(callback.spread) == 2  # steps: one epoch of two batches
     assert re.search(r"^(.*,)?learn/(gprune/)?spread", curves.read_text())

@@ -42,7 +42,8 @@ def _restore_registries():
 
 
 # --- kinds of functions ---------------------------------------------------------------------------------------------
-# Each function registers one of a kind that returns `spoil(valid tensor, an input)`, and returns the result of gprune.
+# Each function registers a function of one kind, which returns `spoil(valid tensor, an input)`, and returns the tensor
+# that gprune makes with it.
 
 
 def by_metric(tiny, spoil):
@@ -89,7 +90,7 @@ def by_model(tiny, spoil):
     return small.model.layers[0].mlp.down_proj.weight
 
 
-KINDS = {
+KINDS = {  # beginning of the message about an invalid value
     "Importance metric 'mine' must give scores": by_metric,
     "Allocation 'mine' must give Masks, or margins": by_margins,
     "Allocation 'mine' must give thresholds": by_thresholds,

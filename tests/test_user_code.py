@@ -110,7 +110,7 @@ def test_the_code_of_a_class_is_that_of_its_module_when_it_was_imported(package,
     del sys.modules["code_of_mine_too"]
 
 
-def test_code_of_gprune_and_lightning_is_not_the_users(package):
+def test_functions_and_classes_of_gprune_and_lightning_have_no_code_of_the_user():
     from lightning.pytorch.callbacks import Timer
 
     assert IMPORTANCE.code("wanda_sp") == code_of(Timer) == {}

@@ -121,7 +121,11 @@ def make_world(folder: Path) -> World:
 
 @contextmanager
 def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
-    """Use the given cache and environment variables, and restore them and the logging setup at the end."""
+    """Use the given cache and environment variables, and restore the environment and the logging setup at the end.
+
+    Args:
+        environment: values by name; None removes a variable. Three inherited variables are removed in any case.
+    """
     logger = logging.getLogger("gprune")
     handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +142,7 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
 
 
 def world_with_cache(folder: Path) -> Iterator[World]:
-    """Yield a world in `folder` with a cache of its own, as a module's fixture `world` does."""
+    """Yield a world in `folder`, and use a cache of its own meanwhile. For fixtures `world` of modules."""
     world = make_world(folder)
     with isolated(folder / "cache"):
         yield world

@@ -1,7 +1,7 @@
 """The compared configurations, as flags of `train.py`.
 
-Together they have every allocation, recovery, scope and kind of target, and all shipped configurations except
-`protocol`, which needs text that is not embedded.
+Together they have every allocation, recovery, scope without whole experts and kind of target, and all shipped
+configurations except `protocol`, which needs text that is not embedded.
 """
 
 from __future__ import annotations

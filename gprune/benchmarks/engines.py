@@ -2,7 +2,7 @@
 
 The process runs in the environment of the engine, which may lack gprune. So this file imports only the standard
 library, and is run as a script: `python -P engines.py NAME` answers each line of stdin, a request in JSON, with a line
-of JSON. The first request loads a model, and each further one is timed.
+of JSON, after a line with the version. The first request loads a model, and each further one is timed.
 
 An engine is a class in `ENGINES`; nothing else names it.
 """
@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+MEMORY_SHARE = 0.9  # of a GPU's memory, for all vLLM models together: vLLM's usual default for one
 
 
 class Engine:
@@ -40,7 +42,7 @@ class Engine:
         Args:
             path: folder or file of the model.
             dtype: of weights and activations, if the file does not determine it.
-            threads: number of threads on a CPU.
+            threads: number of threads on a CPU; `OMP_NUM_THREADS` of the process is the same number.
             requests: largest number of requests at once.
             length: largest number of tokens of a request, prompt and answer.
             share: of the memory of a GPU that the engine may use.
@@ -96,12 +98,12 @@ class Vllm(Engine):
     }
 
     def __init__(self, path: str, *, dtype: str, threads: int, requests: int, length: int, share: float):
-        from vllm import LLM
+        from vllm import LLM  # it reads the number of threads from OMP_NUM_THREADS
 
         model = LLM(
             path, trust_remote_code=has_own_code(path), dtype=dtype, max_model_len=length, max_num_seqs=requests,
             max_num_batched_tokens=requests * length, enable_prefix_caching=False, enforce_eager=True,
-            skip_tokenizer_init=True, gpu_memory_utilization=0.9 * share, seed=0,
+            skip_tokenizer_init=True, gpu_memory_utilization=MEMORY_SHARE * share, seed=0,
         )  # fmt: skip
         self.engine = model.llm_engine
         self.model_class = model.apply_model(class_name)[0]
@@ -209,7 +211,7 @@ def time_requests(engine: Engine, requests: int, prompt: int, tokens: int) -> di
 
 
 def main(name: str) -> None:
-    """Answer the requests of stdin. Without requests, print the version, which is null if it is not installed."""
+    """Print the version of an engine, null if it is not installed, and answer the requests of stdin."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # engines print to stdout
 

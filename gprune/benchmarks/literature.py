@@ -132,7 +132,7 @@ def literature_perplexity(
 
 
 def _convention(task: str) -> tuple[str, str, str, list[str]]:
-    """Return the text of a task with its convention."""
+    """Return the text of a task, what joins its documents, a note on the convention, and what the text lacks."""
     if task == WIKITEXT:
         text = read_wikitext2()
         missing = [] if len(text) == WIKITEXT_CHARACTERS else [f"{len(text):,} of {WIKITEXT_CHARACTERS:,} characters"]

@@ -16,7 +16,7 @@ from gprune.benchmarks.serving import time_in_alternation
 from gprune.benchmarks.settings import TEXTS, Benchmarks
 from gprune.benchmarks.subjects import Loaded, find_evaluation
 from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
-from gprune.benchmarks.tasks import zero_shot
+from gprune.benchmarks.tasks import measure_tasks
 from gprune.console import quieted
 from gprune.discovery import family_of
 from gprune.errors import UserError
@@ -48,10 +48,10 @@ def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure a model, or the models of a run.
+    """Measure a model, or the models of a run. Return the records, and the file that has them.
 
-    A task that cannot be measured does not end the others. UnmeasuredTasksError, which has their records, is raised at
-    the end.
+    With `dense` the dense model of a run is measured too, and without `pruned` it alone. A task that cannot be measured
+    does not end the others. UnmeasuredTasksError, which has their records, is raised at the end.
     """
     check_tasks(benchmarks)
     with placement(benchmarks, expanded(model)) as placed:
@@ -101,7 +101,7 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     limit = benchmarks.limit
     if task not in TEXTS:
         options = {"batch_size": benchmarks.batch_size, "num_fewshot": benchmarks.num_fewshot}
-        return zero_shot(*loaded, [task], limit=limit, source=benchmarks.source, **options)
+        return measure_tasks(*loaded, [task], limit=limit, source=benchmarks.source, **options)
     family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]

@@ -50,10 +50,10 @@ def check_prompt(model: PreTrainedModel, prompt: int, generate: int) -> None:
 
 
 def time_in_alternation(models: Sequence[PreTrainedModel], benchmarks: Benchmarks) -> list[list[Record]]:
-    """Time models in this process. The result has for each model the records `prefill` (first token) and `decode`.
+    """Time models in this process. Return for each model records of `prefill` (first token) and `decode` by batch size.
 
-    Tokens per second are for the whole batch. Only records with the same `rounds` can be compared, because their models
-    were timed in alternation.
+    There is no record of a time of 0, which is within the noise. Tokens per second are for the whole batch. Only
+    records with the same `rounds` can be compared, because their models were timed in alternation.
     """
     log.info("Evaluating %s", SPEED)
     prompt = benchmarks.speed_prompt
@@ -77,7 +77,7 @@ def time_in_alternation(models: Sequence[PreTrainedModel], benchmarks: Benchmark
                 ("prefill", batch * prompt, first_seconds[i]),
                 ("decode", batch, step_seconds[i]),
             ):
-                if seconds:  # 0 if decoding steps are too fast compared with prefill
+                if seconds:  # 0 if a decoding step is too fast compared with prefill
                     rate = {"task": task, "tokens_per_second": tokens / seconds, "seconds": seconds}
                     records[i].append(shared | rate)
     return records
@@ -138,7 +138,7 @@ def name_of(subject: Subject) -> str:
 
 @dataclass(frozen=True)
 class Forms:
-    """The files of a model."""
+    """A model that was written in several forms."""
 
     paths: dict[str, Path]  # by form
     dtype: str
@@ -197,7 +197,7 @@ def command_of(choice: EngineChoice) -> list[str]:
 
 
 class Server:
-    """The process of an engine, which has loaded a model."""
+    """The process of an engine. The first request loads a model, others are timed. stderr is written to `errors`."""
 
     def __init__(self, choice: EngineChoice, errors: Path):
         environment = ENGINES[choice.name].environment | os.environ
@@ -238,7 +238,7 @@ class Server:
 def time_models(
     choice: EngineChoice, version: str, models: Sequence[Forms], benchmarks: Benchmarks, scratch: Path
 ) -> list[list[Record]]:
-    """Time models in an engine. The result has for each model the records `prefill`, `decode` and `generate`."""
+    """Time models in an engine. Return for each model the records `prefill`, `decode` and `generate` by batch size."""
     batches, prompt = dict.fromkeys(benchmarks.speed_batch), benchmarks.speed_prompt
     load = {
         "threads": torch.get_num_threads(), "requests": max(batches), "length": prompt + NEW_TOKENS,

@@ -26,7 +26,7 @@ PRESETS = {"zeroshot7": ZEROSHOT7}  # name in `tasks` -> lm_eval's tasks
 
 
 def _read_limits(limits: Any) -> Any:
-    """Parse the YAML text of `--max_memory`. Other values are unchanged, and refused later unless they are mappings."""
+    """Parse the YAML text of `--max_memory`, with devices as text. What is not a mapping is refused later."""
     parsed = limits
     if isinstance(limits, str):
         with contextlib.suppress(yaml.YAMLError):
@@ -87,7 +87,7 @@ class Benchmarks:
 
     @property
     def tasks_by_model(self) -> tuple[str, ...]:
-        """The other tasks, which are measured on one model after another."""
+        """The tasks other than speed, which are measured on one model after another."""
         return tuple(task for task in self.tasks if task != SPEED)
 
 
@@ -96,6 +96,7 @@ def parse_benchmarks(**settings: Any) -> Benchmarks:
     try:
         return Benchmarks(**settings)
     except ValidationError as error:
+        # Errors of `Memory` name the flag of a run.
         raise UserError(f"{validation_message(error, '--')}.".replace("--model.max", "--max")) from error
 
 

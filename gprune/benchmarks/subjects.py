@@ -25,7 +25,7 @@ from gprune.runs.results import config_of, exported_model, read_evaluation, read
 from gprune.storage.files import key_of, write_json
 from gprune.storage.paths import expanded
 
-METRICS = (
+METRICS = (  # entries of records that are logged to W&B
     "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "score", "score_stderr",
     "perplexity", "tokens_per_second", "seconds",
 )  # fmt: skip
@@ -92,7 +92,10 @@ def find_subjects(
     name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False,
     loading: Mapping[str, Any] = NOTHING,
 ) -> tuple[list[Subject], Path | None, str | None]:  # fmt: skip
-    """Find the models to evaluate, without loading them. `loading` has the arguments that offload weights."""
+    """Find the models to evaluate, without loading them. Return them with the file for records and the key of the run.
+
+    File and key are None if `name` is not a run. `loading` has the arguments that offload weights.
+    """
     path = expanded(name)
     if not (path / "manifest.json").is_file():
         if dense:
@@ -145,7 +148,7 @@ def _load_verified(
     load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
     dtype: torch.dtype, **options: Any,
 ) -> Loaded:  # fmt: skip
-    """Load a model and its tokenizer, and check that the weights are those that a run has used."""
+    """Load a model and its tokenizer, and check that it has the weights that a run has used, those of `what`."""
     model, tokenizer = load(name, dtype=settings["model"]["dtype"], **options)
     if fingerprint(model) != expected:
         raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
@@ -177,7 +180,10 @@ def _load_pruned(
 
 
 def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
-    """Add records to a file, replacing earlier records of the same model and protocol."""
+    """Add records to a file, replacing earlier records of the same model and protocol.
+
+    `run` is the key of the run that the file belongs to; without it, records of several runs are told apart.
+    """
     names = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
     if not run:
         names += ["run", "origin"]
@@ -192,7 +198,7 @@ def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | N
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to the summary of the run's W&B run, if it has one."""
+    """Add `task_numbers` of records to the summary of the run's W&B run, if it has one."""
     wandb_entry = RunFolder(run).manifest.get("wandb")
     if not wandb_entry:
         return

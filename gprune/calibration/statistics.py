@@ -218,7 +218,7 @@ def pool_statistics(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
     """Pool statistics of several corpora, weighted by their numbers of tokens.
 
     Moments, Gram matrices and routing are exact for the joined text. Saliency is averaged over corpora, because
-    absolute values of gradient sums cannot be added.
+    absolute values of gradient sums cannot be added. Errors of blocks are left out.
     """
     statistics = list(statistics)
     ffn, attention = (
@@ -320,6 +320,6 @@ class StatisticsCache:
     def _key(self, corpus: str, kind: str, *part: str | int) -> str:
         """Return the key of a kind of statistics or, with `part`, of the Gram matrix of a scope and a block."""
         bits = self.bits | self.gram_bits if kind == "gram" else self.bits
-        if kind == "saliency":  # the content of the file depends on the scopes
+        if kind == "saliency":  # the content of the file depends on the scopes; keys name this kind `taylor`
             kind, part = "taylor", tuple(self.scopes)
         return key_of(text=self.texts[corpus], kind=[kind, *part] if part else kind, **bits)

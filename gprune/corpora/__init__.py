@@ -12,6 +12,6 @@ def is_local(name: str) -> bool:
     """Return whether a corpus can be read without a download."""
     if identity(name) != name:  # a path or a mirror
         return True
-    on_hub = name in [record.name for record in HUB_CORPORA]
+    on_hub = name in [corpus.name for corpus in HUB_CORPORA]
     in_missing_wheel = name in EMBEDDED_CORPORA and not cached_wheels(EXLLAMAV2)
     return not (on_hub or in_missing_wheel)

@@ -79,7 +79,7 @@ def python_docs(split: str) -> list[str]:
     """Return the language reference of the interpreter (`help("TOPIC")`), one document per topic.
 
     Topics overlap, because a chapter contains its sections. A paragraph is kept only in the longest topic that has it;
-    otherwise train and test would overlap.
+    otherwise train and test would overlap. Topics with fewer than `MIN_CHARACTERS` left are left out.
     """
     from pydoc_data.topics import topics
 
@@ -101,7 +101,8 @@ def python_docs(split: str) -> list[str]:
 def python_help(split: str) -> list[str]:
     """Return the documentation of built-in types and functions (`help(str)`), one document per name.
 
-    Built-ins are written in C, so this text does not overlap with `python_code`. Repeated docstrings are kept once.
+    Built-ins are written in C, so this text does not overlap with `python_code`. Repeated docstrings are kept once, and
+    names with fewer than `MIN_CHARACTERS` left are left out.
     """
     seen: set[str | None] = set()  # docstrings of earlier names
     documents = []

@@ -48,20 +48,20 @@ HUB_CORPORA = (
 )  # fmt: skip
 
 
-def load_hub(record: HubCorpus, split: str) -> list[str]:
+def load_hub(corpus: HubCorpus, split: str) -> list[str]:
     """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30."""
-    if record.test is None:
-        whole_corpus = load_hub(replace(record, test="train"), "train")
+    if corpus.test is None:
+        whole_corpus = load_hub(replace(corpus, test="train"), "train")
         return contiguous_split(whole_corpus, split)
     import datasets  # takes a second, and only hub corpora need it
 
-    hub_split = record.test if split == "test" else "train"
-    mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), "
+    hub_split = corpus.test if split == "test" else "train"
+    mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{corpus.name}/{split}.jsonl (an object with 'text' per line), "
     remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
-    with hub_errors(f"corpus '{record.name}'", remedy), offline_if_unreachable():
-        rows = datasets.load_dataset(record.path, record.config, split=hub_split, streaming=record.limit is not None)
-        texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
-    return [document for document in record.documents(texts) if document.strip()]
+    with hub_errors(f"corpus '{corpus.name}'", remedy), offline_if_unreachable():
+        rows = datasets.load_dataset(corpus.path, corpus.config, split=hub_split, streaming=corpus.limit is not None)
+        texts = [corpus.text.format(**row) for row in itertools.islice(rows, corpus.limit)]
+    return [document for document in corpus.documents(texts) if document.strip()]
 
 
 def hub_errors(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
@@ -93,5 +93,5 @@ def offline_if_unreachable() -> Iterator[bool]:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = former
 
 
-for _record in HUB_CORPORA:
-    CORPORA.register(_record.name)(functools.partial(load_hub, _record))
+for _corpus in HUB_CORPORA:
+    CORPORA.register(_corpus.name)(functools.partial(load_hub, _corpus))

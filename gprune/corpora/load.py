@@ -251,7 +251,7 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
 
 
 def _text_of(row: object, location: str) -> str:
-    """Return the field `text` of a row."""
+    """Return the field `text` of a row. UserError, which begins with `location`, if there is none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{location}: The row must be an object with a string field 'text'; got {row!r:.100}.")

@@ -333,8 +333,7 @@ def common_module(names: Sequence[str]) -> str:
 
 
 def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
-    """Return the path of the norm whose output the module `host` reads, and of the first norm after the projection
-    `output`. Each is None if there is no such norm."""
+    """Return the path of the norm whose output `host` reads, and of the first norm after `output`; None if missing."""
     norms = _norm_paths(probe.layers[index])
     calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
     host_input = next((call.entering for call in calls if call.path == host), None)
@@ -456,7 +455,8 @@ def logit_transform(probe: Probe) -> dict[str, Any]:
         if type(value) in (int, float) and value > 0 and not is_size(name)
     }  # fmt: skip
     if _is_close(logits, product):
-        # A scale of 1 has no effect here, but other models of this type may have another value.
+        # A scale of 1 has no effect here, but other models of this type may have another value. Only `logits_scaling`
+        # is known to be a divisor.
         scales = [name for name in ("logits_scaling", "logit_scale", "logits_scale") if numbers.get(name) == 1]
         return {"logits_scaling": "logits_scaling"} if scales == ["logits_scaling"] else {}
     keys = [name for name in numbers if any(word in name for word in ("log", "head", "scal", "cap", "mult"))]

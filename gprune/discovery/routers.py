@@ -44,7 +44,7 @@ def router_fields(probe: Probe, kind: dict[str, Any]) -> dict[str, Any]:
         found = [
             _per_expert(layer, smaller, kind, experts)
             for index, (layer, smaller) in enumerate(zip(before, after, strict=True))
-            if any(chosen is kind or chosen == kind for chosen, _ in kinds_of(probe.layers[index], [kind]))
+            if kinds_of(probe.layers[index], [kind])
         ]  # fmt: skip
         if not found or not found[0][0]:
             continue

@@ -217,7 +217,7 @@ def _restore_relations(content: dict[str, Any], original: Mapping[str, Any]) -> 
         content["attention_head_dim"] = 2 * HIDDEN // content["num_attention_heads"]
     if "expand" in content and isinstance(content.get("num_heads"), int) and "state_size" in content:
         content["num_heads"] = number_of_wide_heads
-    if "num_hidden_layers" in content and "n_recurrent_layers" in content:
+    if "num_hidden_layers" in content and "n_recurrent_layers" in content:  # dory, with 1 input and 1 output layer
         content["n_recurrent_layers"] = content["num_hidden_layers"] - 2
     if "num_layers_per_stack" in content:  # hrm_text: the number of layers that one token passes through
         content["num_hidden_layers"] = content["num_layers_per_stack"] * content["H_cycles"] * (content["L_cycles"] + 1)

@@ -152,7 +152,7 @@ def _half(tensor: Tensor, order: str, dim: int, half: int) -> Tensor:
 def attention_kinds(
     probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, int]], size: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number of a layer, kind of attention) for an output projection.
+    """Yield (number of a layer, kind of attention) for an output projection with `size` columns.
 
     A KV group is the smallest group of columns for which rows of query, key and value vanish. With fewer columns only
     rows of value vanish.
@@ -379,7 +379,7 @@ def complete_kind(
 ) -> dict[str, Any]:  # fmt: skip
     """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it.
 
-    `hosts` read the output of the norm before; `sizes` maps the value of an attribute to its name in the record.
+    `hosts` read the output of the norm before; `sizes` maps a number to its meaning in `Family.attributes`.
     """
     layer = probe.layers[index]
     owner = kind.get("experts") or owner_of(output)
@@ -389,6 +389,7 @@ def complete_kind(
     kind["classes"] = {path: type(layer.get_submodule(path)).__name__ for path in dict.fromkeys(paths)}
     norm_before, norm_after = norms_around(probe, index, hosts[0], output)
     kind[f"{scope}_norm"] = norm_before
+    # Without a norm after it, the output itself is named, so that `Block.joins_residual` is False.
     kind[f"after_{scope}"] = None if joins_residual(probe, index, output) else norm_after or output
     kind["attributes"] = {}
     for path, module in layer.get_submodule(owner).named_modules():

@@ -61,8 +61,7 @@ def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> Interval:
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float | None]:
     """Return the difference of the mean scores of models a and b on the same questions, and its standard error.
 
-    A score is a number, or whether an answer is correct. Questions with equal scores do not contribute. The standard
-    error is None for fewer than two questions.
+    A score is a number, or whether an answer is correct. The standard error is None for fewer than two questions.
     """
     by_question = [float(of_a) - float(of_b) for of_a, of_b in zip(a, b, strict=True)]
     n = len(by_question)
@@ -110,7 +109,8 @@ def _interval(sums: Nll, weights: Mapping[str, float], tokens_per_window: int) -
         S = sum_c w_c m_c,    V_c = w_c^2 s_c^2 / n_c,
         interval S -+ t(0.975, v) sqrt(sum_c V_c),
         v = (sum_c V_c)^2 / sum_c (V_c^2 / (n_c - 1)), Welch-Satterthwaite.
-    There is no interval if a corpus has a single window, whose variance cannot be estimated.
+    There is no interval if a corpus has a single window, whose variance cannot be estimated. If all variances are 0,
+    the interval is the sum alone.
     """
     per_token = {corpus: np.array(sums[corpus]) / tokens_per_window for corpus in weights}
     point = 0.0

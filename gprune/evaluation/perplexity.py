@@ -30,9 +30,9 @@ class Forecast(NamedTuple):
     Let q and p be the next-token distributions of the dense and the other model, z and y their logits, x and x' their
     final hidden states, and W the head, which both share. Then
         KL(q || p) = sum_v q_v (z_v - y_v) - log sum_v exp z_v + log sum_v exp y_v.
-    If logits are linear, W x / s, the first sum is m (x - x') / s with m = sum_v q_v W_v. It costs H products per
-    token, instead of V H for z. Otherwise x is stored and z is computed again. If logits are rounded, for instance to
-    bfloat16, the first sum uses the unrounded logits.
+    If logits are linear, W x / s with a constant s, the first sum is m (x - x') / s with m = sum_v q_v W_v. It costs H
+    products per token, instead of V H for z. Otherwise x is stored and z is computed again. If logits are rounded, for
+    instance to bfloat16, the first sum uses the unrounded logits.
     """
 
     states: Tensor  # (T - 1, H): m, or x
@@ -91,7 +91,7 @@ class PerplexityResult:
 
     @classmethod
     def from_window_sums(cls, sums: Tensor, windows: Windows) -> PerplexityResult:
-        """Return the result for sums over the predicted tokens of each window."""
+        """Return the result for sums over the predicted tokens of each window, as from `_window_sums`."""
         tokens = windows.tokens[:, 1:].numel()
         window_nll = sums[:, 0].contiguous()  # the memory layout affects the last bits of the sum
         nll = mean_nll(window_nll, tokens, windows.corpus)
@@ -118,11 +118,18 @@ def perplexity(
     shared: bool = False,
     forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
-    """Return exp of the mean next-token cross-entropy over windows, each scored from its second token."""
+    """Measure exp of the mean next-token cross-entropy over windows, each scored from its second token.
+
+    Args:
+        progress: called with the number of tokens after each batch.
+        shared: whether batches are divided among the ranks of torch.distributed.
+        forecasts: those of the dense model for this rank's windows, for KL and agreement; or an empty list, to which
+            the forecasts of this model are added.
+    """
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world_size
     dense_forecasts = list(forecasts or ())
-    collected = None if forecasts else forecasts  # the empty list to fill, or None
+    collected = None if forecasts else forecasts  # the empty list to fill, or None if there is no list
     own_sums = []  # of this rank's batches
     for i, batch in enumerate(batches[rank::world_size]):
         forecasts_of_batch = dense_forecasts[i * batch_size :][: len(batch)]

@@ -60,7 +60,8 @@ def speed_table(
 ) -> Table | None:  # fmt: skip
     """Return the latency table of this machine: that of a resumed run, a cached one, or a new measurement.
 
-    The result is None if there is no stored table and `measure` is false.
+    The result is None if there is no stored table and `measure` is false. With `measure` and `again` a cached table is
+    measured once more. `run_table`, the file of a resumed run, has priority if its key is that of `speed_key`.
     """
     key = speed_key(dense, device, dtype, workload)
     if run_table is not None:
@@ -97,11 +98,14 @@ def costs_from_table(table: Table, blocks: Sequence[Block]) -> ModelCosts:
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:
-    """Return for each block the picoseconds of keeping 0, 1, ..., all of its units, compared with keeping none."""
+    """Return for each block the picoseconds of keeping 0, 1, ..., all of its units, compared with keeping none.
+
+    `points` are (width, seconds of a layer), and `blocks` (number of units, parameters of a unit).
+    """
     widths, seconds = map(np.array, zip(*points, strict=True))
     total = sum(parameters for units, parameters in blocks if units) or 1
-    # Mean number of units that blocks had in each measurement, weighted by parameters. Equal to `widths` if all blocks
-    # are equally wide.
+    # Mean number of units that blocks had in each measurement, weighted by the parameters of a unit. Equal to `widths`
+    # if all blocks are equally wide.
     timed = np.array([sum(p * min(units, width) for units, p in blocks) / total for width in widths.tolist()])
     increasing = np.maximum.accumulate(seconds)  # only because of noise a wider block can seem faster
     # Seconds of a layer if every block had as many units as each width. Where only some blocks became narrower, the

@@ -110,7 +110,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     general = {"general.type": "model", "general.name": name, "general.file_type": int(FILE_TYPES[type])}
     general["general.quantized_by"] = "gprune"
     if type == "q8_0":
-        general["general.quantization_version"] = 2
+        general["general.quantization_version"] = 2  # of ggml's block formats
     return general | {f"{arch}.{key}": value for key, value in architecture_keys.items()}
 
 

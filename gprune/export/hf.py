@@ -1,8 +1,8 @@
 """Save a pruned model as a Hugging Face folder that loads with or without gprune.
 
 If all blocks have the same shape, and the family's stock config supports it, the folder is a stock model without custom
-code. Otherwise it has safetensors, a config.json with the table `per_layer_config`, and the modelling file
-`modeling_pruned.py`, the same for all families. Load it with
+code. Otherwise it has safetensors, a config.json with the sizes of every layer (`pruned_layout`), and the modelling
+file `modeling_pruned.py`, the same for all families. Load it with
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register(TYPE)` without remote
 code. If transformers has no causal class for the type, the class is `AutoModelForImageTextToText`. Folders of models
 that take images have the files of the dense model's processor too, for `AutoProcessor`.
@@ -59,7 +59,7 @@ EXCLUDED_KEYS = {
 KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of model classes that we can export
 MAX_FILE_BYTES = 5 * 10**9  # largest file of weights
 # README.md of a folder that is saved without a run. A run writes a model card instead.
-CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"
+CARD = "Pruned by gprune. Where layers differ in width, config.json has their sizes (`pruned_layout`).\n"
 
 
 def dense_settings(model: PreTrainedModel) -> dict[str, Any]:
@@ -242,9 +242,8 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
 def to_portable(model: PreTrainedModel) -> PreTrainedModel:
     """Convert a model so that `save_pretrained` writes a folder that loads, also after training.
 
-    Some models are returned unchanged and must be saved by `save_pruned`: models on several devices or offloaded,
-    because they need their hooks; models with code outside of transformers; and models with extra weights, such as
-    adapters.
+    Some models are returned unchanged: models on several devices or offloaded, which need their hooks, and are saved by
+    `save_pruned`; models with code outside of transformers; and models with extra weights, such as adapters.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) == 1 and not is_offloaded(model) and KNOWN_CODE.fullmatch(type(model).__module__):
@@ -254,11 +253,12 @@ def to_portable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
-    """Remove masked units from a model, so that its weights become smaller. `save_pretrained` of the result works.
+    """Remove masked units from a model, so that its weights become smaller. `save_pretrained` of the result works, with
+    the exceptions of `to_portable`.
 
     Args:
-        model: a model of a supported family, dense or pruned.
-        masks: per block (neurons,) and (kv_groups,) bool, True = keep, for the current widths of the model.
+        model: a model of a supported type, dense or pruned.
+        masks: one keep mask per block and scope, for the current widths of the model.
         inplace: slice `model` itself, to save memory. Otherwise `model` is not changed, except that RWKV's rescaling of
             weights is turned off, which leaves its logits as they are.
 
@@ -337,7 +337,10 @@ def reloaded_logits(
     max_memory: Mapping[str, str] | None = None,
     **load: Any,
 ) -> Tensor:
-    """Return logits (B, T, vocabulary) of a saved model in a fresh process, without gprune and network."""
+    """Return logits (B, T, vocabulary) of a saved model in a fresh process, without gprune and network.
+
+    `max_memory` is as for `--model.max_memory`, and `load` has other arguments of `from_pretrained`.
+    """
     limits = None if max_memory is None else list(memory_limits(max_memory).items())
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
         tokens_file, logits_file = f"{scratch}/tokens", f"{scratch}/logits"

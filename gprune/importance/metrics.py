@@ -211,9 +211,9 @@ def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
 def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = (||X_j||_2 * mean_i |W_ij|)^2 / n, FLAP's weighted input feature norm (arXiv 2312.11983).
 
-    The mean over rows and the square are those of the authors' repository, which squares scores of attention channels
-    before it adds them per head. Neurons of a block have the same order as by `wanda_sp`. KV groups can have another
-    order because of the square.
+    The mean over rows is that of the authors' repository, and so is the square for attention channels, which are added
+    per head. Because of it KV groups can have another order than by `wanda_sp`. Neurons are squared only here, which
+    keeps their order: that of `wanda_sp`.
     """
     return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
 

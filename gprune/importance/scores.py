@@ -97,7 +97,7 @@ def _score_experts(name: str, block: Block, routing: Routing, seed: int) -> Tens
 
 
 def idle_experts(blocks: Sequence[Block], statistics: Sequence[CorpusStatistics]) -> str:
-    """Return the experts without any token of several corpora, such as 'layer 0: 3, 5; layer 2: 1'; empty if none."""
+    """Return the experts that no token of any corpus reaches, such as 'layer 0: 3, 5; layer 2: 1'; empty if none."""
     by_layer = []
     for block in blocks:
         if block.has_experts:
@@ -141,7 +141,11 @@ def score_units(
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
-    """Return r_i = (rank of s_i + 0.5) / N with ranks from 0: (..., groups x N) float64, strictly inside (0, 1)."""
+    """Return r_i = (rank of s_i + 0.5) / N with ranks from 0: (..., groups x N) float64, strictly inside (0, 1).
+
+    Each of the `groups` of N consecutive scores is ranked separately. Equal scores have their average rank or, with
+    `ties` "ordinal", ranks in their order.
+    """
     if not scores.shape[-1]:  # a block without such units
         return scores.detach().cpu().double()
     by_group = scores.detach().cpu().double().unflatten(-1, (groups, -1))

@@ -79,7 +79,7 @@ def has_routers(blocks: Sequence[Block]) -> bool:
 
 
 def compared_windows(ids: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """Return token ids (1, T) for comparing logits; for mixtures of experts in windows of 16 tokens, (T / 16, 16).
+    """Return token ids (1, T) for comparing logits; for mixtures of experts in windows of 16 tokens, (T // 16, 16).
 
     Rounding decides near ties between experts. The choice changes all later tokens of a window, so windows are short,
     and models are compared by a typical token.

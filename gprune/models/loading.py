@@ -44,9 +44,7 @@ from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
 from gprune.storage.paths import expanded
 
-SUBJECT = "The model made elsewhere"  # beginning of errors
-
-
+SUBJECT = "The model made elsewhere"  # beginning of errors of `check_elsewhere` and `load_elsewhere`
 log = logging.getLogger("gprune")
 # Files of a processor, which prepares images and text. A processor has at least one of the first three.
 PROCESSOR_CONFIGS = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
@@ -59,7 +57,7 @@ def register(*model_types: str) -> None:
 
     Args:
         model_types: types of the dense models, such as "gemma3_text". Types with a record (`FAMILIES`) are always
-            registered. Others are not, because importing the classes of all 172 types takes too long.
+            registered. Others are not, because importing the classes of all types takes too long.
 
     Raises:
         UserError: if transformers has no class for a type that predicts next tokens.
@@ -128,7 +126,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def locate_model(name: str) -> str:
-    """Return the folder or hub id of a model. For an embedded model this is its folder in the cache."""
+    """Return the folder or hub id of a model. An embedded model is made at first use, in a folder of the cache."""
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = expanded(name)

@@ -121,8 +121,8 @@ class ExpertPart:
     @property
     def in_features(self) -> int:
         """Number of columns; summed over experts for `down`."""
-        E, _H, N = self.shape
-        return E * N if self.name == "down" else N
+        E, _, columns = self.shape
+        return E * columns if self.name == "down" else columns
 
     @property
     def out_features(self) -> int:

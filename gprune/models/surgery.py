@@ -209,13 +209,13 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
         setattr(text_config, name, type(values)(values[index] for index in kept))
     for name, numbers in lists_of_layer_numbers(content, per_layer).items():
         setattr(text_config, name, [new for new, old in enumerate(kept) if old in numbers])
-    if table:  # pruned before: renumber values of layers
+    if table:  # renumber values of layers
         values_by_layer = {int(index): values for index, values in table.items()}
         text_config.per_layer_config = {
             str(new): values_by_layer[old] for new, old in enumerate(kept) if old in values_by_layer
         }
     layout = getattr(config, "pruned_layout", None)
-    if layout and "own" in layout:  # sizes of layers of a discovered type
+    if layout and "own" in layout:  # of an export of gprune: sizes of layers
         own = {str(new): layout["own"][str(old)] for new, old in enumerate(kept)}
         config.pruned_layout = {**layout, "own": own}
 

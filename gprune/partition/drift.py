@@ -54,7 +54,7 @@ def half_agreement(half_ranks: Tensor) -> Tensor:
 
     A lower bound for the agreement of corpora that differ by sampling only, because a half has twice the sampling
     variance of the whole. Halves are the first and the last windows of a shuffled sample, and share at most one piece
-    of text. NaN if `kendall_agreement` is NaN.
+    of text. NaN if `kendall_agreement` of a corpus is NaN.
     """
     by_corpus = [kendall_agreement(halves) for halves in half_ranks]
     return torch.tensor(by_corpus, dtype=torch.float64).mean()

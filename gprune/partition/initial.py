@@ -96,7 +96,7 @@ def initial_partition(
     """Cluster neurons by k-means on [similarity_weight * embedding, drift_weight * standardised drift].
 
     The embedding is (N, d), and drift and the resulting labels are (N,). There are fewer than `num_modules` modules if
-    some were below `minimum_size` and were merged.
+    some were below `minimum_size` and were merged, or a block has fewer than two neurons per module.
     """
     N = len(drift)
     num_modules = max(1, min(num_modules, N // 2))

@@ -172,9 +172,10 @@ def assess_reliability(
 ) -> list[ModuleReliability]:
     """Find the modules with unreliable activations, from labels, ranks, drifts and noise floors, (N,) per block.
 
-    A module switches to the fallback if all of these hold: its sensitivity, standardised over the neurons of its
-    block, is at least the `sensitivity_quantile` of all modules of the model; its score is at most the
-    `score_quantile`; its mean drift is above its mean noise floor.
+    With `switch` "unreliable", a module switches to the fallback if all of these hold: its sensitivity (mean drift),
+    standardised over the neurons of its block, is at least the `sensitivity_quantile` of all modules of the model; its
+    score (mean rank) is at most the `score_quantile`; its mean drift is above its mean noise floor. With "everywhere"
+    all modules switch, and with "off" none.
     """
     scores = [module_means(*pair) for pair in zip(ranks, labels, strict=True)]
     sensitivities = [module_means(*pair) for pair in zip(drifts, labels, strict=True)]
@@ -206,9 +207,10 @@ def switched_share(reliability: list[ModuleReliability]) -> float:
 
 
 def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switched: Tensor) -> Tensor:
-    """Return the rank of each neuron in its module, p_i = (rank + 0.5) / n_m in (0, 1), (N,) float64; larger = keep.
+    """Return p_i = (rank of neuron i in its module + 0.5) / n_m in (0, 1), (N,) float64; larger = keep.
 
-    Ranks are by `scores` (N,), and by `fallback` (N,) in modules that `switched`, (K,) bool. Labels are (N,) in [0, K).
+    Neurons of module k are ranked by `fallback` (N,) if `switched[k]`, (K,) bool, and otherwise by `scores` (N,).
+    `labels` (N,) in [0, K) are the modules of neurons, and n_m is the number of neurons of a module.
 
     Ties are broken by index, so the ranks of a module are always 0..n_m - 1, as a budget requires a total order.
     """

@@ -66,8 +66,8 @@ class Material:
     batches: Sequence[Tensor] = ()
     # Counts tokens that pass layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
-    # Trains a stage on `--distill.tokens` of text from `corpora.recover` if the recovery learns, otherwise on
-    # calibration text. A resumed run restores the state_dict of a finished stage.
+    # Called with a title and a stage. Trains the stage on `--distill.tokens` of text from `corpora.recover` if the
+    # recovery learns, otherwise on calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
     teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
@@ -115,9 +115,10 @@ class Recovery(Feature):
         return 0, 0
 
     def memory(self, sizes: Any) -> dict[str, float]:
-        """Return the bytes of a recovery by term of `method.dry_run.Memory`; empty if it needs nothing.
+        """Return the bytes during a recovery by term of `method.dry_run.Memory`; empty if it needs nothing.
 
-        Without training these are the equations of the widest block, 12 N^2, in float64.
+        Without training these are all weights, the Gram matrices with 12 N^2 for the equations of the widest block, of
+        N neurons, and hidden states that the evaluation needs. `sizes` is a `method.dry_run.MemoryEstimate`.
         """
         if not self.needs:
             return {}
@@ -158,11 +159,11 @@ def recoveries_of(chain: str, settings: Mapping[str, Any] = NOTHING) -> list[Rec
     recoveries = []
     for name in chain.split("+"):
         group = RECOVERY[name].group
-        options = {} if name == group else settings.get(name, {})
-        each = RECOVERY[name].factory(**options)
+        options = {} if name == group else settings.get(name, {})  # `settings[group]` are no options
+        instance = RECOVERY[name].factory(**options)
         if group in settings:
-            each.settings = settings[group]
-        recoveries.append(each)
+            instance.settings = settings[group]
+        recoveries.append(instance)
     return recoveries
 
 
@@ -199,7 +200,7 @@ class Projection(Recovery):
         self.flags = frozenset(flags)
 
     def revise(self, material: Material) -> Revise:
-        """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
+        """Return a function that corrects the output projections of a sliced block by `solve`."""
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:

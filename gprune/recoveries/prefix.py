@@ -73,7 +73,8 @@ class Target(NamedTuple):
 def projections_to_solve(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
     """Return for each block the names of projections to solve, in the order of computation.
 
-    These are the projections that lose channels. After a removed block also `down`, even if it keeps all channels.
+    These are the projections that lose channels. After a removed block also `down`, even if it keeps all channels;
+    not in blocks that are not `alone` in their layer.
     """
     if alone is None:
         alone = [True] * len(masks.blocks)
@@ -165,7 +166,7 @@ class PrunedPrefix:
             block.layer.to(former_device)
 
     def _pass_dense(self, blocks: Sequence[Block]) -> dict[int, dict[str, list[Target]]]:
-        """Pass the dense stream through a layer, whose blocks are given."""
+        """Pass the dense stream through a layer, whose blocks are given. Return targets as in `self.targets`."""
         layer, index = blocks[0].layer, blocks[0].layer_index
         targets = {block.index: {part: [] for part in self.parts_to_solve[block.index]} for block in blocks}
         with resident(layer), ExitStack() as hooks:

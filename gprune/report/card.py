@@ -53,7 +53,10 @@ def model_card(
     cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None,
     other: str | None = None,
 ) -> str:  # fmt: skip
-    """Return the README.md of the exported folder: description, method, results, and how to load the model."""
+    """Return the README.md of the exported folder `model`: description, method, results, and how to load it.
+
+    `dtype` is that of the exported weights, and `other` the name of a model made elsewhere, which the run measured.
+    """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
         if _is_stock(model)

@@ -40,7 +40,7 @@ LETTER_WIDTH = 0.08  # largest width of a letter in inches
 # Colour of each variant. base and averaged are equally light, so variants have different markers too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2", "model": "#CC79A7"}
 MARKERS = {"base": "s", "averaged": "^", "gprune": "o", "model": "D"}
-OTHER_COLOUR = "#CC79A7"  # of other variants, and of what is not pruned
+OTHER_COLOUR = "#CC79A7"  # of other variants
 # Colour, dashes and marker. Lightness decreases, so that lines can be distinguished in grey print.
 LINES = (
     ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),

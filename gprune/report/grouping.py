@@ -68,8 +68,8 @@ def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     Rows of a list, whose path is a record, keep their names.
 
     A new name lists settings, such as `importance flap, target 0.3`. A setting is added only if it distinguishes more
-    runs; seeds are ignored. Names chosen by the user are kept. All names are kept if there is a single run, or if the
-    new names of two runs with the same seed would be equal.
+    runs; seeds are ignored. Runs that differ only in the seed lose their hash. Names chosen by the user are kept. All
+    names are kept if there is a single run, or if the new names of two runs with the same seed would be equal.
     """
     if len(runs) == 1:
         return list(runs)

@@ -258,7 +258,14 @@ def make(
     paths: Sequence[Path | str | FinishedRun],
     *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None,
 ) -> Report:  # fmt: skip
-    """Read runs and make the report."""
+    """Read runs and make the report.
+
+    Args:
+        paths: folders of runs, or runs that are already read.
+        base: the run whose row `base` is the denominator of ratios, or such runs by path of a run. By default each
+            run's own.
+        seen: corpora that count as seen in every row. By default those of each run.
+    """
     runs = named_by_difference(read_runs(paths))
     if base is None or isinstance(base, Mapping):
         return of_runs(runs, bases=base, seen=seen)
@@ -269,7 +276,7 @@ def make(
 def of_runs(
     runs: Sequence[FinishedRun], *, bases: Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None
 ) -> Report:
-    """Make the report of runs that are already read."""
+    """Make the report of runs that are already read, with `bases` and `seen` as for `tables.summary_table`."""
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     groups = group_by_seed(runs)
@@ -397,11 +404,13 @@ def _describe_controls(run: FinishedRun) -> str:
     for other in others:
         ratio = ratio_to(run, own, run, other) if other[1] == own[1] and other[0] != "dense" else None
         if ratio is not None:
-            verdict = "" if ratio.low > 1 or ratio.high < 1 else ", no clear difference"
+            has_interval = ratio.low is not None  # not for a single window
+            verdict = ", no clear difference" if has_interval and ratio.low <= 1 <= ratio.high else ""
             comparisons.append(f"{format_estimate(ratio, 3)} times that of {row_name(*other)}{verdict}")
     if not comparisons:
         return ""
-    return f"Unseen perplexity of {row_name(*own)}: {'; '.join(comparisons)} (95 % intervals over windows)."
+    intervals = " (95 % intervals over windows)" if has_interval else ""
+    return f"Unseen perplexity of {row_name(*own)}: {'; '.join(comparisons)}{intervals}."
 
 
 def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:

@@ -176,7 +176,7 @@ def in_markdown(text: str) -> str:
 
 
 def caption(records: Sequence[Record]) -> str:
-    """Return the caption of figures: model, budget and protocol in three lines."""
+    """Return the caption of figures: model, budget and protocol, a line each; no budget for models made elsewhere."""
     names = ("model", "scope", "importance", "dtype", "seq_len", "split")
     pruned = [r for r in records if r["stage"] != "dense"]
     values = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
@@ -246,7 +246,7 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def arithmetic_mean_over_seeds(values: Sequence[float], largest: float = math.inf) -> Estimate:
-    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, for KL and agreement."""
+    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, cut off at 0 and `largest`."""
     mean, half_width = _mean_and_half_width(np.array(values))
     return Estimate(mean, max(0.0, mean - half_width), min(largest, mean + half_width))
 
@@ -268,7 +268,7 @@ MEANS = {  # how numbers of several seeds are combined; all others by `mean_over
 def pool_estimates(
     estimates: Sequence[Estimate | None], mean: Callable[[Sequence[float]], Estimate] = mean_over_seeds
 ) -> Estimate | None:
-    """Combine the estimates of seeds."""
+    """Combine the estimates of seeds by `mean`; None if one is None. A single estimate keeps its interval."""
     if not estimates or None in estimates:
         return None
     return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
@@ -282,7 +282,7 @@ def result_rows(run: FinishedRun) -> list[ResultRow]:
 def ratio_to(
     run: FinishedRun, row: ResultRow, other: FinishedRun, reference: ResultRow, number: str = "nll"
 ) -> Estimate | None:
-    """Compute `unseen_ratio` of rows of two runs."""
+    """Compute `unseen_ratio` of rows of two runs; None for a row and itself."""
     if run.path.resolve() == other.path.resolve() and row == reference:
         return None
     return unseen_ratio(run.records, row, other.records, reference, number)
@@ -312,7 +312,13 @@ def summary_table(
     groups: Sequence[SeedGroup], numbers: pd.DataFrame, bases: Mapping[Path, FinishedRun] | None = None, *,
     seen: Sequence[str] | None = None,
 ) -> Table:  # fmt: skip
-    """Table with a line per group and row: means over seen and unseen corpora, gap, and ratios to dense and `base`."""
+    """Table with a line per group and row: means over seen and unseen corpora, gap, and ratios to dense and `base`.
+
+    Args:
+        bases: path of a run -> the run whose row `base` its ratios are divided by. By default each run's own, after the
+            same recovery.
+        seen: corpora that count as seen in every row. By default those of each run.
+    """
     by_name = {run.name: run for run in (bases or {}).values()}
     for name, run in by_name.items():
         if ("base", "none") not in result_rows(run):
@@ -447,8 +453,10 @@ def corpora_table(groups: Sequence[SeedGroup]) -> Table:
     columns = ["run", "stage", "seeds", "seen / dense", "unseen / dense", "worst corpus", "worst / dense", "ahead on"]
     digits = dict.fromkeys(("seen / dense", "unseen / dense", "worst / dense"), 3)
     note = (
-        "Perplexity divided by that of the dense model: geometric means over corpora, and the unseen corpus with the "
-        "highest ratio. ahead on: unseen corpora on which no other line of the same dense model has a lower perplexity."
+        "seen / dense, unseen / dense: perplexity over that of the dense model, geometric mean over corpora (in "
+        "brackets 95 % intervals over windows or, if there are several, over seeds). worst corpus: the unseen corpus "
+        "with the highest ratio. ahead on: unseen corpora on which no other line of the same dense model has a lower "
+        "perplexity."
     )
     return Table("corpora", "Many corpora", columns, rows, digits, note)
 
@@ -482,7 +490,6 @@ def _lines_of_groups(
     groups: Sequence[SeedGroup], numbers: pd.DataFrame, wanted: Sequence[tuple[str, str]]
 ) -> list[list[Cell]]:
     """Return lines of name, row, seeds and the wanted (number, corpus) of `group_frame` for every row of every group.
-
 
     Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
     after its groups.
@@ -605,7 +612,7 @@ def _order(r: Record) -> tuple[Any, ...]:
 
 
 def compare_records(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
-    """Compare the records of two models."""
+    """Compare the records of two models. Return "piqa" or "decode, batch 8" -> the ratio or difference as text."""
     by_key = {pair_key(r): r for r in references}
     comparisons = {}
     for r in records:
@@ -684,7 +691,7 @@ def pair_key(r: Record) -> tuple[Cell, ...]:
 
 
 def _cells(r: Record, dense: Record | None) -> list[Cell]:
-    """Return the cells of a record after its name.
+    """Return the cells of a record after those of task, run and stage.
 
     They are split, n, number, acc_norm, difference from dense, flips, greedy, standard protocol, and note.
     """

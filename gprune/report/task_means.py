@@ -116,16 +116,16 @@ def _means(records: Sequence[Record]) -> list[Mean]:
     tasks = {r["task"]: r for r in records}
     groups = {name: group for r in tasks.values() for name, group in r.get("groups", {}).items()}
     means = []
-    units: dict[str, list[str]] = defaultdict(list)  # of the list: a task, or all subjects of a group that is one task
+    items: dict[str, list[str]] = defaultdict(list)  # of the list: a task, or all subjects of a group that is one task
     for task, r in tasks.items():
-        units[next((name for name in r.get("groups", {}) if groups[name]["by_size"]), task)].append(task)
+        items[next((name for name in r.get("groups", {}) if groups[name]["by_size"]), task)].append(task)
     for name, group in groups.items():
         members = [task for task, r in tasks.items() if name in r.get("groups", {})]
         sizes = [tasks[task]["questions"] if group["by_size"] else 1 for task in members]
         means.append(Mean(name, _shares(members, sizes), group["tasks"]))
-    if len(units) > 1 and not any(mean.weights.keys() == tasks.keys() for mean in means):
-        of_units = [_shares(members, [tasks[task]["questions"] for task in members]) for members in units.values()]
-        weights = {task: share / len(units) for shares in of_units for task, share in shares.items()}
+    if len(items) > 1 and not any(mean.weights.keys() == tasks.keys() for mean in means):
+        of_items = [_shares(members, [tasks[task]["questions"] for task in members]) for members in items.values()]
+        weights = {task: share / len(items) for shares in of_items for task, share in shares.items()}
         means.append(Mean(LIST, weights, len(tasks)))
     return means
 
@@ -139,7 +139,7 @@ def _has_accuracy(r: Record) -> bool:
 
 
 def _used_metric(r: Record, metric: str) -> str:
-    """Return the metric that counts for a task."""
+    """Return the metric that counts for a task: `metric`, or the other one if the task does not have it."""
     return metric if r[metric] is not None else METRICS[metric]
 
 

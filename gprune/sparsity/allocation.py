@@ -139,7 +139,7 @@ def allocate(
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks.
 
-    A rule for blocks has been used for the masks. Its thresholds are those at which learning would start.
+    If `name` is a rule for blocks, thresholds follow from the masks as at the start of learning.
     """
     if not ALLOCATION[name].modules:
         name = "learned"
@@ -149,7 +149,10 @@ def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds
 
 
 def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
-    """Check that a registered function or stage has returned masks that fit a budget's units and meet it."""
+    """Check that a registered function or stage has returned masks that fit a budget's units and meet it.
+
+    With `exact` they must exceed the budget by less than one step.
+    """
     from gprune.models.masks import Masks
 
     entry = f"{registry.kind.capitalize()} '{name}'"
@@ -169,7 +172,10 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, 
 def checked_pair(
     registry: UserCode, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU."""
+    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU.
+
+    Errors call it `what`. Tensors have the lengths `sizes` and the content `of`, see `UserCode.checked`.
+    """
 
     def checked_kind(kind: str, tensors: Any, kind_sizes: Sequence[int]) -> list[Tensor]:
         """Check the tensors of all blocks for one kind of units."""

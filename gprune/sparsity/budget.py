@@ -127,16 +127,17 @@ class Budget:
     ) -> Self:  # fmt: skip
         """Return the budget for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost, rounded up.
 
-        If whole blocks are in scope, the first ones are removed, until others are chosen (`without`).
+        If whole blocks are in scope, the first ones are removed, until others are chosen (`without`). `of_class` has
+        the fields of a subclass.
         """
         nothing = cls(units, 0, width_multiple, uniform, block_share, outside, **of_class)
         return nothing.meeting(setting, order=range(len(units)) if block_share else ())
 
     def meeting(self, setting: float | str, *, order: Iterable[int], flag: str = "--sparsity.target") -> Self:
-        """Return the budget of the same units for another target. UserError if it cannot be met.
+        """Return the budget of the same units for another target. UserError, which names `flag`, if it cannot be met.
 
         Blocks are removed as a whole in the given order, as far as they fit into `block_share`. For a target whose cost
-        is searched for this is the largest possible budget.
+        is searched for, this is the largest possible budget.
         """
         narrowest = narrowest_width(self.units)
         if self.width_multiple > narrowest:
@@ -166,7 +167,7 @@ class Budget:
         return budget
 
     def at(self, sparsity: float) -> Self:
-        """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`."""
+        """Return the budget of the same units and possible widths at a sparsity of `--evaluation.curve`."""
         return self.meeting(sparsity, order=self.removed, flag="--evaluation.curve")
 
     def without(self, blocks: Iterable[int]) -> Self:
@@ -174,7 +175,7 @@ class Budget:
         return self.meeting(self.setting or self.sparsity, order=blocks)
 
     def removing(self, target: int) -> Self:
-        """Return the budget of the same units and grid that removes this cost, or the nearest possible one.
+        """Return the budget of the same units and possible widths that removes this cost, or the nearest possible cost.
 
         The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
         is lowered until it is removable. It is raised only if blocks of different widths must have the same widths.
@@ -198,7 +199,7 @@ class Budget:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells budgets of the same units and grid apart."""
+        """What tells budgets of the same units and possible widths apart."""
         return (self.target,)
 
     def bypassing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -299,7 +300,7 @@ class Budget:
 
     @property
     def unavoidable(self) -> int:
-        """The smallest removable cost if all blocks must have the same widths; 0 if they have.
+        """The smallest cost that can be removed if all blocks must have the same widths; 0 if they may differ.
 
         Blocks of different widths are cut to the narrowest one, rounded down to a multiple, and blocks with different
         numbers of KV groups to the smallest number. Blocks in `removed` keep nothing.
@@ -322,12 +323,15 @@ class Budget:
 
     @property
     def step(self) -> int:
-        """The smallest difference in cost between masks: `width_multiple` neurons of a block, or of all if uniform."""
+        """The smallest difference in cost between masks: `width_multiple` neurons or a KV group of a block.
+
+        If all blocks must have the same width, it is the sum of these over all blocks.
+        """
         multiple = self.width_multiple
         step_costs = []
         for block in self.units:
             by_width = block.costs.neurons
-            first_step = block.neurons % multiple or multiple  # neurons, after which widths are multiples
+            first_step = block.neurons % multiple or multiple  # neurons that make the width a multiple
             if first_step <= block.neurons:
                 step_costs.append(by_width[-1] - by_width[-1 - first_step])
             if block.attention and block.groups:
@@ -337,7 +341,7 @@ class Budget:
 
     @property
     def largest_step(self) -> int:
-        """The largest cost of one more unit: `width_multiple` neurons, or a KV group if attention is in scope.
+        """The largest cost of one step: `width_multiple` neurons, or a KV group if attention is in scope.
 
         If all blocks must have the same width, a step is removed in every block.
         """
@@ -351,8 +355,8 @@ class Budget:
     def blocks_that_fit(self, order: Sequence[int], target: int) -> tuple[int, ...]:
         """Choose blocks to remove as a whole, by whole layers in the given order of blocks.
 
-        Layers are chosen as long as their total cost is at most `block_share` of the target, and another layer keeps
-        its units. Blocks of layers that may not be removed are ignored.
+        Layers are chosen as long as their total cost is at most `block_share` of the target, and at least one layer
+        with units is kept. Blocks of layers that may not be removed are ignored.
         """
         layer_of = {block: blocks for blocks in self.removable_layers for block in blocks}
         # A layer is listed once, at the place of its first block.
@@ -365,7 +369,7 @@ class Budget:
 
     @cached_property
     def rest(self) -> Budget:
-        """The remaining budget for units of other blocks, after blocks were removed as a whole."""
+        """The remaining budget for units of the blocks that are not removed as a whole."""
         kept = [self.units[b] for b in self.kept]
         target = self.target - self.removed_cost
         return replace(self, units=kept, target=target, removed=(), block_share=0.0, outside=0, setting=None)
@@ -399,5 +403,5 @@ def _cost_of_equal_numbers(tables: Sequence[Sequence[int]], multiple: int) -> in
 
 
 def _largest_difference(table: Sequence[int], size: int) -> int:
-    """Return the largest cost of `size` units that follow each other, from a table of `BlockCosts`."""
+    """Return the largest cost of `size` consecutive units, from a table of `BlockCosts`."""
     return max((upper - lower for lower, upper in zip(table, table[size:], strict=False)), default=0)

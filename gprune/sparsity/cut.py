@@ -75,7 +75,7 @@ def _select_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
 
 
 def _step_costs(table: Sequence[int], removed_after_step: Tensor) -> Tensor:
-    """Return the costs of a block's steps, (steps,) int64."""
+    """Return the costs of a block's steps, (steps,) int64, from the number of units that are removed after each."""
     remaining = torch.tensor([table[-1 - removed] for removed in [0, *removed_after_step.tolist()]])
     return remaining[:-1] - remaining[1:]
 
@@ -134,7 +134,7 @@ class Cut:
         self.step_block = repeat_values(range(len(steps_per_block)), steps_per_block, device)
 
     def _init_group_steps(self, device: torch.device) -> None:
-        """Compute the order of removable KV groups, which are removed one at a time.
+        """Compute places and costs of removable KV groups, which are removed one at a time.
 
         The KV group with the largest margin in a block is never removed.
         """
@@ -266,9 +266,9 @@ class EqualWidthCut(Cut):
             groups -= 1
         # Keep groups that exceed the target, as long as neurons can be removed instead. FFNs of different widths lose
         # neurons in any case.
-        unavoidable_cost = self._cost_beyond_width(self._widest(0))
-        removable_cost = self._cost_beyond_width(width_multiple)
-        while remaining(groups) < unavoidable_cost and groups < max_groups and remaining(groups + 1) <= removable_cost:
+        smallest_cost = self._cost_beyond_width(self._widest(0))
+        largest_cost = self._cost_beyond_width(width_multiple)
+        while remaining(groups) < smallest_cost and groups < max_groups and remaining(groups + 1) <= largest_cost:
             groups += 1
         return groups
 
@@ -312,8 +312,9 @@ def cut_margin(
 ) -> Tensor:
     """Return the margin at which the budget cuts the common order of units, (), with margins as for `keep_masks`.
 
-    It is the largest margin among removed neurons. If no neuron is removed, because only KV groups cost something, it
-    is the largest among removed KV groups; if none is removed either, 0.
+    It is the largest margin among removed neurons (or slots; `of_experts` has the number of experts of each block). If
+    no neuron is removed, because only KV groups cost something, it is the largest among removed KV groups; if none is
+    removed either, 0.
     """
     experts = of_experts or [1] * len(masks.ffn)
     neurons = [
@@ -338,7 +339,7 @@ def margin_of_cut(
 def _slot_mask(keep: Tensor, experts: int) -> Tensor:
     """Return the keep mask of slots in order of their margins, (E x N,) -> (N,), from the keep mask of neurons.
 
-    All experts keep the same number of neurons, and these have the largest margins. Removed experts are left out.
+    All experts keep the same number of neurons, and these have the largest margins. There are no removed experts.
     """
     if experts == 1:
         return keep
@@ -346,7 +347,7 @@ def _slot_mask(keep: Tensor, experts: int) -> Tensor:
 
 
 def _largest_removed(blocks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the largest margin among removed units, (); -inf if none is removed.
+    """Return the largest margin among removed units, (), from (margins, keep mask) of blocks; -inf if none is removed.
 
     A block that keeps nothing was removed as a whole, independently of its margins, and is ignored.
     """

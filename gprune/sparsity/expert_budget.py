@@ -47,7 +47,7 @@ class RouterRule:
         return cls(block.experts, groups, least, why_not)
 
     def rounds(self, scores: Sequence[float]) -> list[list[int]]:
-        """Return the experts to remove, lowest scores first, one of each group in each round. Ties: by number."""
+        """Return the removable experts by round, lowest scores first: one of each group. Ties are broken by number."""
         size = self.experts // self.groups if self.experts else 0
         by_group = []
         for group in range(self.groups):
@@ -58,15 +58,15 @@ class RouterRule:
 
 @dataclass(frozen=True)
 class ExpertBudget(Budget):
-    """A budget with whole experts in scope. They are removed in steps, each one a number of experts.
+    """A budget with whole experts in scope. They are removed in steps of one or more experts.
 
-    If all layers keep the same number, a step is an expert of each layer, or one of each group of its router.
-    Otherwise a step is an expert of one layer, and layers compete by the scores of their experts relative to the mean
-    absolute score of their layer. Experts with the score -inf, which no token reaches, come first and are not averaged.
+    If all layers keep the same number, a step has one expert of each group of each layer's router. Otherwise it has
+    those of one layer, and layers compete by the scores of their experts relative to the mean absolute score of their
+    layer. Experts with the score -inf, which no token reaches, come first and are not averaged.
 
-    Steps are taken as long as they fit into `share` of the target; neurons and KV groups in scope make up the rest.
-    Without such units the smallest number of steps is taken that reaches the target, and the target becomes what they
-    remove.
+    Steps are taken as long as they fit into `share` of the target; neurons and KV groups in scope make up the rest. If
+    these cannot, more steps are taken. Without such units the smallest number of steps is taken that reaches the
+    target, and the target becomes what they remove.
     """
 
     rules: Sequence[RouterRule] = ()  # one per block
@@ -104,6 +104,7 @@ class ExpertBudget(Budget):
 
     @property
     def least(self) -> str:
+        """What every block keeps in any case, in words; see `Budget.least`. The most demanding router is described."""
         rule = max(self.rules, key=lambda rule: rule.groups * rule.least)
         of_experts = f"each router needs {rule.groups * rule.least} of {rule.experts} experts"
         if rule.groups > 1:
@@ -120,9 +121,7 @@ class ExpertBudget(Budget):
     @cached_property
     def steps(self) -> list[Step]:
         """All steps that are possible, in order."""
-        open_blocks = [
-            b for b in self.kept if self.rules[b].experts and not self.units[b].protected
-        ]  # of blocks that are not removed as a whole
+        open_blocks = [b for b in self.kept if self.rules[b].experts and not self.units[b].protected]
         rounds: dict[int, list[Step]] = {}
         keys: list[tuple[float, int, int]] = []  # (mean score relative to the layer, block, round)
         for b in open_blocks:
@@ -131,12 +130,12 @@ class ExpertBudget(Budget):
             sizes = [abs(score) for score in scores if math.isfinite(score)]
             scale = sum(sizes) / max(1, len(sizes)) or 1.0
             keys += [
-                (sum(scores[expert] for _, expert in step) / len(step) / scale, b, number)
-                for number, step in enumerate(rounds[b])
+                (sum(scores[expert] for _, expert in step) / len(step) / scale, b, round_number)
+                for round_number, step in enumerate(rounds[b])
             ]
         if self.equal:
             return [[pair for step in steps for pair in step] for steps in zip(*rounds.values(), strict=False)]
-        return [rounds[b][number] for _, b, number in sorted(keys)]
+        return [rounds[b][round_number] for _, b, round_number in sorted(keys)]
 
     @cached_property
     def _costs_of_steps(self) -> list[int]:
@@ -146,12 +145,12 @@ class ExpertBudget(Budget):
     @cached_property
     def number_of_steps(self) -> int:
         """Number of steps that are taken."""
-        goal, costs = self.target - super().removed_cost, self._costs_of_steps
+        remaining, costs = self.target - self.removed_cost, self._costs_of_steps  # `removed_cost` is of whole blocks
         if not self.has_other_units:
-            return next((number for number, cost in enumerate(costs) if cost >= goal), len(costs) - 1)
-        limit = Fraction(str(self.share)) * goal
+            return next((number for number, cost in enumerate(costs) if cost >= remaining), len(costs) - 1)
+        limit = Fraction(str(self.share)) * remaining
         number = sum(cost <= limit for cost in costs[1:])
-        while number < len(costs) - 1 and goal - costs[number] > self._without(number).removable:
+        while number < len(costs) - 1 and remaining - costs[number] > self._without(number).removable:
             number += 1  # other units cannot make up the rest
         return number
 
@@ -198,7 +197,7 @@ class ExpertBudget(Budget):
                 _of_some_experts(table, kept, block.experts) for table in (block.costs, block.parameters)
             )
             units.append(replace(block, costs=costs, parameters=parameters, experts=kept))
-        target = self.target - super().removed_cost - self._costs_of_steps[number]
+        target = self.target - self.removed_cost - self._costs_of_steps[number]
         return Budget(units, max(0, target), self.width_multiple, self.uniform)
 
     @cached_property
@@ -210,23 +209,23 @@ class ExpertBudget(Budget):
     def removable(self) -> int:
         """The largest removable cost: all steps, and then other units."""
         steps = len(self.steps)
-        return super().removed_cost + self._costs_of_steps[steps] + self._without(steps).removable
+        return self.removed_cost + self._costs_of_steps[steps] + self._without(steps).removable
 
     @property
     def unavoidable(self) -> int:
-        """The smallest removable cost; see `Budget.unavoidable`."""
+        """The smallest cost that can be removed; see `Budget.unavoidable`."""
         return super().unavoidable if self.has_other_units else 0
 
     @property
     def largest_step(self) -> int:
-        """The largest cost of one more unit, or of one more step if there are no other units."""
+        """The largest cost of a step of experts if there are no other units, otherwise that of `Budget`."""
         if self.has_other_units:
             return super().largest_step
         return max((after - before for before, after in pairwise(self._costs_of_steps)), default=1)
 
     @property
     def step(self) -> int:
-        """The smallest difference in cost between masks."""
+        """The smallest difference in cost between masks; without other units, the largest cost of a step of experts."""
         return super().step if self.has_other_units else max(1, self.largest_step)
 
     def _of_units(self, costs: Sequence[BlockCosts]) -> int:
@@ -234,7 +233,7 @@ class ExpertBudget(Budget):
         total = super()._of_units(costs) if self.has_other_units else 0
         for of_block, rule, block in zip(costs, self.rules, self.units, strict=True):
             if rule.experts:
-                neurons = of_block.neurons[-1] if block.ffn else 0  # already counted
+                neurons = of_block.neurons[-1] if block.ffn else 0  # counted by `super`
                 total += rule.experts * of_block.expert - neurons
         return total
 

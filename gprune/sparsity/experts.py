@@ -31,7 +31,7 @@ class WholeExperts(Feature):
     needs = frozenset({"routing"})
 
     def identity(self, cfg: Any) -> dict[str, Any]:
-        """Return the settings of whole experts, which identify no run without them."""
+        """Return the settings that identify a run only if whole experts are in scope."""
         names = ("expert_metric", "expert_share", "uniform_experts")
         return {"sparsity": {name: getattr(cfg.sparsity, name) for name in names}}
 
@@ -97,7 +97,10 @@ class WholeExperts(Feature):
         return replace(scores, experts=of_experts)
 
     def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
-        """Write the scores of experts, and warn of experts that no token reaches if they are removed first."""
+        """Write the scores of experts, and warn of experts that no token reaches.
+
+        These are removed first, unless the metric ignores activations; then there is no warning.
+        """
         from gprune.importance.scores import idle_experts
 
         run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in enumerate(scores.experts)})

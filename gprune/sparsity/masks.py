@@ -21,10 +21,10 @@ from gprune.sparsity.thresholds import ModuleSparsity
 
 @dataclass(frozen=True)
 class VariantMasks:
-    """Masks of a variant (`base`, `averaged` or `gprune`) for any budget.
+    """Masks of a variant (`base`, `averaged` or `gprune`) for any budget, unless a learner returned masks for one.
 
-    Sparsity is allocated to blocks by scores. If the variant has modules, this gives the thresholds of modules, unless
-    these are learned.
+    Sparsity is allocated to blocks by scores. If the variant has modules, their thresholds follow from the resulting
+    masks, unless the sparsity of modules is learned.
     """
 
     allocation: str  # allocation to blocks
@@ -40,14 +40,14 @@ class VariantMasks:
     _allocated: dict[tuple[Any, ...], Masks] = field(default_factory=dict)
 
     def __call__(self, budget: Budget) -> Masks:
-        """Return the masks for a budget, in which the scores of the variant choose what is removed as a whole."""
+        """Return the masks for a budget. The scores of the variant choose which experts are removed as a whole."""
         budget = budget.ranked_by(self.scores)
         if self.modules is None:
             return self.allocated(budget)
         return self.module_sparsity(budget).masks(self.modules.ranks, budget)
 
     def allocated(self, budget: Budget) -> Masks:
-        """Return the masks by scores of blocks for a budget that is ranked by them, computed once per budget."""
+        """Return the masks without modules for a budget that is ranked by the scores, computed once per budget."""
         key = budget.key
         if key not in self._allocated:
             # Statistics are pooled in each call and not kept, because of the size of their Gram matrices.

@@ -121,7 +121,19 @@ def find_largest_cut(
     measure: Callable[[int], float], limit: float, max_cut: int, *, first: int, expected: float | None = None,
     exponent: float = 1.5, unused: float = 0.0, resolution: int = 1, tries: int | None = None,
 ) -> SearchResult:  # fmt: skip
-    """Search for the largest cut whose rise is at most `limit`."""
+    """Search for the largest cut, at most `max_cut`, whose rise is at most `limit`.
+
+    The search ends without a cut within the limit if a cut of at most `resolution` is above the limit.
+
+    Args:
+        measure: function that returns the rise of a cut.
+        first: the cut that is measured first.
+        expected: the predicted rise of this cut.
+        exponent: p of rise ~ cut^p, until two points are known.
+        unused: a cut ends the search if its rise leaves at most this share of the limit unused; never with 0.
+        resolution: the search ends if cuts within and above the limit differ by at most this number.
+        tries: number of measurements after which the search ends if a cut is within the limit.
+    """
     result = SearchResult([], limit)
     cut = min(max_cut, max(1, first))
     while True:

@@ -66,7 +66,7 @@ class Target(Feature):
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 
     def trials(self, cfg: Any) -> list[str]:
-        """Return the recovery of every model that is measured at most to find how much is removed."""
+        """Return the recovery of each model that may be measured to find how much is removed."""
         return []
 
     def development_corpora(self, cfg: Any) -> list[str]:
@@ -81,7 +81,7 @@ class Target(Feature):
         return {"removes": f"{plan.removed:,} parameters: {shares}"}
 
     def removes(self, scope: int, model: int) -> int:
-        """Return the cost to remove, rounded up."""
+        """Return the cost to remove, rounded up, from the costs of the scope and of the model."""
         if self.unit == "share":
             return math.ceil(self.number * scope)
         if self.unit == "%":
@@ -95,7 +95,10 @@ class Target(Feature):
         return model - math.floor(kept)
 
     def limit(self, removed: int, scope: int, model: int, *, least: bool = False) -> str:
-        """Return the limit of the target in its unit, such as "at most 0.9"."""
+        """Return the limit of targets in this one's unit, such as "at most 0.9".
+
+        `removed` is the largest cost that can be removed or, with `least`, the smallest.
+        """
         kept = model - removed
         if self.unit in ("parameters", "bytes"):
             bound = "at most" if least else "at least"

@@ -31,11 +31,11 @@ class WholeBlocks(Feature):
         self.also_reads = frozenset({"corpora.drift"} if self.chosen_by_loss else ())
 
     def identity(self, cfg: Any) -> dict[str, Any]:
-        """Return the settings of whole blocks, which identify no run without them."""
+        """Return the settings that identify a run only if whole blocks are in scope."""
         return {"sparsity": {name: getattr(cfg.sparsity, name) for name in ("block_share", "block_choice")}}
 
     def budget_of(self, pricing: Any, make: Any) -> Any:
-        """Return the function that makes the budget, of which whole blocks are a share."""
+        """Return the function that makes a budget with a share for whole blocks."""
         return partial(make, block_share=pricing.cfg.sparsity.block_share)
 
     def refuse(self, plan: Any) -> None:
@@ -140,7 +140,10 @@ def refuse_layers(plan: Any) -> None:
 
 
 def limit_to_depth(budget: Budget) -> Budget:
-    """Limit a budget to the cost of all whole blocks except one. A quality target is lowered to that limit."""
+    """Limit a quality target to the cost of all layers except one. UserError for another target above this cost.
+
+    The exception is the largest layer, or the protected ones if there are any.
+    """
     layers = [layer for layer in budget.by_layer if budget.protected.isdisjoint(layer)]
     layer_costs = [sum(budget.units[block].costs.whole for block in layer) for layer in layers]
     kept = 0 if budget.protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
@@ -184,7 +187,7 @@ def check_attention_remains(plan: Any) -> None:
 def check_renumbering(plan: Any) -> None:
     """Raise UserError if other layers would change when a layer is removed and the following ones are renumbered.
 
-    The first removable layer of the model without weights is removed, and `prune` compares the others.
+    The first layer that is not protected is removed from the model without weights; `slice_model` checks the others.
     """
     import torch
 

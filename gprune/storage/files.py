@@ -97,7 +97,10 @@ def _remove(scratch: Path, path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Context manager that holds the lock of a folder. The lock is a file `.lock` in the folder, and is not removed."""
+    """Context manager that holds the lock of a folder, a file `.lock` in it, which is not removed.
+
+    Raise TimeoutError at once if another process holds the lock.
+    """
     if not folder.is_dir():  # FileLock would create the folder
         raise NotADirectoryError(f"{folder} is not a folder")
     with FileLock(folder / ".lock", blocking=False):

@@ -354,10 +354,10 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
             if differences:
                 results.append((f"{first} - {second}", run.seed, differences))
     tasks = list(dict.fromkeys(task for *_, differences in results for task in differences))
-    note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
-    note += "perplexity with a 95 % interval."
+    note = "Paired over questions or windows: difference of accuracies +- standard error; x ratio of perplexities with "
+    note += "a 95 % interval (columns name the tokens per window)."
     if any(task.endswith(", acc") for task in tasks):
-        note += " Means of accuracies over tasks with a 95 % interval."
+        note += " Differences of means over tasks have a 95 % interval."
     rows = [[pair, seed, *(differences.get(task) for task in tasks)] for pair, seed, differences in results]
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 

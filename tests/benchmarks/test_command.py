@@ -17,7 +17,7 @@ from gprune.__main__ import run as command
 from gprune.benchmarks import measurement
 from gprune.benchmarks.placement import placement
 from gprune.benchmarks.settings import Benchmarks
-from gprune.benchmarks.tasks import zero_shot
+from gprune.benchmarks.tasks import measure_tasks
 from gprune.evaluation.intervals import paired_difference
 from gprune.models.offload import is_offloaded
 from gprune.storage.files import key_of, read_json, write_json
@@ -68,7 +68,7 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     out = capsys.readouterr().out
     records = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
     assert set(records) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
-    (in_memory,) = zero_shot(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
+    (in_memory,) = measure_tasks(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
     exported = records["gprune", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5
@@ -79,7 +79,7 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     assert f"x {ratio:.3f} [" in out
 
 
-def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys, tmp_path):
+def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys):
     needs_lm_eval()
     write_task(offline_runs.folder, "other", "test", questions(12, seed=1))
     run = offline_runs.runs / "kept"
@@ -146,22 +146,27 @@ def edit_settings(run: Path, change) -> None:
     write_json(run / "metrics.json", metrics, run=key_of(settings=manifest["settings"]))
 
 
-def test_an_output_file_collects_several_runs_and_models_and_other_files_are_not_overwritten(
-    offline_runs, capsys, tmp_path
-):
+def test_an_output_file_has_one_record_for_each_run_and_model_folder(offline_runs, tmp_path):
     output = tmp_path / "out.json"
     for name in ("kept", "masks", "kept"):
         assert exit_code_of_wikitext2(offline_runs.runs / name, output=output) == 0
-    folder = offline_runs.runs / "kept" / "model"
-    before = sorted(folder.iterdir())
-    assert exit_code_of_wikitext2(folder) == 0  # for a model folder, results are only printed
-    assert "| wikitext2 " in capsys.readouterr().out
-    assert sorted(folder.iterdir()) == before
     # Folders of the same name at two places are two models. The third evaluation replaces the record of the first.
     for parent in ("here", "there", "here"):
         folder = shutil.copytree(offline_runs.runs / "kept" / "model", tmp_path / parent / "small", dirs_exist_ok=True)
         assert exit_code_of_wikitext2(folder, output=output) == 0
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
+
+
+def test_results_of_a_model_folder_are_printed_and_not_written(offline_runs, capsys):
+    folder = offline_runs.runs / "kept" / "model"
+    before = sorted(folder.iterdir())
+    assert exit_code_of_wikitext2(folder) == 0
+    assert "| wikitext2 " in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_output_file_with_other_content_is_not_overwritten(offline_runs, capsys, tmp_path):
+    output = tmp_path / "out.json"
     output.write_text('{"a": 1}')
     assert exit_code_of_wikitext2(offline_runs.runs / "kept", output=output) == 2
     assert "Cannot read records of gprune evaluate" in capsys.readouterr().err

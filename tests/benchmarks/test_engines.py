@@ -32,7 +32,7 @@ def short(monkeypatch):
 
 
 def evaluated(capsys, *args) -> list[list[str]]:
-    """Return the rows of the table."""
+    """Run `gprune evaluate` on the task `speed`, and return the rows of its table."""
     capsys.readouterr()
     assert command("evaluate", [*map(str, args), "--tasks", "speed", *SIZES]) == 0
     return [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
@@ -79,7 +79,8 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
             prefill, decode, total = (
                 records[f"transformers {kind}", batch, "base"]["seconds"] for kind in ("prefill", "decode", "generate")
             )
-            assert total == pytest.approx(prefill + 3 * decode, rel=0.01)  # one round: the same answer
+            # There is one round, so the times are of one answer: prefill gives the first of its four tokens.
+            assert total == pytest.approx(prefill + 3 * decode, rel=0.01)
         assert records["transformers:nemotron-nas decode", 1, "base"]["engine_class"] == "DeciLMForCausalLM"
         assert records["transformers decode", 1, "dense"]["engine_class"] == "LlamaForCausalLM"
 
@@ -99,7 +100,7 @@ def test_llama_cpp_times_a_model_in_two_types_and_a_missing_engine_is_named_and_
 
 
 def write_variant(folder) -> str:
-    """Write the file of the engines without vLLM, which may be installed here."""
+    """Write a copy of `engines.py` that does not find vLLM, which may be installed here, and return its path."""
     with open(serving.engines.__file__, encoding="utf-8") as file:
         source = file.read()
     path = folder / "engines.py"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gprune.benchmarks import task_sources, tasks
-from gprune.benchmarks.tasks import zero_shot
+from gprune.benchmarks.tasks import measure_tasks
 from gprune.errors import UserError
 from gprune.report.tables import evaluation_table
 from gprune.runs.folder import check_evaluation
@@ -25,6 +25,7 @@ SPLIT = {"lambada_openai": "test", "hellaswag": "validation", "winogrande": "val
 def rows_of(task: str, n: int) -> list[dict]:
     """Random rows with the columns of the task's data set."""
     rng = np.random.default_rng(n)
+    # Texts for each row: `a` of five words, `b` and `c` of one, and three more of two, three and one.
     a, b, c, *ends = ([sentence(rng, words) for _ in range(n)] for words in (5, 1, 1, 2, 3, 1))
     columns = {
         "lambada_openai": lambda i: {"text": f"{a[i]} {b[i]}"},
@@ -92,7 +93,7 @@ def test_accuracies_and_perplexity_equal_lm_evals(manager, tmp_path):
         row["text"] = f"{context} {tokenizer().decode(best)}"
     write_task(tmp_path, "lambada_openai", "test", rows)
     theirs = reference(manager, model, tmp_path, *SPLIT)
-    records = zero_shot(model, tokenizer(), [*SPLIT], batch_size=2, source="local")
+    records = measure_tasks(model, tokenizer(), [*SPLIT], batch_size=2, source="local")
     assert records[0]["correct"] == "10101010"
     for ours in records:
         expected = {m: theirs[ours["task"]].get(f"{m},none", 0) for m in ("acc", "acc_norm", "perplexity")}
@@ -110,7 +111,7 @@ def test_generated_answers_have_lm_evals_exact_match_and_are_compared_with_the_d
     # The first pass reads the model's answers. They become the expected answers of every second row.
     for _ in range(2):
         write_task(tmp_path, "gsm8k", "test", rows)
-        records = zero_shot(model, tokenizer(), ["gsm8k"], source="local")
+        records = measure_tasks(model, tokenizer(), ["gsm8k"], source="local")
         for row, answer in zip(rows[::2], records[1]["answers"][::2], strict=True):
             row["answer"] = f"ban\n#### {answer}"
     theirs = reference(manager, model, tmp_path, "gsm8k")["gsm8k"]
@@ -122,7 +123,7 @@ def test_generated_answers_have_lm_evals_exact_match_and_are_compared_with_the_d
     # The protocol is standard only if all training rows are there too, because they are the examples in the prompts.
     for train_rows, is_standard in ((9, True), (10, False)):
         monkeypatch.setitem(task_sources.COMPLETE_SPLITS, "gsm8k", (4, train_rows))
-        complete = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
+        complete = measure_tasks(model, tokenizer(), ["gsm8k"], limit=None, source="local")
         assert {r["standard_protocol"] for r in complete} == {is_standard}
     # One of four answers changes from correct to wrong in the table.
     dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
@@ -146,13 +147,13 @@ def test_choices_have_the_tasks_own_number_of_examples_and_other_numbers_are_not
     options = {"tasks": ["leaderboard_mmlu_pro"], "source": "local"}
     monkeypatch.setattr(task_sources, "COMPLETE_SPLITS", {"leaderboard_mmlu_pro": (6, 6)})
     model = make_tiny_llama(max_position_embeddings=512)
-    (own,), (without,) = (zero_shot(model, tokenizer(), num_fewshot=number, **options) for number in (None, 0))
+    (own,), (without,) = (measure_tasks(model, tokenizer(), num_fewshot=number, **options) for number in (None, 0))
     assert (own["num_fewshot"], own["own_num_fewshot"], own["standard_protocol"]) == (5, 5, True)
     assert (without["num_fewshot"], without["own_num_fewshot"], without["standard_protocol"]) == (0, 5, False)
     assert without["note"] == "0 examples in prompts, lm_eval's own number is 5; lm_eval's own task"
     assert own["content_hash"] != without["content_hash"]
     monkeypatch.setattr(task_sources, "COMPLETE_SPLITS", {"leaderboard_mmlu_pro": (6, 7)})  # of the examples' split
-    (unknown,) = zero_shot(model, tokenizer(), **options)
+    (unknown,) = measure_tasks(model, tokenizer(), **options)
     assert (unknown["num_fewshot"], unknown["standard_protocol"]) == (5, False)
     assert unknown["note"].startswith("examples are not known to be drawn from all of lm_eval's; ")
     check_evaluation({"records": [own | {"stage": "model"}]})
@@ -164,7 +165,7 @@ def test_numbers_of_the_literature_are_standard_and_the_table_says_which_number_
     write_task(tmp_path, "hellaswag", "train", rows_of("hellaswag", 12))
     model, standard = make_tiny_llama(max_position_embeddings=2048), {}
     for number, is_standard in ((None, True), (10, True), (3, False)):
-        (record,) = zero_shot(model, tokenizer(), ["hellaswag"], source="local", num_fewshot=number)
+        (record,) = measure_tasks(model, tokenizer(), ["hellaswag"], source="local", num_fewshot=number)
         assert record["num_fewshot"] == (number or 0)
         assert (record["own_num_fewshot"], record["literature_num_fewshot"]) == (0, 10)
         assert record["standard_protocol"] is is_standard
@@ -178,7 +179,7 @@ def test_prompts_have_the_examples_of_lm_evals_evaluator(manager, tmp_path):
     model = make_tiny_llama(max_position_embeddings=512)
     theirs = reference(manager, model, tmp_path, "lambada_openai", num_fewshot=3)["lambada_openai"]
     perplexities = [
-        zero_shot(model, tokenizer(), ["lambada_openai"], source="local", num_fewshot=number)[0]["perplexity"]
+        measure_tasks(model, tokenizer(), ["lambada_openai"], source="local", num_fewshot=number)[0]["perplexity"]
         for number in (3, 0)
     ]
     assert perplexities[0] == pytest.approx(theirs["perplexity,none"], rel=1e-5)
@@ -198,7 +199,7 @@ def test_metrics_of_a_tasks_own_are_those_of_lm_eval_and_are_compared_by_questio
     write_task(tmp_path, "truthfulqa_mc2", "validation", rows)
     model = make_tiny_llama(max_position_embeddings=512)
     theirs = reference(task_manager, model, tmp_path, "truthfulqa_mc2")["truthfulqa_mc2"]
-    (ours,) = zero_shot(model, tokenizer(), ["truthfulqa_mc2"], source="local")
+    (ours,) = measure_tasks(model, tokenizer(), ["truthfulqa_mc2"], source="local")
     assert (ours["task"], ours["metric"], ours["acc"]) == ("truthfulqa_mc2/acc", "acc", None)
     assert ours["score"] == pytest.approx(theirs["acc,none"], abs=1e-6)
     assert ours["score"] == pytest.approx(np.mean(ours["scores"]), abs=1e-12)
@@ -219,7 +220,7 @@ def test_generation_refuses_non_finite_logits(manager):
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(UserError, match="non-finite logit came up in generation"):
-        zero_shot(model, tokenizer(), ["gsm8k"], limit=1, source="local")
+        measure_tasks(model, tokenizer(), ["gsm8k"], limit=1, source="local")
 
 
 def test_messages_name_the_split_that_a_task_needs(manager, tmp_path):
@@ -234,7 +235,7 @@ def test_messages_name_the_split_that_a_task_needs(manager, tmp_path):
         with pytest.raises(UserError, match=r"\$GPRUNE_DATA_DIR/tasks/hellaswag/validation\.jsonl"):
             task_sources.load_tasks("hellaswag", source)
     with pytest.raises(UserError, match=r"It needs 20 examples in train\.jsonl"):
-        zero_shot(make_tiny_llama(), tokenizer(), ["arc_challenge"], source="local", num_fewshot=20)
+        measure_tasks(make_tiny_llama(), tokenizer(), ["arc_challenge"], source="local", num_fewshot=20)
 
 
 @pytest.mark.parametrize(
@@ -251,4 +252,4 @@ def test_messages_name_the_split_that_a_task_needs(manager, tmp_path):
 def test_unreadable_task_rows_are_refused(task, split, rows, message, manager, tmp_path):
     write_task(tmp_path, task, split, rows)
     with pytest.raises(UserError, match=message):
-        zero_shot(make_tiny_llama(), tokenizer(), [task], source="local")
+        measure_tasks(make_tiny_llama(), tokenizer(), [task], source="local")

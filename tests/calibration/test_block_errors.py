@@ -170,7 +170,7 @@ def test_a_block_with_negligible_output_is_pruned_first(measured):
     budget = Budget.of(block_units(blocks, scope="ffn"), 1 / 3)
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
     assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps at least one neuron
-    assert ALLOCATION["reconstruction"].errors
+    assert ALLOCATION["reconstruction"].errors  # so a run measures the errors of blocks for this allocation
 
 
 def idle_model():

@@ -28,7 +28,7 @@ def texts(prefix, count):
 
 
 def assert_disjoint(parts):
-    """Splits are not empty and share no document."""
+    """Assert that splits are not empty and share no document."""
     assert all(parts.values())
     for a in SPLITS:
         for b in SPLITS:
@@ -120,7 +120,7 @@ def test_splits_of_interpreter_corpora_are_disjoint_and_deterministic(name, min_
     assert sum(map(len, parts["test"])) > min_characters
 
 
-def test_python_help_shares_no_text_with_python_code_and_python_docs():
+def test_python_help_shares_at_most_two_long_paragraphs_with_python_code_and_python_docs():
     """The corpus `python_help` serves as unseen text for runs calibrated on the other two."""
     help_text, *others = (
         " ".join(" ".join(load_corpus(name, split)) for split in ("train", "test"))

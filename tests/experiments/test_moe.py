@@ -39,8 +39,8 @@ def test_with_all_experts_and_equal_weights_the_mixture_is_the_dense_model(dense
 
 
 @torch.no_grad()
-def test_router_is_better_than_chance(dense, tokens):
-    """Error of the first block's output, with the fitted router and with routers that are drawn at random."""
+def test_the_fitted_router_is_better_than_random_ones(dense, tokens):
+    """By the error of the first block's output."""
     mixture = start(dense, tokens, shared=32, experts=8, top_k=3)
     x = torch.randn(1, 500, 32, generator=torch.Generator().manual_seed(2))
     mlp, exact = mixture.model.layers[0].mlp, dense.model.layers[0].mlp(x)
@@ -56,7 +56,7 @@ def test_router_is_better_than_chance(dense, tokens):
     assert fitted < 0.97 * min(drawn)
 
 
-def test_groups_have_equal_sizes_and_hold_what_is_alike():
+def test_groups_have_equal_sizes_and_similar_rows():
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(4).repeat_interleave(6, dim=0)  # rows 0 to 5 are alike, and so on
     shuffled = torch.randperm(24, generator=generator)

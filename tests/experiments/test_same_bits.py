@@ -17,7 +17,7 @@ from tests import tiny_run
 
 # `from experiments.same_bits import __main__` would be the module `__main__` of pytest.
 same_bits = import_module("experiments.same_bits.__main__")
-ONE, OTHER = "owl_protect", "depth"  # names of configurations; the runs here are others
+ONE, OTHER = "owl_protect", "depth"  # names of two configurations, which other runs replace here
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,12 @@ def runs(world, shared_cache, tmp_path_factory):
 
 
 @pytest.fixture
-def compared(runs, tmp_path, monkeypatch, capsys):
-    """Compare run folders in place of those that a commit and the tree make: call it with pairs of names by name."""
+def compared(runs, monkeypatch, capsys):
+    """Return a function that compares run folders in place of those that a commit and the tree make.
+
+    Its arguments are flags and `one=(BEFORE, AFTER)` or `other=...`, names of run folders. It returns exit code and
+    output.
+    """
 
     def compare(*arguments: str, **pairs: tuple[str, str]) -> tuple[int, str]:
         names = {"one": ONE, "other": OTHER}
@@ -98,7 +102,7 @@ def test_a_name_that_is_unknown_is_refused(capsys):
     assert "--only must name configurations (default; paper;" in capsys.readouterr().err
 
 
-def test_the_configurations_have_every_allocation_recovery_scope_and_kind_of_target():
+def test_the_configurations_have_every_allocation_recovery_scope_without_experts_and_kind_of_target():
     known = {name: parse(flags) for name, flags in configurations(real=True).items()}
     tiny = [cfg for cfg in known.values() if cfg.model.name == "tiny-random"]
     used = {cfg.sparsity.allocation for cfg in tiny} | {cfg.base_allocation for cfg in tiny}

@@ -30,7 +30,7 @@ def law(number_of_tokens: int) -> float:
 @pytest.fixture
 def runs():
     """Two models in mixed order. The last row of the first model repeats its text and is 5 % worse than the law."""
-    base = replace(fake_run("m, base", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [40.0, 60.0]}}))
+    base = fake_run("m, base", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [40.0, 60.0]}})
     base = replace(base, summary={"learned_tokens": 0})
     rows = [run_with(f"m, {d}", d, law(d)) for d in (4000, 1000, 2000)]
     return [base, *rows, run_with("m, 8k", 8000, law(8000) + math.log(1.05), repeat=True), run_with("n, 1k", 1000, 0.5)]

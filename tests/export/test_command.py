@@ -81,7 +81,7 @@ def error_line(capsys, *args, code=2):
     return line
 
 
-def test_gguf_files_are_written_next_to_the_model_by_default(run, tmp_path, capsys):
+def test_gguf_files_are_written_next_to_the_model_by_default(run, capsys):
     before = listing(run)
     assert command("export", [str(run)]) == 0
     output = capsys.readouterr()

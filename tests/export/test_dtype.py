@@ -1,4 +1,4 @@
-"""`--export.dtype`: dtype of the written weights. The results of the run do not depend on it."""
+"""`--export.dtype`: dtype of the written weights. Results of a run depend on it only with a target in bytes."""
 
 from __future__ import annotations
 

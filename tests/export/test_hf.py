@@ -161,7 +161,7 @@ def test_the_config_has_widths_per_layer_and_the_keys_of_older_transformers(tmp_
     assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
 
 
-# `pruned_layout` of Llamas in folders of earlier versions: sums of values of `per_layer_config`.
+# `pruned_layout` of Llamas in folders of earlier versions. Sizes are multiples of values of `per_layer_config`.
 EARLIER_LAYOUT = {
     "layers": "layers",
     "attributes": {},
@@ -312,7 +312,8 @@ def test_tokenizer_chat_templates_and_model_card_are_exported(tmp_path):
     folder = hf.save_pruned(make_pruned(), tokenizer, tmp_path / "model")
     words = f"{WORDS[1]} {WORDS[0]}"
     assert AutoTokenizer.from_pretrained(folder)(words).input_ids == tokenizer(words).input_ids
-    assert "per_layer_config" in (folder / "README.md").read_text()
+    assert "pruned_layout" in (folder / "README.md").read_text()
+    assert "pruned_layout" in json.loads((folder / "config.json").read_text())
     assert (folder / "generation_config.json").is_file()
     assert (folder / "additional_chat_templates").is_dir()
     hf.save_pruned(make_pruned(), tokenizer, folder, overwrite=True)  # all files are known files of gprune

@@ -30,8 +30,8 @@ def written_config(model, folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def difference_in_a_fresh_process(model, folder):
-    """Return the largest difference of logits."""
+def difference_after_reloading(model, folder):
+    """Return the largest difference of logits from those of the saved folder."""
     return float((model(IDS).logits - reloaded_logits(folder, IDS)).abs().max())
 
 
@@ -59,11 +59,11 @@ def test_engines_compute_each_width_from_ffn_mult(hidden_size):
         ("qwen2", {}),  # biases of q, k and v alone
     ],
 )
-def test_the_folder_computes_the_same_logits_in_a_fresh_process(family, overrides, tmp_path):
+def test_the_folder_computes_the_same_logits_after_reloading(family, overrides, tmp_path):
     model = pruned(family, **overrides)
     config = written_config(model, tmp_path / "folder")
     assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == [17, 48, 33]
-    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+    assert difference_after_reloading(model, tmp_path / "folder") == 0
 
 
 def published_width(ffn_mult: float, hidden_size: int) -> int:
@@ -87,7 +87,7 @@ def test_widths_in_multiples_of_256_are_written_for_all_engines(tmp_path):
         computed = published_width(block["ffn"]["ffn_mult"], config["hidden_size"])
         assert computed == width == len(weights[f"model.layers.{index}.mlp.gate_proj.weight"])
     assert config["block_configs"][0]["attention"]["n_heads_in_group"] == 2
-    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+    assert difference_after_reloading(model, tmp_path / "folder") == 0
 
 
 def test_the_config_has_attributes_for_engines_and_is_written_as_plain_json(tmp_path):
@@ -103,7 +103,7 @@ def test_a_bias_that_recovery_added_to_one_layer_is_kept(tmp_path):
     blocks_of(model)[1].parts["down"].set(blocks_of(model)[1].parts["down"].weight, torch.linspace(-1, 1, 32))
     config = written_config(model, tmp_path / "folder")
     assert config["mlp_bias"]
-    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+    assert difference_after_reloading(model, tmp_path / "folder") == 0
 
 
 def test_removed_blocks_leave_fewer_layers(tmp_path):
@@ -112,7 +112,7 @@ def test_removed_blocks_leave_fewer_layers(tmp_path):
     attention = [torch.full((2,), index != 1) for index in range(3)]
     model = slice_model(model, Masks(ffn, attention))
     assert written_config(model, tmp_path / "folder")["num_hidden_layers"] == 2
-    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+    assert difference_after_reloading(model, tmp_path / "folder") == 0
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_layers_that_all_lost_a_kv_group_are_written(tmp_path):
     masks = some_masks(model, attention=False)
     model = slice_model(model, Masks(masks.ffn, [torch.tensor([False, True])] * 3))
     assert written_config(model, tmp_path / "folder")["num_key_value_heads"] == 1
-    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+    assert difference_after_reloading(model, tmp_path / "folder") == 0
 
 
 def test_a_run_that_may_remove_different_numbers_of_heads_is_refused_in_the_plan():

@@ -51,17 +51,9 @@ from gprune.storage import files as artifacts
 
 ROOT = Path(__file__).parents[2]
 PIPELINE_STEPS = (
-    *("open_run", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
-    *(
-        "with_learning_budget",
-        "with_quality_budget",
-        "meet_budget",
-        "prune_and_recover",
-        "save",
-        "evaluate",
-        "summarise",
-    ),
-)
+    "open_run", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity",
+    "with_learning_budget", "with_quality_budget", "meet_budget", "prune_and_recover", "save", "evaluate", "summarise",
+)  # fmt: skip
 # Function of a step -> the module in which the pipeline looks it up, where it is replaced
 STEPS = {"load_dense": run_module, "prepare_text": run_module} | dict.fromkeys(PIPELINE_STEPS, pipeline)
 BATCHES = (

@@ -120,7 +120,7 @@ def test_readers_ignore_every_damaged_file_with_one_warning(uninterrupted, tmp_p
 
 @pytest.mark.parametrize("damage", [flip_one_bit, pytest.param(write_other_content, marks=pytest.mark.slow)])
 def test_damaged_files_are_recomputed_with_identical_contents(damage, copied, world, uninterrupted, capsys):
-    """All files are damaged at once. Afterwards all have their original contents.
+    """All files are damaged at once. Afterwards the results in the run folder have their original contents.
 
     The test above checks that the two readers detect the other kinds of damage.
     """

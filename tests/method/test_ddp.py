@@ -169,7 +169,7 @@ def test_saliency_agrees_and_masks_differ_in_at_most_two_units(taylor):
     assert differing_units(one.masks, two.masks) <= 2
 
 
-def test_only_rank_0_writes_files(runs):
+def test_two_processes_write_the_same_files_as_one_and_a_single_wandb_run(runs):
     one, two = (
         {str(f.relative_to(runs[n])) for f in runs[n].rglob("*") if f.is_file() and "wandb" not in f.parts}
         for n in ("one", "two")
@@ -206,21 +206,20 @@ import sys
 from pathlib import Path
 import torch
 from gprune.cli import main
-from gprune.method import prune as sparsity
-from gprune.method import prune as pipeline
+from gprune.method import prune as steps
 
-def different_errors(*args, measure=sparsity.block_errors, **options):
+def different_errors(*args, measure=steps.block_errors, **options):
     errors = measure(*args, **options)
     return errors.flip(0) if torch.distributed.get_rank() else errors
 
-def meet_and_write_widths(run, masks_of, meet=pipeline.meet_budget):
+def meet_and_write_widths(run, masks_of, meet=steps.meet_budget):
     thresholds, masks = meet(run, masks_of)
     widths = [int(keep.sum()) for keep in masks["base"].ffn]
     Path(sys.argv[1], f"widths.{torch.distributed.get_rank()}").write_text(str(widths))
     return thresholds, masks
 
-sparsity.block_errors = different_errors
-pipeline.meet_budget = meet_and_write_widths
+steps.block_errors = different_errors
+steps.meet_budget = meet_and_write_widths
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[2:]))
 """

@@ -26,7 +26,7 @@ MAX_WAITS = {
     "least_squares": 72,
     # Inputs of `down` are copied to the CPU, which saves a pass. 15 are for the factors of the projections.
     "least_squares_sequential": 134,
-    # Once, both heads are compared. Two steps: the norm of the gradient.
+    # 31: also the comparison of both heads. 2: the norm of the gradient in each of two steps.
     "distill mlp": 31 + 2,
     "distill all, with all losses": 31 + 2,
     "distill lora": 31 + 2 + 3 * 14,  # PEFT makes its adapters on the CPU
@@ -58,7 +58,7 @@ def check_part(part, model, devices, max_waits=None):
         assert 0 < counted.waits <= max_waits, counted.by_place
 
 
-PLACES = [(1, False), (2, True)]
+PLACES = [(1, False), (2, True)]  # number of devices, whether the embeddings are tied
 
 
 @pytest.mark.parametrize(("devices", "tied"), PLACES)
@@ -67,7 +67,7 @@ def test_a_part_gives_the_same_result_on_every_placement_with_few_synchronisatio
     check_part(PARTS[name], models["llama", tied], devices, MAX_WAITS[name])
 
 
-@pytest.mark.parametrize(("devices", "tied"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("devices", "tied"), PLACES)
 @pytest.mark.parametrize("name", with_slow_marks(LEARNING))
 def test_threshold_learning_gives_the_same_result_on_every_placement_with_few_synchronisations(
     name, devices, tied, models
@@ -98,13 +98,13 @@ def test_more_blocks_add_no_synchronisations_to_a_training_step():
 # The simulation detects mistakes
 
 
-def see_input_with_mistake(self, metric, _module, given):
+def add_input_with_mistake(self, metric, _module, given):
     """`Collector._add_input` with a mistake: the weights are always on the CPU, also for activations on a device."""
     metric.update(self._by_window(given[0].detach()), self._half, torch.ones(len(self._half)))
 
 
 def test_the_simulation_detects_a_tensor_on_the_wrong_device(models, monkeypatch):
-    monkeypatch.setattr(Collector, "_add_input", see_input_with_mistake)
+    monkeypatch.setattr(Collector, "_add_input", add_input_with_mistake)
     run(PARTS["calibration"], models["llama", False], 0)  # no error on the CPU
     with pytest.raises(RuntimeError, match="different devices"):
         run(PARTS["calibration"], models["llama", False], 1)

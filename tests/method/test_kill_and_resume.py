@@ -1,6 +1,6 @@
 """Results are identical after SIGKILLs and with another order of directory listings.
 
-`python -m tests.method.kill_and_resume` tests fifty kills and more.
+`python -m tests.method.kill_and_resume` tests fifty kills, or as many as `--count` says.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_figures_do_not_depend_on_matplotlib_settings_of_the_user(tmp_path):
 
 
 @pytest.mark.slow
-def test_invalid_matplotlib_settings_do_not_prevent_its_import(tmp_path):
+def test_invalid_matplotlib_settings_do_not_prevent_the_import_of_matplotlib(tmp_path):
     """A fresh process imports matplotlib after a public name of gprune, and keeps the user's variables."""
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x80")
     code = "import gprune; gprune.load_run; import matplotlib.pyplot, os; print(os.environ['MPLBACKEND'])"

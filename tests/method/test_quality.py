@@ -152,6 +152,7 @@ def ratios_by_corpus(trained, dense, masks, corpora) -> dict[str, float]:
 def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
     trained, dense, tmp_path, search_to_the_last_step, monkeypatch, capsys
 ):
+    """All output names the worst corpus. A limit of the mean allows at least as large a cut."""
     calls = []
 
     def recorded(run, statistics, masks_of):
@@ -427,7 +428,7 @@ def test_a_quality_target_uses_more_development_text_by_default_and_all_of_a_sma
     assert {tuple(len(of_corpus["window_nll"]) for of_corpus in trial) for trial in trials} == {(8, 4)}
 
 
-def test_other_targets_use_two_development_windows(trained, tmp_path):
+def test_by_default_a_quality_target_uses_eight_development_windows_and_another_target_two(trained, tmp_path):
     cfg = parse(args_by_default(trained, tmp_path))
     assert cfg.settings()["evaluation"]["development_samples"] == 2
     cfg.sparsity.target = "+5%"
@@ -546,7 +547,7 @@ def test_a_run_with_a_sparsity_curve_reports_the_shares_within_a_loss_tolerance(
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_share_as_one(trained, tmp_path):
+def test_two_processes_meet_the_target_and_measure_the_first_models_like_one(trained, tmp_path):
     flags = with_target("+15%", "--gprune=false", "--recovery=[least_squares,distill]", "--distill.tokens=768")
     flags += ["--evaluation.controls=[]", "--export=none", "--trainer.devices=2", "--trainer.strategy=ddp"]
     first, second = tiny_run.train(trained.args(tmp_path, *flags), tmp_path, processes=2)

@@ -36,7 +36,7 @@ def test_one_corpus_or_a_list_or_all_corpora_of_drift_can_be_given():
         CorporaConfig(score=["wiki", "wiki"])
 
 
-def test_settings_name_a_single_corpus_as_before_and_the_corpora_that_null_means():
+def test_settings_name_a_single_corpus_as_text_and_the_corpora_that_null_means():
     assert RunConfig(corpora={"score": ["web"]}).settings() == RunConfig(corpora={"score": "web"}).settings()
     assert RunConfig(corpora={"score": ["web"]}).settings()["corpora"]["score"] == "web"
     all_of_drift = RunConfig(corpora={"score": None, "drift": ["wiki", "web"]})

@@ -239,7 +239,7 @@ def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
-def with_lora(model: nn.Module, family: str) -> nn.Module:
+def with_lora(model: nn.Module) -> nn.Module:
     """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
     peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
     block = blocks_of(model)[0]
@@ -264,7 +264,7 @@ def test_exported_and_fine_tuned_models_load_without_gprune(ids, worlds, tmp_pat
         save_pruned(small, None, folders / family)
         tuned = copy.deepcopy(small)
         train_a_step(tuned, ids)
-        models[f"{family}-tuned"] = with_lora(tuned, family).merge_and_unload()
+        models[f"{family}-tuned"] = with_lora(tuned).merge_and_unload()
     flags = worlds("llama").args(tmp_path, "--gprune=false", "--sparsity.allocation=owl")
     models["run"] = gprune.prune(parse(flags)).model
     for name, model in models.items():
@@ -311,7 +311,7 @@ def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family,
         assert torch.equal(other(ids).logits, twice(ids).logits)
     before = train_a_step(once, ids)
     assert once(input_ids=ids, labels=ids).loss < before
-    adapter = with_lora(once, family)
+    adapter = with_lora(once)
     with_adapter = adapter(ids).logits
     merged = adapter.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, with_adapter, atol=1e-3, rtol=0)

@@ -77,13 +77,13 @@ def test_sensitivity_is_standardized_per_block_and_quantiles_are_over_the_model(
 
 
 def test_switched_share_counts_neurons_not_modules():
-    def record(sizes: list[int], switched: list[bool]) -> ModuleReliability:
+    def block(sizes: list[int], switched: list[bool]) -> ModuleReliability:
         zeros = torch.zeros(len(sizes))
         return ModuleReliability(torch.tensor(sizes), zeros, zeros, zeros, torch.tensor(switched))
 
-    records = [record([10, 30], [True, False]), record([50, 10], [False, False])]
-    assert switched_share(records) == pytest.approx(0.1)
-    assert switched_share([record([10, 30], [False, False])]) == 0
+    blocks = [block([10, 30], [True, False]), block([50, 10], [False, False])]
+    assert switched_share(blocks) == pytest.approx(0.1)
+    assert switched_share([block([10, 30], [False, False])]) == 0
 
 
 def reference_ranks(scores, fallback, labels, switched) -> list[float]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -413,6 +414,22 @@ def test_a_base_with_other_evaluation_windows_gives_no_ratio(run):
 
     edit(run / "metrics.json", change_windows)
     assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"] is None
+
+
+def test_a_page_compares_a_single_window_with_controls_without_intervals(run):
+    def keep_one_window(metrics: dict) -> None:
+        for r in metrics["records"]:
+            r["window_nll"] = r["window_nll"][:1]
+
+    sentence = re.compile(r"Unseen perplexity of gprune \+ bias: .*")
+    assert "(95 % intervals over windows)" in sentence.search(render(report.make([run])))[0]
+    edit(run / "metrics.json", keep_one_window)
+    number = r"\d\.\d{3}"
+    assert re.fullmatch(
+        rf"Unseen perplexity of gprune \+ bias: {number} times that of base \+ bias; "
+        rf"{number} times that of averaged \+ bias\.</p>",
+        sentence.search(render(report.make([run])))[0],
+    )
 
 
 def test_pairs_are_compared_on_corpora_that_are_unseen_for_both(run):

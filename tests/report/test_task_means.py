@@ -14,13 +14,13 @@ GROUPS = {"boolq": PAIR, "piqa": PAIR, "mmlu_a": MMLU, "mmlu_b": MMLU}
 
 
 def digits(task: str, model: str, metric: str) -> np.ndarray:
-    """Whether the model answers each question correctly."""
+    """Return whether the model answers each question correctly."""
     seed = [*f"{task} {model} {metric}".encode()]
     return np.random.default_rng(seed).random(SIZES[task]) < (0.6 if model == "dense" else 0.45)
 
 
 def record(task: str, model: str, **entries) -> dict:
-    """A record of a task, in which boolq has no acc_norm."""
+    """Return the record of a task. That of boolq has no acc_norm."""
     result = {
         "kind": "zero_shot", "task": task, "stage": model, "recovery": "none", "run": "r", "model": "tiny",
         "origin": "o", "dtype": "float32", "limit": None, "split": "test", "source": "local", "note": "",
@@ -39,7 +39,8 @@ def record(task: str, model: str, **entries) -> dict:
 RECORDS = [record(task, model) for model in ("dense", "gprune") for task in SIZES]
 
 
-def rows_by_name(records) -> dict[tuple[str, str], list]:
+def rows_by_name(records) -> dict[tuple[str, str], dict]:
+    """Return {(name of the mean, model): {column: cell}} of the rows of the table of means."""
     table = means_table(records)
     return {(row[0], row[2]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
@@ -90,11 +91,19 @@ def test_differences_need_the_same_questions_of_the_dense_model():
     assert rows_by_name(other_questions)["pair", "gprune"]["acc - dense"] is None
 
 
-def test_a_single_task_or_a_perplexity_has_no_mean_and_numbers_of_two_protocols_are_not_mixed():
-    assert [table.name for table in evaluation_tables([record("piqa", "dense", groups={})])] == ["evaluation"]
+def test_a_single_task_or_a_perplexity_has_no_mean():
+    piqa = record("piqa", "dense", groups={})
+    assert [table.name for table in evaluation_tables([piqa])] == ["evaluation"]
+    assert means_table([piqa, record("boolq", "dense", kind="perplexity", window_nll=[1.0], groups={})]).rows == []
+
+
+def test_tasks_with_different_limits_have_no_common_mean():
     with_limits = [record("piqa", "dense", limit=20, groups={}), record("boolq", "dense", groups={})]
     assert means_table(with_limits).rows == []
-    old = [{k: v for k, v in r.items() if k != "groups"} for r in RECORDS]  # of an earlier version
+
+
+def test_records_of_an_earlier_version_without_groups_have_only_the_mean_of_all_tasks():
+    old = [{k: v for k, v in r.items() if k != "groups"} for r in RECORDS]
     assert {name for name, _ in rows_by_name(old)} == {"all tasks"}
 
 

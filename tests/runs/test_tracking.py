@@ -243,7 +243,7 @@ def test_a_wandb_failure_during_a_run_is_one_warning(start, tmp_path, caplog):
         for step in range(1, 4):
             log_scalars(loggers, {"a": 1.0}, step=step)
         log_numbers(loggers, {"final/a": 2.0})
-    assert len(pd.read_csv(tmp_path / "csv/version_0/metrics.csv")) == 5
+    assert len(pd.read_csv(tmp_path / "csv/version_0/metrics.csv")) == 5  # four steps, and the final number
     (line,) = [record.message for record in caplog.records if record.name == "gprune" and record.levelname == "WARNING"]
     assert "Could not write to W&B from now on" in line
     assert wandb.run is None

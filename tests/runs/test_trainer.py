@@ -20,7 +20,7 @@ from gprune.config.running import TrainerConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
-from gprune.method import prune as calibrate
+from gprune.method import prune as steps
 from gprune.models.surgery import slice_model
 from gprune.runs.trainer import RANKS, StageBar, check_trainer
 from gprune.screen import Screen
@@ -92,10 +92,10 @@ def test_statistics_that_any_process_lacks_count_as_missing_for_all_processes(ru
 
     others, strategy = iter([False, False, True]), Strategy()
     fabric = SimpleNamespace(launch=lambda: None, broadcast=strategy.broadcast, strategy=strategy)
-    monkeypatch.setattr(calibrate, "launch_processes", lambda _: fabric)
+    monkeypatch.setattr(steps, "launch_processes", lambda _: fabric)
     run = SimpleNamespace(cfg=RunConfig(), folder=SimpleNamespace(key="one"))
     with nullcontext() if missing else pytest.raises(UserError, match="at the same run of a list"):
-        assert calibrate.missing_on_any_rank(run, [False, False]) == missing
+        assert steps.missing_on_any_rank(run, [False, False]) == missing
 
 
 def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_model):

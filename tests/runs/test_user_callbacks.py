@@ -84,6 +84,9 @@ def stages_of(steps):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, which the command line keeps quiet
 def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folder(world, tmp_path, monkeypatch):
+    """Threshold learning has four epochs of two batches. EarlyStopping ends it after the first one, because the loss is
+    below the `stopping_threshold`.
+    """
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))  # empty, so that calibration runs
     working_folder = tmp_path / "working-folder"
     working_folder.mkdir()
@@ -108,6 +111,11 @@ def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folde
     assert next(result.path.glob("checkpoints/thresholds/*.ckpt")).is_file()
     assert not list(working_folder.iterdir())
     assert load_run(result.path).summary == result.summary
+
+
+def test_a_run_with_callbacks_is_not_resumed_without_them(world, tmp_path):
+    cfg = parse(flags(world, tmp_path, "--gprune=false"))
+    prune(cfg, callbacks=[Steps()])
     with pytest.raises(UserError, match=r"other settings: inputs\.callbacks: .*Steps.* there, None here"):
         prune(cfg)
 

@@ -116,7 +116,7 @@ def test_allocations_meet_targets_in_each_cost_within_a_step(value, cost, equal_
     for multiple in (1, 8):
         budget = budget_of(model, costs, value, width_multiple=multiple, uniform=equal_widths)
         masks = allocate(rule, scores, statistics, blocks, budget)
-        checked_masks(COST, rule, masks, budget)  # meets the target, and exceeds it by less than a step
+        checked_masks(COST, rule, masks, budget)  # raises unless masks exceed the target by less than a step
         small = slice_model(model, masks)
         remaining, number = budget.model - budget.removed_by(masks), Target.of(value).number
         if cost == "bytes":

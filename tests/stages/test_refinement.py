@@ -127,4 +127,4 @@ def test_small_modules_are_merged_after_refinement():
     start[0][:3] = 1  # a module of three neurons
     (labels,) = refine(inputs, start, steps=2).labels()
     sizes = torch.bincount(labels)
-    assert int(sizes.min()) >= min(minimum_size(160, 2), 160)
+    assert int(sizes.min()) >= minimum_size(160, 2)

@@ -215,7 +215,7 @@ def test_a_class_from_python_is_named_by_its_path():
         ),
     ],
 )
-def test_a_class_without_a_path_is_refused(learner, message):
+def test_a_stage_from_python_must_be_a_class_with_a_path(learner, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         gprune.prune(RunConfig(), learner=learner)
 
@@ -230,7 +230,7 @@ def test_a_class_without_a_path_is_refused(learner, message):
         (lambda labels: iter(labels), None),
     ],
 )
-def test_labels_of_a_refiner_must_have_every_block(change, message):
+def test_labels_of_a_refiner_must_have_every_block_and_number_modules_from_0(change, message):
     labels = [torch.tensor([0, 1, 1])] * 3
     if message is None:
         refined = checked_labels("mine", change(labels), labels)

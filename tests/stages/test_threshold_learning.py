@@ -295,7 +295,7 @@ def slopes(p: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
     return -(soft * (1 - soft) / T) * cut * (1 - cut)
 
 
-def test_equal_widths_stay_equal_during_training(tiny_model):
+def test_equal_widths_stay_equal_during_training_and_soft_gates_are_steepest_at_each_blocks_cut(tiny_model):
     tokens = sampled_tokens(tiny_model)
     stage = make_stage(tiny_model, uniform=True)
     first = stage.masks()

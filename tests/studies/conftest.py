@@ -22,7 +22,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def first(bench):
-    """Return a list of three rows, and the output of its first run."""
+    """Return the path of a list of three rows, and the output of its first run."""
     path = bench.write("first", ROWS, about="Three rows", reference="plain", compare=COMPARE)
     with pytest.MonkeyPatch.context() as patch:
         written = []
@@ -33,5 +33,6 @@ def first(bench):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
+    """Fail if a row is run."""
     for name in ("prune", "evaluate", "recover"):
         monkeypatch.setattr(gprune, name, lambda *_: pytest.fail("a row was run"))

@@ -1,4 +1,4 @@
-"""Rows with `model: FOLDER`: a model that another tool has made is evaluated like gprune's own rows."""
+"""Model rows, `model: FOLDER`: a model that another tool has made is evaluated like gprune's own rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def folders(bench, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(bench, folders):
-    """Return the exported model of the row `plain`, and the run that made it."""
+    """Return the folder of the exported model of the row `plain`, and the run that made it."""
     flags = ("--gprune=false", "--importance=magnitude", "--export=hf", "--export.dtype=float32")
     result = bench.world.run(folders / "runs", *flags, name="plain")
     return result.path / "model", result
@@ -117,7 +117,7 @@ def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(benc
 
 
 def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_export, nothing_runs, capsys, tmp_path):
-    """They read the record of the row. The rows `theirs` and `plain` are the same model."""
+    """Each reads the record of the model row `theirs`, whose model is that of the row `plain`."""
     path, _ = list_with_export
     study = gprune.load_study(path, records=bench.records)
     frame = study.to_frame().set_index("row")

@@ -109,7 +109,7 @@ def test_a_report_on_a_row_divides_by_the_reference_of_its_list(bench, first, st
     assert float(ratio) == pytest.approx(line["unseen_over_unrecovered_base"], rel=1e-6)
 
 
-def test_a_report_on_a_list_says_that_the_list_sets_the_seen_corpora(bench, first, tmp_path, capsys):
+def test_a_report_on_a_list_says_that_the_list_sets_the_seen_corpora(bench, first, tmp_path):
     seen = [str(bench.world.corpora[name]) for name in ("alpha", "delta")]
     path = bench.write("seen in a report", ROWS, seen=seen, reference="plain")
     assert command("report", [str(path), "--records", str(bench.records), "--output", str(tmp_path)]) == 0

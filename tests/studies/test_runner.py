@@ -65,7 +65,7 @@ def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(be
     assert not ran
 
 
-def test_the_flag_only_selects_the_printed_rows_and_keeps_the_reference(bench, first, nothing_runs, capsys):
+def test_just_the_rows_of_the_flag_only_and_the_reference_are_printed(bench, first, nothing_runs, capsys):
     out = bench(capsys, first[0], "--only", "ours")
     rows = {cells(line)[0] for line in out.splitlines() if line.startswith("| ")}
     assert {"ours", "plain"} <= rows  # plain is the reference

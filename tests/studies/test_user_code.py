@@ -184,7 +184,7 @@ def test_a_run_folder_with_other_code_is_refused_with_the_module_that_has_change
     run(bench.world, modules)
     run(bench.world, modules)  # loads the finished run
     edit("metric")
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):  # `run` expects exit code 0
         run(bench.world, modules)
     captured = capsys.readouterr()
     assert captured.err == (
