@@ -131,7 +131,7 @@ def compare_code(recorded: Code, current: Code) -> Literal["same", "other", "unk
 def _add_module(name: str, code: dict[str, str | None]) -> None:
     """Add the hash of a loaded module of the user and, recursively, of those that it imports."""
     module = sys.modules.get(name)
-    if module is None or name in code or not _is_users(module):
+    if module is None or name in code or not _belongs_to_user(module):
         return
     source = _source_of_module(module)
     code[name] = _hash(source)
@@ -139,13 +139,13 @@ def _add_module(name: str, code: dict[str, str | None]) -> None:
         _add_module(imported, code)
 
 
-def _is_users(module: ModuleType) -> bool:
+def _belongs_to_user(module: ModuleType) -> bool:
     """Return whether a module belongs neither to gprune, nor to Python, nor to an installed package."""
     file = getattr(module, "__file__", None)
     if file is None and hasattr(module, "__path__"):  # a folder without code
         return False
-    own = module.__name__.partition(".")[0] not in NOT_OF_USERS
-    return own and INSTALLED.isdisjoint(Path(file or "").parts)
+    may_be_users = module.__name__.partition(".")[0] not in NOT_OF_USERS
+    return may_be_users and INSTALLED.isdisjoint(Path(file or "").parts)
 
 
 def _source_of_module(module: ModuleType) -> str | None:

@@ -106,9 +106,10 @@ def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGra
 def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
     """Convert saliency of rows of query, key or value to saliency of attention channels, (heads x head_dim,).
 
-    If a head has several rows per channel, such as a query and its gate, they are added. If the number of rows is not a
-    multiple of channels, as in latent attention, their sum is divided equally among channels. Terms of key and value
-    are divided equally among the query heads of a group.
+    Rows belong to a query head or, for key and value, to a KV group. If the rows per head or group are a multiple of
+    head_dim, such as those of a query and its gate, the rows of each channel are added. If not, as in latent attention,
+    the sum of the rows is divided equally among the head_dim channels. Saliency of the key and value of a KV group is
+    divided equally among its query heads.
     """
     per_head = rows.view(block.heads if name == "query" else block.kv_groups, -1)
     if per_head.shape[1] % block.head_dim == 0:

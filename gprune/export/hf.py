@@ -96,8 +96,8 @@ def stock_skeleton(
 ) -> PreTrainedModel:
     """Return a stock model without weights, with the config of `model` and `changes` to it.
 
-    `model_type` replaces the type, but not the record, which is that of `model`. Without changes the stock model has
-    the shapes of the dense model.
+    `model_type` replaces the type, but not the record, which is that of `model`. Without changes each layer has the
+    shapes that it has in the dense model.
     """
     record = record_of(model)
     settings = dense_settings(model)

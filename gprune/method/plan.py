@@ -105,7 +105,10 @@ class Pricing:
         return ""
 
     def costs_in(self, currency: str) -> ModelCosts:
-        """Return the costs of the model in a registered currency."""
+        """Return the costs of the model in a registered currency.
+
+        The registered object is a function of the model and its blocks, or a `Currency`, which needs the plan.
+        """
         cost = COST[currency]
         if not isinstance(cost, Currency):
             return self.costs_by(currency, cost)
@@ -113,7 +116,7 @@ class Pricing:
             return cost.costs(self)
 
     def costs_by(self, currency: str, cost: Callable[..., Costs]) -> ModelCosts:
-        """Return the costs of the model by a function of the model and its blocks."""
+        """Return the costs of the model by a function of the model and its blocks, called `currency` in errors."""
         blocks = blocks_of(self.skeleton)
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):

@@ -72,7 +72,10 @@ def is_exported(run: Run) -> bool:
 
 
 def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
-    """Write `model/` with the tokenizer, and return the largest difference of reloaded logits, 0 (`check_reload`)."""
+    """Write `model/` with the tokenizer. Return the largest difference of reloaded logits.
+
+    It is 0.0, because `check_reload` raises UserError otherwise.
+    """
     folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
     options = {"dtype": getattr(torch, dtype), **loading_arguments(run)}

@@ -305,7 +305,7 @@ def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
     """Return for each fused linear layer of a block the row indices of each of its parts."""
     hosts: dict[nn.Module, list[Tensor]] = {}
     for part in block.parts.values():
-        if isinstance(part, Part) and part.rows is not None:
+        if isinstance(part, Part) and part.rows is not None:  # an `ExpertPart` has no rows
             hosts.setdefault(part.host, []).append(part.rows)
     return hosts
 

@@ -100,8 +100,8 @@ def changed(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iter
 def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
     """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
 
-    Norms over all heads are computed over the heads that pass the gate. The lists are read in every forward pass, so
-    their elements may be replaced between steps. Leaving the context removes all hooks.
+    Norms over all heads are computed over the heads that pass the gate. The lists `ffn` and `attention` are read in
+    every forward pass, so their elements may be replaced between steps. Leaving the context removes all hooks.
     """
     with ExitStack() as hooks:
         for block in blocks_of(model):

@@ -43,9 +43,9 @@ def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
         return lowest >= (8, 0), f"a GPU of compute capability {lowest[0]}.{lowest[1]}"
     if device.type != "cpu":
         return False, f"{device.type} without AMX"
-    if _has("amx_bf16"):
+    if _cpu_has("amx_bf16"):
         name, instruction_sets = "a processor with AMX", WITH_AMX
-    elif _has("avx512_bf16") and _is_amd():
+    elif _cpu_has("avx512_bf16") and _is_amd():
         name, instruction_sets = "an AMD processor with AVX512-BF16", WITH_AVX512_BF16
     else:
         return False, "a processor with neither AMX nor AMD's AVX512-BF16"
@@ -61,7 +61,7 @@ def float32_by_onednn(device: torch.device) -> bool:
     `torch.set_float32_matmul_precision("medium")`, which permits products in bfloat16. Without AMX, oneDNN still
     computes in float32. As later versions may not, the precision of a product is checked here.
     """
-    is_candidate = device.type == "cpu" and _has("avx512_f") and not _has("amx_bf16") and _is_amd()
+    is_candidate = device.type == "cpu" and _cpu_has("avx512_f") and not _cpu_has("amx_bf16") and _is_amd()
     return is_candidate and _onednn_may_use(WITH_AVX512) and _onednn_keeps_float32()
 
 
@@ -74,14 +74,15 @@ def _onednn_keeps_float32() -> bool:
     return bool(((product / 256 - factor).abs() < 2.0**-16).all())
 
 
-def _has(instruction_set: str) -> bool:
+def _cpu_has(instruction_set: str) -> bool:
     """Return whether the CPU has an instruction set, and torch has the library that uses it (oneDNN)."""
     if not torch.backends.mkldnn.is_available():
         return False
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get(instruction_set))
     functions = {"amx_bf16": "amx_tile", "avx512_bf16": "avx512_bf16", "avx512_f": "avx512"}  # of torch 2.6
-    return bool(getattr(torch.cpu, f"_is_{functions[instruction_set]}_supported", bool)())
+    function = getattr(torch.cpu, f"_is_{functions[instruction_set]}_supported", bool)  # bool() is False
+    return bool(function())
 
 
 def _is_amd() -> bool:
@@ -105,7 +106,7 @@ def _onednn_may_use(instruction_sets: tuple[str, ...]) -> bool:
 
 def has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether `fast_products` has an effect for matrices of this dtype on this device."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and _has("amx_bf16") and _onednn_may_use(WITH_AMX)
+    return dtype == torch.bfloat16 and device.type == "cpu" and _cpu_has("amx_bf16") and _onednn_may_use(WITH_AMX)
 
 
 @contextmanager

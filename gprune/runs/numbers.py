@@ -163,7 +163,8 @@ def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = N
     """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
 
     Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
-    `estimates`; `base` is that of `estimates`. Ends of intervals are NaN if there is no interval.
+    `estimates`. `base` has the records of the run whose row `BASE` is the denominator of
+    `unseen_over_unrecovered_base`. Ends of intervals are NaN if there is no interval.
     """
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
     for row in by_row(records):

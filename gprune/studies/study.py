@@ -338,11 +338,11 @@ def compare_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
 
 
 def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """Table of paired differences on tasks: one column per task.
+    """Table of paired comparisons on tasks: one column per task.
 
     There is one row per compared pair and per seed for which both have task results.
     """
-    results: list[tuple[str, int, dict[str, str]]] = []  # pair, seed, and task -> formatted difference
+    results: list[tuple[str, int, dict[str, str]]] = []  # pair, seed, and task -> formatted difference or ratio
     for first, second in listing.content.compare:
         first_runs, first_row = _find_row(runs, first)
         second_runs, second_row = _find_row(runs, second)

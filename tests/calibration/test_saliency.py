@@ -62,7 +62,7 @@ def test_saliency_of_a_half_equals_that_of_its_windows_alone_and_the_total_is_le
                 # Errors are relative to the largest channel, because signed sums may cancel.
                 tolerance = 1e-5 * float(expected.max())
                 torch.testing.assert_close(mine.half(half).saliency, expected, rtol=0, atol=tolerance)
-    # Saliency is an absolute value, so the total is less than the mean of the halves.
+    # |weight x mean gradient| of all windows is at most the mean of those of the two halves (triangle inequality).
     first, second, whole = both.ffn[0].saliency
     assert bool((whole < (first + second) / 2).all())
 

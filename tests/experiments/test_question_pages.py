@@ -1,7 +1,8 @@
 """Pages of questions and the README: tables are the output of commands on the committed records, and every list has a
 page.
 
-`tests/snapshots/test_lists.py` tests the output of `gprune study LIST --table`, which it has printed already.
+`tests/snapshots/test_lists.py` tests the output of `gprune study LIST --table`, which it has printed already. Two
+tables, on metrics.md and dependence.md, are not tested: they are the output of a script that is not kept.
 """
 
 import re
@@ -24,7 +25,7 @@ COMMANDS = {
     "python -m experiments.tokens": tokens.main,
 }
 OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) ?(.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
-TABLES = [
+OTHER_TABLES = [  # not those of tests/snapshots/test_lists.py
     (page, *match.groups())
     for page in (*PAGES, ROOT / "README.md")
     for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))
@@ -34,9 +35,13 @@ TABLES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("page", "command", "args", "pasted"), TABLES, ids=[f"{page.stem} {args}" for page, _, args, _ in TABLES]
+    ("page", "command", "args", "pasted"),
+    OTHER_TABLES,
+    ids=[f"{page.stem} {args}" for page, _, args, _ in OTHER_TABLES],
 )
-def test_every_table_on_a_page_is_the_output_of_its_command(page, command, args, pasted, monkeypatch, capsys):
+def test_every_table_that_test_lists_omits_is_the_output_of_its_command(
+    page, command, args, pasted, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
     assert COMMANDS[command](shlex.split(args)) == 0
     assert capsys.readouterr().out.strip() == pasted, f"paste the output of `{command} {args}` into {page.name}"

@@ -53,6 +53,11 @@ def test_every_drawn_row_is_in_its_list():
         assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
 
 
+def test_every_part_is_drawn():
+    """`parts` leaves out a row that is not in the headline's list."""
+    assert [label for label, _ in summary.parts()] == ["the base metric", *summary.PARTS.values()]
+
+
 @pytest.mark.slow
 def test_the_command_writes_all_figures(tmp_path):
     assert summary.work([str(tmp_path)]).startswith(f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}, ")

@@ -68,7 +68,7 @@ def test_active_experts_are_read_by_any_name_and_default_to_all(name):
 
 
 def test_longer_evaluation_windows_cost_more_attention(tiny_model, tmp_path):
-    """Half as many windows of twice the length have as many tokens. The cost of attention to 64 more is added."""
+    """Half as many windows of twice the length have as many tokens, each with attention to 64 more tokens."""
     flags = ("--gprune=false", "--evaluation.controls=[]")
     short, long = (
         planned(tiny_model, tmp_path, *flags, f"--evaluation.seq_len={length}", f"--evaluation.num_samples={windows}")
@@ -76,4 +76,5 @@ def test_longer_evaluation_windows_cost_more_attention(tiny_model, tmp_path):
     )
     evaluated = 2 * 8 * 64 * 3  # tokens: two rows, windows, tokens of a window, corpora
     channels = sum(block.channels for block in blocks_of(short.skeleton))
+    # 4: two matrix products, and a multiply-add counts as 2. `>=`: logits are compared on longer windows, too.
     assert estimated_flops(long) - estimated_flops(short) >= evaluated * 4 * 64 * channels

@@ -53,7 +53,7 @@ def processor(monkeypatch):
     """Return a function that simulates a CPU with some instruction sets, and its manufacturer."""
 
     def set_processor(*instruction_sets: str, amd: bool = False) -> None:
-        monkeypatch.setattr(products, "_has", lambda name: name in instruction_sets)
+        monkeypatch.setattr(products, "_cpu_has", lambda name: name in instruction_sets)
         monkeypatch.setattr(products, "_is_amd", lambda: amd)
 
     return set_processor

@@ -70,7 +70,7 @@ NEITHER = (False, "a processor with neither AMX nor AMD's AVX512-BF16")
     ],
 )
 def test_processors_multiply_bfloat16_with_amx_or_amds_avx512_bf16(instruction_sets, amd, limit, expected, monkeypatch):
-    monkeypatch.setattr(products, "_has", lambda name: name in instruction_sets)
+    monkeypatch.setattr(products, "_cpu_has", lambda name: name in instruction_sets)
     monkeypatch.setattr(products, "_is_amd", lambda: amd)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     if limit is None:
@@ -84,14 +84,14 @@ def test_instruction_sets_and_manufacturer_are_read_with_old_and_new_torch(monke
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     has_amx = {"amx_bf16": True, "cpu_name": "AMD EPYC"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has_amx, raising=False)
-    assert (products._has("amx_bf16"), products._has("avx512_f"), products._is_amd()) == (True, False, True)
+    assert (products._cpu_has("amx_bf16"), products._cpu_has("avx512_f"), products._is_amd()) == (True, False, True)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.6
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     monkeypatch.setattr(products.Path, "read_text", lambda self: "vendor_id : GenuineIntel")
-    assert (products._has("amx_bf16"), products._has("avx512_f"), products._is_amd()) == (False, True, False)
+    assert (products._cpu_has("amx_bf16"), products._cpu_has("avx512_f"), products._is_amd()) == (False, True, False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not products._has("avx512_f")
+    assert not products._cpu_has("avx512_f")
 
 
 @pytest.mark.parametrize(("simulated", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])

@@ -145,7 +145,7 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(recovered, tmp_path, e
         gprune.load_run(folder.path)
     with (
         pytest.raises(UserError, match=r"manifest\.json is damaged, or of an older version"),
-        folder.in_use(settings, ""),
+        folder.in_use(settings, ""),  # resumes the run, with equal settings
     ):
         pass
 

@@ -189,7 +189,7 @@ def test_a_registered_cost_is_counted_by_the_budget(scored):
 
         @COST.register("groups_alone")
         def groups_alone(model, blocks):
-            return [(0, 1, b.kv_groups) for b in blocks], 0
+            return [(0, 1, b.kv_groups) for b in blocks], 0  # (neuron, KV group, whole block), rest of the model
 
         budget = budget_of(model, costs_in(model, "groups_alone"), "50%")
         masks = keep_masks(budget, [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3)
