@@ -17,7 +17,8 @@ TINY_CONFIGURATIONS = {
     "default": SMOKE,
     "paper": f"{TINY} --config paper --corpora.learn [python_docs] --corpora.learn_samples 8",
     "gates": f"{TINY} --config gates",
-    "best": f"{TINY} --config best --distill.tokens 512 --evaluation.controls [averaged]",
+    "best": f"{TINY} --config best --importance wanda_sp --sparsity.allocation uniform --distill.tokens 512 "
+    "--evaluation.controls [averaged]",
     "untrained": f"{TINY} --config untrained --evaluation.controls [base,averaged]",
     "equal_bias": f"{TINY} --sparsity.allocation equal --sparsity.target 30% --partition.method drift_only "
     "--reliability.metric consensus --recovery bias",
