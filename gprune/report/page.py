@@ -400,17 +400,18 @@ def _describe_sizes(run: FinishedRun) -> str:
 def _describe_controls(run: FinishedRun) -> str:
     """Return a sentence that compares the run's own model with each control after the same recovery."""
     *others, own = result_rows(run)
-    comparisons = []
-    for other in others:
-        ratio = ratio_to(run, own, run, other) if other[1] == own[1] and other[0] != "dense" else None
-        if ratio is not None:
-            has_interval = ratio.low is not None  # not for a single window
-            verdict = ", no clear difference" if has_interval and ratio.low <= 1 <= ratio.high else ""
-            comparisons.append(f"{format_estimate(ratio, 3)} times that of {row_name(*other)}{verdict}")
-    if not comparisons:
+    controls = [row for row in others if row[1] == own[1] and row[0] != "dense"]
+    ratios = {row_name(*row): ratio for row in controls if (ratio := ratio_to(run, own, run, row)) is not None}
+    if not ratios:
         return ""
-    intervals = " (95 % intervals over windows)" if has_interval else ""
-    return f"Unseen perplexity of {row_name(*own)}: {'; '.join(comparisons)}{intervals}."
+    comparisons = []
+    for name, ratio in ratios.items():
+        is_unclear = ratio.low is not None and ratio.low <= 1 <= ratio.high  # a single window gives no interval
+        verdict = ", no clear difference" if is_unclear else ""
+        comparisons.append(f"{format_estimate(ratio, 3)} times that of {name}{verdict}")
+    has_intervals = any(ratio.low is not None for ratio in ratios.values())
+    note = " (95 % intervals over windows)" if has_intervals else ""
+    return f"Unseen perplexity of {row_name(*own)}: {'; '.join(comparisons)}{note}."
 
 
 def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
