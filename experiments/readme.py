@@ -157,8 +157,8 @@ def drawn() -> Figure:
     return add_title(
         figure,
         "Standard protocol, one seed, 95 % intervals over windows. trained: averaged masks, least squares and 98k "
-        "tokens (Gemma: 49k).\nuntrained was measured at 50 % on SmolLM2. Weights are in bfloat16; those of trained on "
-        "SmolLM2 and in the last panel in float32.",
+        "tokens (Gemma: 49k).\nuntrained was measured at 50 % on SmolLM2. Weights are in bfloat16; in float32 for "
+        "trained on SmolLM2, and in the last panel except for best.",
         size=8,
     )
 
