@@ -24,7 +24,7 @@ from gprune.runs.folder import RunFolder
 from gprune.stages import distill_recovery
 from tests import tiny_run
 
-SIZES = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "head_dim": 64}
+SIZES = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
@@ -80,7 +80,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tm
     monkeypatch.setattr(RunFolder, "step", measured_step)
     args = ("--corpora.seq_len=256", "--evaluation.seq_len=256", "--recovery=least_squares+distill", "--export=none")
     short = ("--evaluation.curve=[]", f"--corpora.evaluate={world.names('alpha')}")
-    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=1536", *short, *flags))
+    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *short, *flags))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)
     # Controls are recovered inside the step "evaluate".
