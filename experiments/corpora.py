@@ -4,25 +4,27 @@
 
 Writes `corpora/NAME/train.jsonl` and `test.jsonl` for wikitext2, c4, code_github, stackexchange and gsm8k, with an
 object with the key `text` per line. Documents are loaded with the `datasets` library: WikiText-2 (raw) and GSM8K from
-the Hugging Face hub, the others from the samples of RedPajama in the repository of LLM-Shearing. The check makes the
-same windows as the records in `experiments/records`, and compares their hashes: equal hashes mean equal tokens. It
+the Hugging Face hub, the others from the samples of RedPajama in the repository of LLM-Shearing. Mixtures of these
+corpora, in which kinds of text have other shares than the same for all, are written besides. The check makes the same
+windows as the records in `experiments/records`, and compares their hashes: equal hashes mean equal tokens. It
 needs the tokenizer of SmolLM2, so it downloads the embedded model if it is not cached. `--check` checks an existing
-folder.
+folder, and makes mixtures that are missing.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gprune.console import Parser, quiet, run_guarded
 from gprune.corpora.hub import hub_errors, offline_if_unreachable
-from gprune.corpora.load import load_corpus
+from gprune.corpora.load import load_corpus, read_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.errors import UserError
 from gprune.models.embedded import embedded_model_dir
@@ -114,6 +116,24 @@ SOURCES = {
     ),
 }  # fmt: skip
 
+# Most characters of each corpus in a mixture; None for all. By SmolLM2's tokens of train text, c4_code is 83 % C4 and
+# 17 % code, and c4_code_wiki 76 % C4, 11 % code and 13 % WikiText-2.
+MIXTURES: dict[str, dict[str, int | None]] = {
+    "c4_code": {"c4": None, "code_github": 350_000},
+    "c4_code_wiki": {"c4": None, "code_github": 260_000, "wikitext2": 380_000},
+}
+
+
+def mix(folder: Path, parts: Mapping[str, int | None]) -> dict[str, list[str]]:
+    """Return the documents of a mixture by split, in the order of its parts. The last document of a part may be cut."""
+    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for split, (name, most) in itertools.product(SPLITS, parts.items()):
+        texts = read_corpus(str(folder / "corpora" / name), split)
+        starts = itertools.accumulate(map(len, texts), initial=0)  # characters before each document
+        cut = (t if most is None else t[: max(0, most - start)] for t, start in zip(texts, starts, strict=False))
+        documents[split] += [text for text in cut if text]
+    return documents
+
 
 def download(name: str) -> dict[str, list[str]]:
     """Download a corpus. Returns its documents by split.
@@ -163,7 +183,7 @@ def recorded(folder: Path = RECORDS) -> dict[Recorded, set[str]]:
         if settings["model"]["name"] != MODEL:
             continue
         c, e = settings["corpora"], settings["evaluation"]
-        for corpus in SOURCES:
+        for corpus in (*SOURCES, *MIXTURES):
             for role, what in (
                 (f"{corpus} train", ("train", c["num_samples"], c["seq_len"], settings["run"]["seed"])),
                 (f"{corpus} test evaluated", ("test", e["num_samples"], e["seq_len"], 0)),
@@ -189,7 +209,11 @@ def work(arguments: Sequence[str] | None = None) -> str:
     """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.corpora", description=__doc__)
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for $GPRUNE_DATA_DIR")
-    parser.add_argument("--check", action="store_true", help="check an existing folder without downloading")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check an existing folder, download nothing, and make mixtures that are missing",
+    )
     options = parser.parse_args(arguments)
     folder = expanded(options.output)
     if missing := [name for name in SOURCES if options.check and not (folder / "corpora" / name).is_dir()]:
@@ -197,6 +221,9 @@ def work(arguments: Sequence[str] | None = None) -> str:
     quiet()
     for name in () if options.check else SOURCES:
         write(folder, name, download(name))
+    for name, parts in MIXTURES.items():
+        if not (options.check and (folder / "corpora" / name).is_dir()):
+            write(folder, name, mix(folder, parts))
     found = list(compare(folder, recorded()))
     rows = [[w.corpus, w.split, w.num_samples, w.seq_len, w.seed, h, "yes" if same else "NO"] for w, h, same in found]
     columns = ["corpus", "split", "windows", "tokens", "seed", "hash", "as in the records"]

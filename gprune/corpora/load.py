@@ -32,7 +32,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
 # Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
 MADE_BY = {
-    "experiments.corpora --output data": ("code_github", "stackexchange"),
+    "experiments.corpora --output data": ("code_github", "stackexchange", "c4_code", "c4_code_wiki"),
     "experiments.kinds --clones clones --output data": (
         "news", "interviews", "conversation", "fiction", "speeches", "travel", "medicine", "papers", "drama", "law",
         "rust", "german", "howto", "biography", "essays", "letters", "podcasts", "vlogs", "court", "textbooks", "c",

@@ -55,7 +55,7 @@ def test_downloaded_rows_become_corpora_that_load_corpus_reads(dataset_calls, tm
     gsm8k = [f"Question: {text}\nAnswer: test {i}" for i, text in enumerate(random_documents(3))]
     monkeypatch.setattr(corpora, "recorded", lambda: records(gsm8k=content_hash_of(gsm8k)))
     assert "as in the records" in corpora.work(["--output", str(tmp_path / "data")])
-    assert {path.name for path in (tmp_path / "data/corpora").iterdir()} == set(corpora.SOURCES)
+    assert {path.name for path in (tmp_path / "data/corpora").iterdir()} == {*corpora.SOURCES, *corpora.MIXTURES}
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
     assert load_corpus("gsm8k", "test") == gsm8k
     loaded = [(path, name, split) for path, name, split, _ in dataset_calls if path != "json"]
@@ -122,6 +122,26 @@ def test_the_committed_records_have_one_hash_for_each_text_sample():
     hashes_of_samples = corpora.recorded()
     assert {(sample.corpus, sample.split) for sample in hashes_of_samples} >= {
         ("wikitext2", "train"), ("wikitext2", "test"), ("c4", "train"), ("code_github", "train"),
-        ("stackexchange", "test"), ("gsm8k", "test"),
+        ("stackexchange", "test"), ("gsm8k", "test"), ("c4_code", "train"), ("c4_code_wiki", "train"),
     }  # fmt: skip
     assert {len(hashes) for hashes in hashes_of_samples.values()} == {1}
+
+
+def test_a_mixture_has_the_first_characters_of_its_parts(tmp_path):
+    parts = {"a": ["a" * 7, "b" * 7], "c": ["d" * 4, "e" * 4, "f" * 4], "g": ["h"]}
+    for name, texts in parts.items():
+        corpora.write(tmp_path, name, {"train": texts, "test": [text.upper() for text in texts]})
+    mixed = corpora.mix(tmp_path, {"a": None, "c": 6})
+    assert mixed == {"train": ["a" * 7, "b" * 7, "dddd", "ee"], "test": ["A" * 7, "B" * 7, "DDDD", "EE"]}
+
+
+def test_checking_a_folder_makes_missing_mixtures_and_keeps_others(dataset_calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "recorded", dict)
+    for name in corpora.SOURCES:
+        corpora.write(tmp_path, name, {"train": [name], "test": [name]})
+    corpora.write(tmp_path, "c4_code_wiki", {"train": ["mine"]})
+    corpora.work(["--output", str(tmp_path), "--check"])
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    assert load_corpus("c4_code", "train") == ["c4", "code_github"]
+    assert load_corpus("c4_code_wiki", "train") == ["mine"]
+    assert dataset_calls == []

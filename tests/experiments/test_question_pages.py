@@ -11,7 +11,7 @@ import shlex
 import pytest
 import yaml
 
-from experiments import engines, readme, stability, tokens
+from experiments import engines, groups, readme, stability, tokens
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
@@ -20,6 +20,7 @@ LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" i
 COMMANDS = {
     "gprune": main,
     "python -m experiments.engines": engines.main,
+    "python -m experiments.groups": groups.main,
     "python -m experiments.readme": readme.main,
     "python -m experiments.stability": stability.main,
     "python -m experiments.tokens": tokens.main,

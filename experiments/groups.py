@@ -1,0 +1,67 @@
+"""Perplexity by groups of kinds of text: English prose, code and another language, for choosing and unseen.
+
+    python -m experiments.groups experiments/questions/kinds_text.yaml
+
+A mean over kinds hides text that helps one group and hurts another. Prints the geometric mean of perplexity over that
+of dense for each row of a list that is evaluated on the corpora of `experiments.kinds`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.kinds import CHOOSING, KINDS, UNSEEN
+from experiments.summary import DENSE, runs_of
+from gprune.console import Parser, quiet, run_guarded
+from gprune.errors import UserError
+from gprune.report.tables import Table
+from gprune.runs.numbers import by_row
+from gprune.runs.results import FinishedRun
+
+ALONE = ("c", "french", "rust", "german")  # the other kinds are English prose
+GROUPS = {
+    "English*": [name for name in CHOOSING if name not in ALONE],
+    "C*": ["c"],
+    "French*": ["french"],
+    "all ten*": CHOOSING,
+    "English": [name for name in UNSEEN if name not in ALONE],
+    "Rust": ["rust"],
+    "German": ["german"],
+    "all twelve": UNSEEN,
+}
+NOTE = "Geometric mean of perplexity over that of dense. *: text for choosing; the other groups are unseen."
+
+
+def ratios(run: FinishedRun) -> list[float]:
+    """Return the perplexity of a run's result over that of dense, as the geometric mean over each of `GROUPS`."""
+    perplexities = by_row(run.records)
+    dense, result = perplexities[DENSE], list(perplexities.values())[-1]
+    return [float(np.exp(np.mean([np.log(result[c] / dense[c]) for c in kinds]))) for kinds in GROUPS.values()]
+
+
+def work(arguments: Sequence[str] | None = None) -> str:
+    """Run the command. Returns the text to print."""
+    parser = Parser("python -m experiments.groups", description=__doc__)
+    parser.add_argument("listing", type=Path, metavar="LIST", help="list of rows, a YAML file")
+    listing = parser.parse_args(arguments).listing
+    quiet()
+    runs = [run for run in runs_of(str(listing.resolve())) if {*KINDS} <= {record["corpus"] for record in run.records}]
+    if not runs:
+        raise UserError(f"'{listing}' needs records of rows that are evaluated on all corpora of experiments.kinds.")
+    rows = [[run.name, *ratios(run)] for run in runs]
+    digits = dict.fromkeys(GROUPS, 3)
+    table = Table("groups", "Times dense, by groups of kinds", ["run", *GROUPS], rows, digits=digits, note=NOTE)
+    return f"{table.for_stdout()}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. A user error is one line on stderr and exit code 2."""
+    return run_guarded("experiments.groups", lambda: work(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
