@@ -5,15 +5,14 @@
 Writes `corpora/NAME/train.jsonl` and `test.jsonl` for wikitext2, c4, code_github, stackexchange and gsm8k, with an
 object with the key `text` per line. Documents are loaded with the `datasets` library: WikiText-2 (raw) and GSM8K from
 the Hugging Face hub, the others from the samples of RedPajama in the repository of LLM-Shearing. Mixtures of these
-corpora, in which kinds of text have other shares than the same for all, are written besides. The check makes the same
-windows as the records in `experiments/records`, and compares their hashes: equal hashes mean equal tokens. It
-needs the tokenizer of SmolLM2, so it downloads the embedded model if it is not cached. `--check` checks an existing
-folder, and makes mixtures that are missing.
+corpora with unequal shares (`MIXTURES`) are written too. The check makes the same windows as the records in
+`experiments/records`, and compares their hashes: equal hashes mean equal tokens. It needs the tokenizer of SmolLM2, so
+it downloads the embedded model if it is not cached. `--check` checks an existing folder, and makes mixtures that are
+missing.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -125,14 +124,26 @@ MIXTURES: dict[str, dict[str, int | None]] = {
 
 
 def mix(folder: Path, parts: Mapping[str, int | None]) -> dict[str, list[str]]:
-    """Return the documents of a mixture by split, in the order of its parts. The last document of a part may be cut."""
-    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for split, (name, most) in itertools.product(SPLITS, parts.items()):
-        texts = read_corpus(str(folder / "corpora" / name), split)
-        starts = itertools.accumulate(map(len, texts), initial=0)  # characters before each document
-        cut = (t if most is None else t[: max(0, most - start)] for t, start in zip(texts, starts, strict=False))
-        documents[split] += [text for text in cut if text]
+    """Return the documents of a mixture by split, in the order of its parts."""
+    documents: dict[str, list[str]] = {}
+    for split in SPLITS:
+        documents[split] = []
+        for name, most in parts.items():
+            texts = read_corpus(str(folder / "corpora" / name), split)
+            documents[split] += texts if most is None else _first_characters(texts, most)
     return documents
+
+
+def _first_characters(texts: Sequence[str], most: int) -> list[str]:
+    """Return the first documents with `most` characters in total. The last one may be cut."""
+    kept: list[str] = []
+    left = most
+    for text in texts:
+        if left <= 0:
+            break
+        kept.append(text[:left])
+        left -= len(text)
+    return kept
 
 
 def download(name: str) -> dict[str, list[str]]:

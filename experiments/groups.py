@@ -8,18 +8,16 @@ of dense for each row of a list that is evaluated on the corpora of `experiments
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from experiments.kinds import CHOOSING, KINDS, UNSEEN
-from experiments.summary import DENSE, runs_of
+from experiments.summary import runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
-from gprune.report.tables import Table
-from gprune.runs.numbers import by_row
+from gprune.report.tables import Table, over_dense
 from gprune.runs.results import FinishedRun
 
 ALONE = ("c", "french", "rust", "german")  # the other kinds are English prose
@@ -37,10 +35,9 @@ NOTE = "Geometric mean of perplexity over that of dense. *: text for choosing; t
 
 
 def ratios(run: FinishedRun) -> list[float]:
-    """Return the perplexity of a run's result over that of dense, as the geometric mean over each of `GROUPS`."""
-    perplexities = by_row(run.records)
-    dense, result = perplexities[DENSE], list(perplexities.values())[-1]
-    return [float(np.exp(np.mean([np.log(result[c] / dense[c]) for c in kinds]))) for kinds in GROUPS.values()]
+    """Return the perplexity of a run's final model over that of dense, as the geometric mean over each of `GROUPS`."""
+    logarithms = over_dense(run)
+    return [math.exp(logarithms[kinds].mean()) for kinds in GROUPS.values()]
 
 
 def work(arguments: Sequence[str] | None = None) -> str:

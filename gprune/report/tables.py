@@ -429,7 +429,7 @@ def corpora_table(groups: Sequence[SeedGroup]) -> Table:
     out.
     """
     by_group = {
-        place: pd.concat([_over_dense(run) for run in group.runs]).groupby(level=0).mean()
+        place: pd.concat([over_dense(run) for run in group.runs]).groupby(level=0).mean()
         for place, group in enumerate(groups)
         if not any(run.has_another_tokenizer for run in group.runs)
     }
@@ -461,7 +461,7 @@ def corpora_table(groups: Sequence[SeedGroup]) -> Table:
     return Table("corpora", "Many corpora", columns, rows, digits, note)
 
 
-def _over_dense(run: FinishedRun) -> pd.Series:
+def over_dense(run: FinishedRun) -> pd.Series:
     """Return log (perplexity of a run's final model / perplexity of its dense model) by corpus."""
     perplexities = by_row(run.records)
     return np.log(pd.Series(perplexities[result_rows(run)[-1]]) / pd.Series(perplexities[DENSE]))
