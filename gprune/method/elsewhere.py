@@ -24,7 +24,7 @@ from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, optional_output, quoting
 from gprune.evaluation.perplexity import PerplexityResult, perplexity_from_logits
 from gprune.export.hf import to_portable
-from gprune.method.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
+from gprune.method.evaluate import add_row, dense_perplexity, leaks
 from gprune.method.inputs import Text, load_dense, window_cutter
 from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.method.recover import fit_once, tune
@@ -275,12 +275,8 @@ def _evaluate(
     corpora = run.cfg.corpora
     # The other tool is assumed to have used the calibration text of these settings.
     leaked = leaks(run, also_used=[*corpora.scored, *corpora.drift, *corpora.recover])
-
-    def measure_dense(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-        return dense_perplexity(run, model, windows, name, measure=measure_perplexity)
-
     rows: list[tuple[tuple[str, str], PreTrainedModel, Callable[..., PerplexityResult], list[Windows]]] = [
-        (DENSE, run.model, measure_dense, run.text.test),
+        (DENSE, run.model, dense_perplexity, run.text.test),
         (("model", recovery), model, _perplexity_and_distance, test),
     ]
     for row, measured, measure, text in rows:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -93,7 +94,7 @@ def add_row(
 def measurement_of(run: Run, row: ResultRow, model: PreTrainedModel) -> Callable[..., PerplexityResult]:
     """Return the function that measures a row's model, and count a pruned model's tokens from now on."""
     if row == DENSE:  # counted since the run was opened
-        return dense_perplexity
+        return partial(dense_perplexity, keep_forecasts=True)
     run.meter.watch(model)
     # A recovery of the user may have changed the head.
     return measure_with_distance if same_head(model, run.model) else measure_perplexity
@@ -125,21 +126,22 @@ def shard_if_requested(run: Run, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def dense_perplexity(
-    run: Run, model: PreTrainedModel, windows: Windows, name: str, *,
-    measure: Callable[..., PerplexityResult] | None = None,
-) -> PerplexityResult:  # fmt: skip
+    run: Run, model: PreTrainedModel, windows: Windows, name: str, *, keep_forecasts: bool = False
+) -> PerplexityResult:
     """Perplexity of the dense model, cached for all runs with the same model and text."""
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
         versions=model_versions(),
     )  # fmt: skip
-
-    def compute() -> dict[str, Any]:
-        result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
-        return {name: value for name, value in vars(result).items() if value is not None}
-
-    return PerplexityResult(**Cache("evaluations").get(key, compute, share=broadcast))
+    cache = Cache("evaluations")
+    cached = broadcast(cache.read(key))
+    if cached is not None:
+        return PerplexityResult(**cached)
+    measure = measure_and_keep_forecasts if keep_forecasts else measure_perplexity
+    result = measure(run, model, windows, name)
+    cache.write(key, {name: value for name, value in vars(result).items() if value is not None})
+    return result
 
 
 def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:

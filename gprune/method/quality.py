@@ -68,9 +68,7 @@ class Trials:
         self.trained: dict[str, Masks] = {}  # key -> masks of trials that are trained, in order
         with run.folder.step("quality"):
             model = shard_if_requested(run, run.model)
-            self.dense = [
-                dense_perplexity(run, model, w, "dense", measure=measure_perplexity) for w in run.text.development
-            ]
+            self.dense = [dense_perplexity(run, model, windows, "dense") for windows in run.text.development]
         self.step = run.budget.step
         self.max_cut = math.ceil(run.budget.target / self.step)
 
