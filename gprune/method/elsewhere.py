@@ -184,7 +184,7 @@ def _measure(
     name = _as_folder(model, tokenizer=cfg.model.name)
     user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
     plan = check_models(name, cfg, user_callbacks)
-    asked_precision, cfg = cfg.trainer.precision, plan.cfg
+    cfg = plan.cfg
     dense_model, tokenizer = load_dense(cfg, plan.device)
     dtype, trust = getattr(torch, cfg.model.dtype), cfg.model.trust_remote_code
     other, other_tokenizer = load_elsewhere(name, dtype=dtype, trust_remote_code=trust)
@@ -201,10 +201,7 @@ def _measure(
     settings["inputs"] = fingerprints | {"text": text.hashes()}
     if cfg.run.name is None:
         cfg.run.name = default_run_name(settings)
-    with in_folder(
-        plan, dense_model, tokenizer, text, settings, user_callbacks, user_loggers(cfg, logger),
-        asked_precision=asked_precision,
-    ) as run:  # fmt: skip
+    with in_folder(plan, dense_model, tokenizer, text, settings, user_callbacks, user_loggers(cfg, logger)) as run:
         records = list(run.folder.metrics.get("records", []))
         if cfg.evaluates_early:
             run.step(9, "Evaluating without recovery")

@@ -34,6 +34,7 @@ from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import construct_loggers, row_metrics, tracking
 from gprune.runs.trainer import (
+    GIVEN,
     PROFILERS,
     CallbackChecks,
     StageBar,
@@ -266,16 +267,14 @@ def open_run(
     user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
     loggers = user_loggers(cfg, logger)
     plan = make_plan(cfg, user_callbacks, together=True)
-    asked_precision, cfg = cfg.trainer.precision, plan.cfg
+    cfg = plan.cfg
     model, tokenizer = load_dense(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     settings = cfg.settings() | {"inputs": {"model": fingerprint(model), "text": text.hashes()}}
     for feature in cfg.features:
         settings["inputs"] |= attribute(feature, "inputs")(plan)
-    with in_folder(
-        plan, model, tokenizer, text, settings, user_callbacks, loggers, asked_precision=asked_precision
-    ) as run:
+    with in_folder(plan, model, tokenizer, text, settings, user_callbacks, loggers) as run:
         if unpruned := describe_unpruned(plan):
             log.info("Not pruned: %s", unpruned)
         yield run
@@ -284,12 +283,9 @@ def open_run(
 @contextmanager
 def in_folder(
     plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
-    callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
+    callbacks: UserCallbacks, loggers: Sequence[Logger],
 ) -> Iterator[Run]:  # fmt: skip
-    """Context with an open run of a loaded model: create or resume the folder, and open the loggers.
-
-    `asked_precision` is `--trainer.precision` before `auto` was resolved.
-    """
+    """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
     cfg = plan.cfg
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
@@ -313,7 +309,7 @@ def in_folder(
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
         if not folder.finished:
-            _record_machine_choices(folder, plan, asked_precision)
+            _record_machine_choices(folder, plan)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
@@ -329,13 +325,13 @@ def in_folder(
             raise
 
 
-def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
+def _record_machine_choices(folder: RunFolder, plan: Plan) -> None:
     """Write what features have measured on this machine, and the reason for the resolved precision `auto`."""
     with matmul_precision(plan.cfg.trainer.float32_matmul_precision):  # in which they were measured
         for feature in plan.cfg.features:
             attribute(feature, "store")(plan, folder)
-    if requested_precision == "auto" and not folder.manifest.get("precision"):
-        folder.update_manifest(precision={"asked": requested_precision, "because": plan.why_precision})
+    if plan.why_precision != GIVEN and not folder.manifest.get("precision"):
+        folder.update_manifest(precision={"asked": "auto", "because": plan.why_precision})
 
 
 def user_loggers(cfg: RunConfig, logger: Logger | Sequence[Logger]) -> list[Logger]:

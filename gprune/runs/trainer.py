@@ -45,6 +45,7 @@ LAUNCHER_VARIABLES = {
     "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID",
 }  # fmt: skip
 Precision = Literal["32-true", "bf16-mixed"]
+GIVEN = "--trainer.precision"  # reason for a precision that is not `auto`
 
 
 LIGHTNING = {L.Callback: "lightning.pytorch.callbacks", Logger: "lightning.pytorch.loggers"}  # modules of bare names
@@ -319,7 +320,7 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
     the processes of several nodes are launched, and agree.
     """
     if cfg.trainer.precision != "auto":
-        return cfg, "--trainer.precision"
+        return cfg, GIVEN
     manifest = read_json(Path(cfg.folder) / "manifest.json", check=check_manifest) or {}
     stored = manifest.get("settings", {}).get("trainer", {}).get("precision")
     uses_bfloat16, reason = multiplies_bfloat16(device)
