@@ -165,12 +165,8 @@ class Run:
         log.info("%s", what)
         t = self.cfg.trainer
         name = name or what.split()[0].lower()
-
-        def record_stop(batches: dict[str, int]) -> None:
-            self.folder.update_manifest(stopped={name: batches})
-
         user_callbacks = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
-        checks = CallbackChecks(record_stop, self.check_weights)
+        checks = CallbackChecks(self.folder, name, self.check_weights)
         callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)

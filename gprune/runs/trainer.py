@@ -32,7 +32,7 @@ from gprune.config.running import ClassPath, TrainerConfig
 from gprune.console import quieted
 from gprune.errors import UserError, first_line
 from gprune.models.products import float32_by_onednn, multiplies_bfloat16
-from gprune.runs.folder import check_manifest
+from gprune.runs.folder import RunFolder, check_manifest
 from gprune.screen import Screen
 from gprune.storage.files import read_json
 from gprune.user_code import find_loaded
@@ -170,15 +170,15 @@ def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: t
 class CallbackChecks(L.Callback):
     """Callback after the user's callbacks that records early stopping, and checks that weights are unchanged."""
 
-    def __init__(self, record_stop: Callable[[dict[str, int]], None], check_weights: Callable[[str], None]):
-        self.record_stop, self.check_weights = record_stop, check_weights
+    def __init__(self, folder: RunFolder, name: str, check_weights: Callable[[str], None]):
+        self.folder, self.name, self.check_weights = folder, name, check_weights
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record that a callback has stopped the stage before its last batch."""
         done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
         if trainer.should_stop and done < planned:
             log.info("%s was stopped after %d of %d batches", type(pl_module).__name__, done, planned)
-            self.record_stop({"batches": done, "planned": planned})
+            self.folder.update_manifest(stopped={self.name: {"batches": done, "planned": planned}})
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.check_weights(type(pl_module).__name__)
