@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gprune.cli import main
 from gprune.export import hf, reload
-from gprune.method import prune, summary
+from gprune.method import summary
 from gprune.runs.results import PruningResult, load_run
 from tests.tiny_llama import make_tiny_llama
 
@@ -154,7 +154,7 @@ def in_this_process(command: list[str], *, input: str, **_: object) -> Completed
     return CompletedProcess(command, 0)
 
 
-WRITE_PAGES, WRITE_FIGURES = prune.write_pages, summary.write_figures
+WRITE_PAGES, WRITE_FIGURES = summary.write_pages, summary.write_figures
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
@@ -166,13 +166,13 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     """
     patch.setattr(hf, "subprocess", SimpleNamespace(run=in_this_process))
     patch.setattr(lightning_registry, "entry_points", functools.cache(lightning_registry.entry_points))
-    patch.setattr(prune, "write_pages", lambda run: None)
+    patch.setattr(summary, "write_pages", lambda run: None)
     patch.setattr(summary, "write_figures", lambda *_: [])
 
 
 def draw(patch: pytest.MonkeyPatch) -> None:
     """Let runs draw figures and write pages, as for users."""
-    patch.setattr(prune, "write_pages", WRITE_PAGES)
+    patch.setattr(summary, "write_pages", WRITE_PAGES)
     patch.setattr(summary, "write_figures", WRITE_FIGURES)
 
 

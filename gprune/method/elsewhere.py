@@ -21,7 +21,7 @@ from gprune.config.elsewhere import default_run_name, with_made_elsewhere, witho
 from gprune.console import show_progress
 from gprune.corpora.windows import Windows
 from gprune.discovery import check_structure, family_of
-from gprune.errors import UserError, optional_output, quoting
+from gprune.errors import UserError, quoting
 from gprune.evaluation.perplexity import PerplexityResult, perplexity_from_logits
 from gprune.export.hf import to_portable
 from gprune.method.evaluate import add_row, dense_perplexity, leaks
@@ -30,7 +30,7 @@ from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.method.recover import fit_once, tune
 from gprune.method.run import Run, in_folder, user_loggers
 from gprune.method.save import export_and_reload, is_exported
-from gprune.method.summary import summarise, write_pages
+from gprune.method.summary import summarise
 from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, locate_model
 from gprune.models.losses import same_head, why_not_measurable
 from gprune.models.masks import Masks
@@ -217,8 +217,6 @@ def _measure(
         with run.folder.step("evaluate"):
             _evaluate(run, records, other, recovery, test)
         summary = summarise(run, records, None, other, None)
-        with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
-            write_pages(run)
         recovered = recovery == "distill"
         return PruningResult(
             path=run.folder.path, config=cfg, masks=None, modules=None, thresholds=None, statistics={},

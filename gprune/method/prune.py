@@ -52,7 +52,7 @@ from gprune.config import RunConfig
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.console import show_progress
 from gprune.corpora.loaders import CorpusDataModule
-from gprune.errors import UserError, optional_output
+from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export.hf import to_portable
 from gprune.features import attribute
@@ -72,7 +72,7 @@ from gprune.method.quality import with_learning_budget, with_quality_budget
 from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run, open_run
 from gprune.method.save import check_discovered_structure, save
-from gprune.method.summary import summarise, write_pages
+from gprune.method.summary import summarise
 from gprune.models.blocks import Block
 from gprune.models.masks import Masks, bypassed
 from gprune.models.offload import device_of
@@ -165,8 +165,6 @@ def prune(
         records = evaluate(run, statistics, masks, pruned)  # 10
         if is_rank_zero:
             summary = summarise(run, records, final_masks, pruned, modules)
-            with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
-                write_pages(run)
         return PruningResult(
             path=run.folder.path, config=run.cfg, masks=final_masks, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary,

@@ -35,7 +35,7 @@ TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
 def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
-    """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers."""
+    """Compute the summary of a run; write it to manifest, metrics.json, model card, figures, trackers and page."""
     summary = sizes_and_perplexity(run, records, masks, pruned)
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
         for feature in run.cfg.features:
@@ -71,6 +71,8 @@ def summarise(
     metadata = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
     with optional_output("artifacts", "the run folder has their content"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, metadata)
+    with optional_output("report.html", f"{remedy} it"):
+        write_pages(run)
     return summary
 
 
