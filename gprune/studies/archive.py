@@ -98,7 +98,7 @@ def find_records(row: Row) -> Found:
     """
     code, settings = row.config.code, identifying_settings(row.identity)
     by_code = {"same": [], "unknown": [], "other": []}
-    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row.identity)}*.json")):
+    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
         record = read_record(path)
         if record is None or identifying_settings(record["settings"]) != settings:
             continue
@@ -114,18 +114,13 @@ def finished_record(row: Row) -> dict[str, Any] | None:
     return find_records(row).finished
 
 
-def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any] | None]:
-    """Return the path of a row's record, and the record. For a row without a record, return a new path, and None.
+def find_record(row: Row) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path of the row's record that may be replaced, and the record; a new path and None if there is none.
 
-    With `checked`, a record counts only if it was made by the code of the row for certain, so that it may be replaced.
-    A record with other tasks, or made by other code, is never overwritten.
+    A record may be replaced if it was made by the code of the row for certain, and does not have other tasks.
     """
-    found = find_records(row)
-    if checked:
-        found = replace(found, unknown=[])
-    if found.record is not None:
-        return found.record["path"], found.record
-    return _new_path(row, _settings_key(row.identity)), None
+    record = replace(find_records(row), unknown=[]).record
+    return (_new_path(row), None) if record is None else (record["path"], record)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -147,9 +142,9 @@ def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     return content | {"path": path}
 
 
-def _settings_key(settings: Mapping[str, Any]) -> str:
-    """Return the hash of `identifying_settings`."""
-    return key_of(format=RECORD_FORMAT, settings=identifying_settings(settings))[:10]
+def _settings_key(row: Row) -> str:
+    """Return the hash of the row's `identifying_settings`."""
+    return key_of(format=RECORD_FORMAT, settings=identifying_settings(row.identity))[:10]
 
 
 def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,12 +158,13 @@ def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != defaults.get(name)}
 
 
-def _new_path(row: Row, key: str) -> Path:
+def _new_path(row: Row) -> Path:
     """Return the path for a new record, with a number at the end if the name is used."""
     words = "".join(letter if letter.isalnum() else " " for letter in row.name.lower()).split()
     slug = "-".join(words).encode()[:150].decode(errors="ignore")  # a file name has at most 255 bytes
     endings = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
-    paths = (row.records / "runs" / f"{slug}-seed{row.seed}-{key}{ending}.json" for ending in endings)
+    name = f"{slug}-seed{row.seed}-{_settings_key(row)}"
+    paths = (row.records / "runs" / f"{name}{ending}.json" for ending in endings)
     return next(path for path in paths if not path.exists())
 
 

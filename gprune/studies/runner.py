@@ -139,7 +139,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     if row.tasks and cfg.recovery != "none":
         cfg = _with_exported_model(cfg)
     # A record exists if another list has this row with other tasks, or without masks.
-    existing = find_record(row, checked=True)[1] or {"masks": None}
+    existing = find_record(row)[1] or {"masks": None}
     with wandb_beside_records(row):
         if row.made_elsewhere is None:
             result = gprune.prune(cfg)
@@ -164,7 +164,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
         "records": [round_window_nll(r) for r in result.records],
     }
     record |= {name: existing[name] for name in ("tasks", "evaluation") if name in existing}
-    return result.path, write_record(find_record(row, checked=True)[0], record)
+    return result.path, write_record(find_record(row)[0], record)
 
 
 def _with_exported_model(cfg: RunConfig) -> RunConfig:
@@ -246,7 +246,7 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
         measured, _ = measurement.evaluate(str(folder), benchmarks, dense=benchmarks.alternates)
     record = record | {"tasks": row.tasks, "evaluation": list(map(round_window_nll, measured))}
     # Looked up again, because another list may have written its tasks.
-    return write_record(find_record(row, checked=True)[0], record)
+    return write_record(find_record(row)[0], record)
 
 
 def round_window_nll(record: dict[str, Any]) -> dict[str, Any]:
