@@ -584,9 +584,8 @@ def learn_sparsity(
         start = masks_of["base"]
     # Learning starts from the masks of `base`, so it keeps their scores of neurons and KV groups. What is removed as a
     # whole is chosen by the scores of gprune.
-    scores_of_units = {field: getattr(start.scores, field) for field in ("ffn", "attention", "channels")}
-    scores = replace(scores, **scores_of_units)  # `scores.experts` stay
-    masks = replace(start, scores=scores, modules=modules, module_allocation=name)
+    start_scores = replace(start.scores, experts=scores.experts)
+    masks = replace(start, scores=start_scores, modules=modules, module_allocation=name)
     run = run.with_budget(run.budget.ranked_by(masks.scores))
     if not learns:
         return masks
