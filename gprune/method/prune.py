@@ -275,7 +275,8 @@ def collect_statistics(
         data = CorpusDataModule(
             test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
-        trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", stage, inference_mode=not saliency)
+        what = f"Calibrating on {', '.join(corpora)}"
+        trainer = run.trainer("calibrating", what, stage, inference_mode=not saliency)
         with run.folder.part(*corpora, shared=True):  # the tokens are split evenly, as all corpora have the same number
             trainer.test(stage, data, verbose=False)
     for corpus in corpora:
@@ -480,7 +481,9 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     options = run.cfg.options.get(p.refiner, {})
     stage = refiner(inputs, labels, **select_options(refiner, dict(p)) | options)
     validation = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
-    trainer = run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation)
+    trainer = run.trainer(
+        "refining", "Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation
+    )
     trainer.fit(stage)
     run.callbacks.keep_state()
     refined = checked_labels(p.refiner, stage.labels(), labels)

@@ -155,16 +155,15 @@ class Run:
             )
 
     def trainer(
-        self, what: str, stage: L.LightningModule, *, name: str = "", role: str = "",
+        self, name: str, what: str, stage: L.LightningModule, *, role: str = "",
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
-        """Construct the Trainer of one stage, and log the line `what`, whose first word is the default of `name`.
+        """Construct the Trainer of one stage, and log the line `what`.
 
         `name` and `role` are those of `fit`; `callbacks` follow those of the user.
         """
         log.info("%s", what)
         t = self.cfg.trainer
-        name = name or what.split()[0].lower()
         user_callbacks = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
         checks = CallbackChecks(self.folder, name, self.check_weights)
         callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what)]
@@ -226,7 +225,7 @@ class Run:
         limit = t.limit_train_batches
         curves = StepCurves()
         trainer = self.trainer(
-            what, stage, name=name, role=role, callbacks=[curves, *callbacks, checkpoints], precision=t.precision,
+            name, what, stage, role=role, callbacks=[curves, *callbacks, checkpoints], precision=t.precision,
             limit_train_batches=int(limit) if limit and limit >= 1 else limit,  # Lightning reads a float as a share
             max_steps=t.max_steps or -1,
             fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
