@@ -60,8 +60,7 @@ def summarise(
         write_card(run.folder, run.cfg, records)
     with optional_output("figures", f"{remedy} them"):
         write_figures(run.folder / "figures", records, modules, masks, summary)
-    main_row = records[-1]["stage"], records[-1]["recovery"]
-    numbers = run_numbers(records, summary, run.folder.manifest["steps"], main_row)
+    numbers = run_numbers(records, summary, run.folder.manifest["steps"])
     with optional_output("results to the trackers", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
         figures = sorted((run.folder / "figures").glob("*.png"))

@@ -193,24 +193,25 @@ def to_estimate(value: float, low: float, high: float) -> Estimate:
 
 
 def run_numbers(
-    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: ResultRow
+    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
     """Return numbers by which trackers can sort runs. Except for names of rows and corpora, keys are always the same.
 
-    - `final/...`: the run's main row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_dense`,
-      `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, `perplexity/<corpus>`, `kl/<corpus>` and
-      `agreement/<corpus>`, if they are defined.
+    - `final/...`: the run's main row, which is measured last: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
+      `unseen_over_dense`, `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, `perplexity/<corpus>`,
+      `kl/<corpus>` and `agreement/<corpus>`, if they are defined.
     - `rows/<row>/...`: the same for every row.
     - `parameters_after` and other numbers of the summary.
     - `<entry>/...`: the numbers of an entry of the summary.
     - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
     """
     labels = corpus_labels(r["corpus"] for r in records)
+    main_row = records[-1]["stage"], records[-1]["recovery"]
     numbers = {}
     for line in number_frame(records, base=records).itertuples():
         key = f"{line.number}/{key_part(labels[line.corpus])}" if line.corpus else line.number
         numbers[f"rows/{key_part(line.row)}/{key}"] = line.value
-        if (line.stage, line.recovery) == final:
+        if (line.stage, line.recovery) == main_row:
             numbers[f"final/{key}"] = line.value
     numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
     for entry, content in entries(summary).items():

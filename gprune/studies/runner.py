@@ -316,8 +316,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
             return
         if not run.resumed:  # otherwise the row has run on another machine, and has logged its curves online
             run.config.update({"record": True, "environment": record["environment"]})
-        main_row = record["records"][-1]["stage"], record["records"][-1]["recovery"]
-        numbers = run_numbers(record["records"], record["summary"], record["steps"], main_row)
+        numbers = run_numbers(record["records"], record["summary"], record["steps"])
         run.log(charts(numbers))
         run.summary.update(numbers | task_numbers(task_results(row, record)))
 

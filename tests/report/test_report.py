@@ -177,7 +177,7 @@ def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(r
     cells_with_base = row(report.make([run], base=run).tables[0], "one", "gprune + bias")
     assert cells_with_base["unseen / unrecovered base"].value == pytest.approx(expected["unrecovered"], rel=1e-9)
     metrics = json.loads((run / "metrics.json").read_text())
-    numbers = run_numbers(metrics["records"], metrics["summary"], {}, ("gprune", "bias"))
+    numbers = run_numbers(metrics["records"], metrics["summary"], {})
     assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
     assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
     for base_run, name, ratio in ((None, "base, same recovery", "same"), (run, "unrecovered base", "unrecovered")):
