@@ -39,12 +39,6 @@ Files = Annotated[Names, BeforeValidator(lambda files: [files] if isinstance(fil
 Pair = Annotated[Names, Field(min_length=2, max_length=2)]
 
 
-class StrictModel(BaseModel):
-    """Base class for keys with declared types; other keys are invalid."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
 class RowContent(BaseModel):
     """A row: settings of `train.py`, nested or by dotted name, and the keys below."""
 
@@ -77,9 +71,10 @@ def split_name(name: str, rows: Collection[str]) -> tuple[str, str | None]:
     return row, model
 
 
-class Content(StrictModel):
+class Content(BaseModel):
     """Keys of a list file."""
 
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     rows: dict[Name, RowContent | None]
     about: str | None = None
     protocol: Files = []
