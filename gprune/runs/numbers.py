@@ -69,18 +69,18 @@ def on_same_windows(records: Sequence[Record], row: ResultRow) -> bool:
     return content_hashes(row) == content_hashes(DENSE)
 
 
-def distance(records: Sequence[Record], row: ResultRow) -> dict[str, Estimate | None]:
-    """Return a row's mean `kl` from the dense model and `agreement` with it on unseen text; None if not measured."""
+def distance(records: Sequence[Record], row: ResultRow) -> tuple[Estimate | None, Estimate | None]:
+    """Return a row's mean KL from the dense model, and agreement with it, on unseen text; None if not measured."""
     unseen = records_of(records, row, seen=False)
     if not unseen or any(r.get("kl") is None for r in unseen.values()):
-        return {"kl": None, "agreement": None}
+        return None, None
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
 
     def mean(name: str, largest: float) -> Estimate:
         window_sums = {corpus: r[f"window_{name}"] for corpus, r in unseen.items()}
         return Estimate(*mean_per_token(window_sums, predicted_tokens, largest=largest))
 
-    return {"kl": mean("kl", math.inf), "agreement": mean("agreement", 1.0)}
+    return mean("kl", math.inf), mean("agreement", 1.0)
 
 
 def unseen_ratio(
@@ -137,7 +137,7 @@ def estimates(records: Sequence[Record], row: ResultRow, base: Sequence[Record] 
             return None
         return unseen_ratio(records, row, other_records, other_row)
 
-    distances = {"kl": None, "agreement": None} if row == DENSE else distance(records, row)
+    kl, agreement = distance(records, row)
     return {
         "seen": mean(seen_nll),
         "unseen": mean(unseen_nll),
@@ -145,8 +145,8 @@ def estimates(records: Sequence[Record], row: ResultRow, base: Sequence[Record] 
         "unseen_over_dense": ratio_to(records, DENSE),
         "unseen_over_unrecovered_base": ratio_to(base, BASE),
         "unseen_over_base_same_recovery": ratio_to(records, ("base", row[1])),
-        "unseen_kl": distances["kl"],
-        "unseen_agreement": distances["agreement"],
+        "unseen_kl": kl,
+        "unseen_agreement": agreement,
     }
 
 
