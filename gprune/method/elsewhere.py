@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from gprune.models.losses import same_head, why_not_measurable
 from gprune.models.masks import Masks
 from gprune.recoveries import Material, recoveries_of
 from gprune.report.tables import result_table
-from gprune.runs.numbers import DENSE
+from gprune.runs.numbers import DENSE, row_name
 from gprune.runs.results import PruningResult
 from gprune.runs.trainer import UserCallbacks, matmul_precision
 from gprune.storage.files import Cache
@@ -270,13 +270,13 @@ def _evaluate(
     corpora = run.cfg.corpora
     # The other tool is assumed to have used the calibration text of these settings.
     leaked = leaks(run, also_used=[*corpora.scored, *corpora.drift, *corpora.recover])
-    rows: list[tuple[tuple[str, str], PreTrainedModel, Callable[..., PerplexityResult], list[Windows]]] = [
-        (DENSE, run.model, dense_perplexity, run.text.test),
-        (("model", recovery), model, _perplexity_and_distance, test),
-    ]
-    for row, measured, measure, text in rows:
-        if row not in finished_rows:
-            add_row(run, records, row, measure, measured, text, leaked, scope="model")
+    if DENSE not in finished_rows:
+        results = [dense_perplexity(run, run.model, windows, "dense") for windows in run.text.test]
+        add_row(run, records, DENSE, results, run.text.test, leaked, scope="model")
+    row = ("model", recovery)
+    if row not in finished_rows:
+        results = [_perplexity_and_distance(run, model, windows, row_name(*row)) for windows in test]
+        add_row(run, records, row, results, test, leaked, scope="model")
 
 
 def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:

@@ -74,19 +74,19 @@ def evaluate(
                 continue
             measure = measurement_of(run, row, model)
             model = shard_if_requested(run, model)
-            add_row(run, records, row, measure, model, run.text.test, leaked)
+            results = [measure(run, model, windows, row_name(*row)) for windows in run.text.test]
+            add_row(run, records, row, results, run.text.test, leaked)
     if before_recovery and rank_evaluates and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
 
 
 def add_row(
-    run: Run, records: list[dict[str, Any]], row: ResultRow, measure: Callable[..., PerplexityResult],
-    model: PreTrainedModel, text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
+    run: Run, records: list[dict[str, Any]], row: ResultRow, results: Sequence[PerplexityResult],
+    text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
 ) -> None:  # fmt: skip
-    """Measure a row's model, and add its records, with the entries `about`, to `records` and `metrics.json`."""
-    for windows in text:
-        result = measure(run, model, windows, row_name(*row))
+    """Add the records of a row, with the entries `about`, to `records` and `metrics.json`."""
+    for windows, result in zip(text, results, strict=True):
         records.append(as_record(run, row, result, windows, leaked[windows.corpus]) | about)
     write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
 
