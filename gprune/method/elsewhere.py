@@ -231,11 +231,11 @@ def _text(cfg: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizer
     recover = cfg.roles["recover"]  # empty without distillation
     log.info("Reading %d corpora", len({*recover, *cfg.corpora.evaluate}))
     return Text(
-        train={w.corpus: w for w in windows(recover, "train", "train")},
+        train={w.corpus: w for w in windows(recover, "train")},
         learn=[],
-        fresh=[*windows(recover, "train", "fresh")],
-        development=[*windows(cfg.development_corpora, "development", "development")],
-        test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
+        fresh=[*windows(recover, "fresh")],
+        development=[*windows(cfg.development_corpora, "development")],
+        test=[*windows(cfg.corpora.evaluate, "test")],
     )
 
 
@@ -249,7 +249,7 @@ def _tokenized_for(
     UserError if they differ and the model is to be distilled.
     """
     windows = window_cutter(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
-    model_text = [*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")]
+    model_text = [*windows(cfg.corpora.evaluate, "test")]
     same_vocabulary = tokenizer.get_vocab() == dense_tokenizer.get_vocab()
     if same_vocabulary and [w.content_hash for w in model_text] == [w.content_hash for w in test]:
         return test

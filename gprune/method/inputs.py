@@ -96,25 +96,27 @@ def prepare_text(
     calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_learns(cfg.recovery) else []
     return Text(
-        train={w.corpus: w for w in windows(calibrated, "train", "train")},
-        learn=[*windows(cfg.roles["learn"], "train", "learn")],
-        fresh=[*windows(recovered, "train", "fresh")],
-        development=[*windows(cfg.development_corpora, "development", "development")],
-        test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
+        train={w.corpus: w for w in windows(calibrated, "train")},
+        learn=[*windows(cfg.roles["learn"], "learn")],
+        fresh=[*windows(recovered, "fresh")],
+        development=[*windows(cfg.development_corpora, "development")],
+        test=[*windows(cfg.corpora.evaluate, "test")],
     )
 
 
 def window_cutter(
     cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
-) -> Callable[[Iterable[str], str, str], Iterator[Windows]]:
-    """Return a function of (corpora, split, role) that yields the windows of each corpus; arguments as `prepare_text`.
+) -> Callable[[Iterable[str], str], Iterator[Windows]]:
+    """Return a function of (corpora, role) that yields the windows of each corpus; arguments as `prepare_text`.
 
     Each corpus is read once, because it may have several roles, be downloaded, and return other text in a second call.
     """
     samples = samples_by_role(cfg, leading_token(tokenizer, cfg.corpora.bos))
     read = functools.cache(read_corpus)
+    other_splits = {"development": "development", "test": cfg.evaluation.split}
 
-    def windows(corpora: Iterable[str], split: str, role: str) -> Iterator[Windows]:
+    def windows(corpora: Iterable[str], role: str) -> Iterator[Windows]:
+        split = other_splits.get(role, "train")
         for corpus in corpora:
             if corpus not in without:
                 documents = load_corpus(corpus, split, read=read)
