@@ -140,6 +140,11 @@ class Row:
             cfg.run.name = default_run_name(with_made_elsewhere(cfg.settings(), self.made_elsewhere))
         return cfg
 
+    @property
+    def benchmarks(self) -> Benchmarks:
+        """What `gprune evaluate` measures for the row's tasks."""
+        return benchmarks_of(self.tasks, trust_remote_code=self.config.model.trust_remote_code)
+
     def check(self) -> None:
         """Raise UserError for a name that is not registered, and for settings that contradict each other."""
         config_from_mapping(self._applied_settings, where=f"Row '{self.name}'")

@@ -44,7 +44,7 @@ from gprune.studies.archive import (
     task_results,
     write_record,
 )
-from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row, benchmarks_of, select_part
+from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row, select_part
 from gprune.studies.study import (
     FinishedRows,
     StudyResult,
@@ -85,8 +85,7 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
             pass
     for row in pending:
         if row.tasks:
-            benchmarks = benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code)
-            measurement.check_tasks(benchmarks, rows=row is pending[0])
+            measurement.check_tasks(row.benchmarks, rows=row is pending[0])
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
     if is_rank_0:
@@ -234,7 +233,7 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
     Results of the dense model are stored once for all rows, by its fingerprint. With the task `speed`, the dense model
     is measured again in alternation with each row's model.
     """
-    benchmarks = benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code)
+    benchmarks = row.benchmarks
     dense_file = dense_path(row, record["inputs"]["model"])
     with wandb_beside_records(row):
         if not benchmarks.alternates:
