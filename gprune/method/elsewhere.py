@@ -28,7 +28,7 @@ from gprune.method.evaluate import add_row, dense_perplexity, leaks
 from gprune.method.inputs import Text, load_dense, window_cutter
 from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.method.recover import fit_once, tune
-from gprune.method.run import Run, in_folder, user_loggers
+from gprune.method.run import Run, in_folder
 from gprune.method.save import export_and_reload, is_exported
 from gprune.method.summary import summarise
 from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, locate_model
@@ -38,6 +38,7 @@ from gprune.recoveries import Material, recoveries_of
 from gprune.report.tables import result_table
 from gprune.runs.numbers import DENSE, row_name
 from gprune.runs.results import PruningResult
+from gprune.runs.tracking import loggers_of_user
 from gprune.runs.trainer import UserCallbacks, matmul_precision
 from gprune.storage.files import Cache
 
@@ -201,7 +202,8 @@ def _measure(
     settings["inputs"] = fingerprints | {"text": text.hashes()}
     if cfg.run.name is None:
         cfg.run.name = default_run_name(settings)
-    with in_folder(plan, dense_model, tokenizer, text, settings, user_callbacks, user_loggers(cfg, logger)) as run:
+    loggers = loggers_of_user(cfg, logger)
+    with in_folder(plan, dense_model, tokenizer, text, settings, user_callbacks, loggers) as run:
         records = list(run.folder.metrics.get("records", []))
         if cfg.evaluates_early:
             run.step(9, "Evaluating without recovery")

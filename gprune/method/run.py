@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -19,7 +18,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
@@ -32,7 +30,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import construct_loggers, row_metrics, tracking
+from gprune.runs.tracking import loggers_of_user, row_metrics, tracking
 from gprune.runs.trainer import (
     GIVEN,
     PROFILERS,
@@ -260,7 +258,7 @@ def open_run(
     Random generators are seeded, and tokens are counted from here on.
     """
     user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
-    loggers = user_loggers(cfg, logger)
+    loggers = loggers_of_user(cfg, logger)
     plan = make_plan(cfg, user_callbacks, together=True)
     cfg = plan.cfg
     model, tokenizer = load_dense(cfg, plan.device)
@@ -327,11 +325,3 @@ def _record_machine_choices(folder: RunFolder, plan: Plan) -> None:
             attribute(feature, "store")(plan, folder)
     if plan.why_precision != GIVEN and not folder.manifest.get("precision"):
         folder.update_manifest(precision={"asked": "auto", "because": plan.why_precision})
-
-
-def user_loggers(cfg: RunConfig, logger: Logger | Sequence[Logger]) -> list[Logger]:
-    """Return the loggers of the user: objects from Python, and those of `--trainer.logger`."""
-    from_python = [logger] if isinstance(logger, Logger) else list(logger)
-    for each in from_python:
-        require(each, Logger, "Loggers must be objects of lightning.pytorch.loggers.Logger")
-    return [*from_python, *construct_loggers(cfg.trainer.logger, Path(cfg.folder))]

@@ -18,9 +18,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from gprune.checks import require
 from gprune.config import LoggingConfig, RunConfig, flatten
 from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
-from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
@@ -98,12 +98,17 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
                 logger.save()  # writes metrics that were logged after the last Trainer
 
 
-def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
-    """Construct the loggers of `--trainer.logger`. The default of an argument `save_dir` is `folder`."""
-    loggers = []
-    for described in paths:
+def loggers_of_user(cfg: RunConfig, given: Logger | Sequence[Logger]) -> list[Logger]:
+    """Return the loggers of the user: objects given in Python, and those of `--trainer.logger`.
+
+    The default of an argument `save_dir` is the run folder.
+    """
+    loggers = [given] if isinstance(given, Logger) else list(given)
+    for logger in loggers:
+        require(logger, Logger, "Loggers must be objects of lightning.pytorch.loggers.Logger")
+    for described in cfg.trainer.logger:
         parameters = inspect.signature(class_of(described, "--trainer.logger", Logger)).parameters
-        defaults = {"save_dir": str(folder)} if "save_dir" in parameters else {}
+        defaults = {"save_dir": str(Path(cfg.folder))} if "save_dir" in parameters else {}
         with_defaults = described.model_copy(update={"init_args": defaults | described.init_args})
         loggers.append(instantiate(with_defaults, "--trainer.logger", Logger))
     return loggers
