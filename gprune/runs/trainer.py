@@ -32,9 +32,8 @@ from gprune.config.running import ClassPath, TrainerConfig
 from gprune.console import quieted
 from gprune.errors import UserError, first_line
 from gprune.models.products import float32_by_onednn, multiplies_bfloat16
-from gprune.runs.folder import RunFolder, check_manifest
+from gprune.runs.folder import RunFolder
 from gprune.screen import Screen
-from gprune.storage.files import read_json
 from gprune.user_code import find_loaded
 
 log = logging.getLogger("gprune")
@@ -321,8 +320,7 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
     """
     if cfg.trainer.precision != "auto":
         return cfg, GIVEN
-    manifest = read_json(Path(cfg.folder) / "manifest.json", check=check_manifest) or {}
-    stored = manifest.get("settings", {}).get("trainer", {}).get("precision")
+    stored = RunFolder(cfg.folder).manifest.get("settings", {}).get("trainer", {}).get("precision")
     uses_bfloat16, reason = multiplies_bfloat16(device)
     if cfg.model.dtype == "float16":
         uses_bfloat16, reason = False, "bfloat16 has fewer digits than --model.dtype float16"
