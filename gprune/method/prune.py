@@ -90,7 +90,6 @@ from gprune.partition.modules import (
 )
 from gprune.partition.objective import refinement_inputs
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
-from gprune.runs import tracking
 from gprune.runs.results import PruningResult, corpus_file
 from gprune.runs.tracking import log_scalars
 from gprune.runs.trainer import check_trainer, launch_processes
@@ -539,7 +538,7 @@ def assess(
     )  # fmt: skip
     run.folder.write("modules", modules.tensors())
     count, share = sum(int(of_block.sum()) for of_block in switched), switched_share(reliability)
-    tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
+    log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
     level = logging.WARNING if switch != "off" and count == 0 else logging.INFO
     log.log(level, "%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
     return modules
