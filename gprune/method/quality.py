@@ -83,13 +83,12 @@ class Trials:
     def results(self, masks: Masks, row: ResultRow, budget: Budget) -> list[PerplexityResult]:
         """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
         run, key = self.run, self._key(masks, row)
-        learns = recovery_learns(row[1])
-        if learns:
+        if recovery_learns(row[1]):
             self.trained.setdefault(key, masks)
         if key not in self.measured:
             name = f"{row_name(*row)} less {budget.target:,}"
             with run.folder.step("quality"), run.folder.part(name):
-                trial = list(self.trained).index(key) if learns else None
+                trial = self.number(masks, row)
                 model = shard_if_requested(run, prune_and_recover(run, masks, self.statistics, row=row, trial=trial))
                 run.meter.watch(model)
                 results = [measure_perplexity(run, model, w, name) for w in run.text.development]

@@ -41,7 +41,8 @@ def prune_and_recover(
     """Return a pruned copy of the dense model, after recovery.
 
     If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
-    arguments. With DDP every process computes the whole copy, with the same bits.
+    arguments. With DDP every process computes the whole copy, with the same bits. `trial` is the number of a trained
+    model of the search for a quality, from 1.
     """
     cfg = run.cfg
     free_memory(run.plan.device)
@@ -133,7 +134,7 @@ def fit_once(
     UserError for unknown arguments.
     """
     call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
-    logged_row = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
+    logged_row = row[0] if trial is None else f"{row[0]} trial {trial}"
     of = "trial" if trial is not None else "control" if control else "main"
 
     def fit(
