@@ -299,7 +299,7 @@ def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows,
 def _recovered(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """Return a model after distillation from the dense model; the model is changed in place."""
     cfg = run.cfg
-    material = Material(run.model, Masks([], []), fit=fit_once(run, "recovery/distill", ("model", "distill")))
+    material = Material(run.model, Masks([], []), fit=fit_once(run, "recovery/distill", "model"))
     recoveries = recoveries_of("distill", cfg.recovery_settings)
     return tune(recoveries, material, model, meter=run.meter, seed=cfg.run.seed)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.method.run import Run, TokenMeter
+from gprune.method.run import Run, TokenMeter, TrainedModel
 from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
@@ -49,6 +49,9 @@ def prune_and_recover(
     row = row or cfg.own_row
     needs, recoveries = recovery_needs(row[1]), recoveries_of(row[1], cfg.recovery_settings)
     corpora = cfg.corpora.recover
+    logged_row, of = row[0], "main" if row == cfg.own_row else "control"
+    if trial is not None:
+        logged_row, of = f"{row[0]} trial {trial}", "trial"
     texts = [run.text.train[corpus] for corpus in corpora] if "text" in needs else []
     material = Material(
         run.model,
@@ -57,7 +60,7 @@ def prune_and_recover(
         statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
         batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
         count=run.meter.add,
-        fit=fit_once(run, learned_file(masks, row), row, trial, control=row != cfg.own_row),
+        fit=fit_once(run, learned_file(masks, row), logged_row, of),
         shard=cfg.model.shard,
         teacher=run.teacher,
     )
@@ -125,17 +128,13 @@ def learned_file(masks: Masks, row: ResultRow) -> str:
     return f"recovery/{row_name(*row)}-{content_hash(masks.tensors())[:8]}".replace(" ", "")
 
 
-def fit_once(
-    run: Run, path: str, row: ResultRow, trial: int | None = None, *, control: bool = False
-) -> Callable[..., None]:
+def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
-    UserError for unknown arguments.
+    UserError for unknown arguments. `row` and `of` are those of `Run.fit`.
     """
     call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
-    logged_row = row[0] if trial is None else f"{row[0]} trial {trial}"
-    of = "trial" if trial is not None else "control" if control else "main"
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
@@ -157,8 +156,7 @@ def fit_once(
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[best] if best else [], strategy=strategy, row=logged_row, of=of,
-                measured_after=0.25,
+                callbacks=[best] if best else [], strategy=strategy, row=row, of=of, measured_after=0.25,
             )  # fmt: skip
             if best:
                 best.load_best(stage)

@@ -196,7 +196,7 @@ class Run:
             text: windows to train on, one entry per corpus.
             batch_size: windows per batch; `--corpora.batch_size` by default.
             callbacks: in addition to those of the user and of the run.
-            row: row of the result table, such as `gprune/least_squares+distill`, under which curves are logged.
+            row: name under which curves are logged: the variant, such as `gprune`, or `gprune trial 2`.
             of: the model that is trained, see `TrainedModel`.
             role: prefix of the stage's metrics, such as `learn`, which callbacks of the user may monitor.
             measured_after: share of an epoch between two measurements of development perplexity.
