@@ -31,21 +31,25 @@ CACHE = Cache("statistics", tensors=True)  # shared between runs
 
 @dataclass(frozen=True)
 class StoredGram:
-    """A Gram matrix in files, read again on each access. With several sources it is their sum, added in order."""
+    """A Gram matrix in files, read again on each access. With several files it is the sum of theirs, added in order."""
 
-    sources: tuple[tuple[Path, str], ...]  # path of a file, name of a tensor
+    paths: tuple[Path, ...]  # each file has one tensor, `gram`
     expert: int | None = None  # index into a stack of matrices; None: all of them
 
     def read(self) -> Tensor:
         """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts."""
         total: Tensor | None = None
-        for path, name in self.sources:
+        for path in self.paths:
             tensors = read_tensors(path, once=True)  # only the first access of this process verifies the hash
-            if tensors is None or name not in tensors:
+            if tensors is None or "gram" not in tensors:
                 remedy = "Run the same command again. Processes on several machines need a shared $GPRUNE_CACHE."
                 raise UserError(f"Cannot read a Gram matrix: {path} is missing or incomplete. {remedy}")
-            total = tensors[name] if total is None else total.add_(tensors[name])
+            total = tensors["gram"] if total is None else total.add_(tensors["gram"])
         return total if self.expert is None else total[self.expert]
+
+    def __add__(self, other: StoredGram) -> StoredGram:
+        """Return the sum of two matrices, which are added when they are read."""
+        return StoredGram(self.paths + other.paths)
 
 
 @dataclass(frozen=True)
@@ -234,24 +238,18 @@ def _pool_channels(corpora: Sequence[ChannelStatistics]) -> ChannelStatistics:
     A Gram matrix, saliency or routing that one corpus lacks is None.
     """
     halves = tuple(_sum([corpus.halves[h] for corpus in corpora]) for h in (0, 1))
-    grams = [corpus.gram for corpus in corpora]
-    saliencies = [corpus.saliency for corpus in corpora]
-    routings = [corpus.routing for corpus in corpora]
-    gram = saliency = routing = None
-    if all(g is not None for g in grams):
-        gram = _sum(grams)
-    if all(s is not None for s in saliencies):
-        saliency = tuple(_sum(of_part) / len(corpora) for of_part in zip(*saliencies, strict=True))
-    if all(r is not None for r in routings):
-        routing = _sum(routings)
+    gram = _sum([corpus.gram for corpus in corpora])
+    routing = _sum([corpus.routing for corpus in corpora])
+    saliency = None
+    if all(corpus.saliency is not None for corpus in corpora):
+        by_part = zip(*(corpus.saliency for corpus in corpora), strict=True)
+        saliency = tuple(_sum(of_part) / len(corpora) for of_part in by_part)
     return ChannelStatistics(halves, gram, saliency, routing)
 
 
 def _sum(terms: Sequence[Any]) -> Any:
-    """Add moments, saliency or Gram matrices. Stored matrices are added when they are read."""
-    if isinstance(terms[0], StoredGram):
-        return StoredGram(tuple(source for gram in terms for source in gram.sources))
-    return sum(terms[1:], start=terms[0])
+    """Add moments, Gram matrices or tensors; None if a term is None."""
+    return None if any(term is None for term in terms) else sum(terms[1:], start=terms[0])
 
 
 def gram_bytes(blocks: Sequence[Block]) -> int:
@@ -302,7 +300,7 @@ class StatisticsCache:
         for scope, gram in grams.items():
             key = self._key(corpus, "gram", scope, block.index)
             CACHE.write(key, {"gram": gram})
-            stored[scope] = StoredGram(((CACHE.file(key), "gram"),))
+            stored[scope] = StoredGram((CACHE.file(key),))
         return stored
 
     def _stored_grams(self, corpus: str) -> dict[str, StoredGram] | None:
@@ -314,7 +312,7 @@ class StatisticsCache:
                 # Read only to verify the file's hash, once per process; the matrix is loaded again on access.
                 if CACHE.read(key, once=True) is None:
                     return None
-                grams[f"{scope}.{block_index}.gram"] = StoredGram(((CACHE.file(key), "gram"),))
+                grams[f"{scope}.{block_index}.gram"] = StoredGram((CACHE.file(key),))
         return grams
 
     def _key(self, corpus: str, kind: str, *part: str | int) -> str:

@@ -97,7 +97,7 @@ def statistics_with_stored_grams(model, tmp_path: Path, seed: int) -> CorpusStat
         paths = {kind: tmp_path / f"{seed}-{kind}-{block.index}.safetensors" for kind in grams}
         for kind, gram in grams.items():
             write_tensors(paths[kind], {"gram": gram})
-        return {kind: StoredGram(((path, "gram"),)) for kind, path in paths.items()}
+        return {kind: StoredGram((path,)) for kind, path in paths.items()}
 
     return walk_over(model, batches(seed)).statistics(gram=True, store=store)
 
