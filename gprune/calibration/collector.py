@@ -35,6 +35,7 @@ from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.experts import expert_output, watch_experts, watch_routing
 from gprune.models.families import decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
+from gprune.models.masks import hidden_in
 from gprune.models.offload import device_of
 
 
@@ -182,7 +183,7 @@ class Collector:
     ) -> None:  # fmt: skip
         """Update the metric of a block by the input and the output of its layer."""
         before = args[0] if args else kwargs["hidden_states"]
-        after = output if isinstance(output, Tensor) else output[0]  # some layers return attention too
+        after = hidden_in(output)  # some layers return attention too
         # The input may still be on the device of the previous layer.
         metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
 
@@ -224,7 +225,7 @@ class Collector:
                 decoder_of(self.model)(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
-        """Return statistics of all batches, summed over processes. Gram matrices are not copied."""
+        """Return statistics of all batches, summed over processes, and free the sums. Gram matrices are not copied."""
         by_scope = {
             scope: [channel_statistics(metric.compute()) for metric in metrics]
             for scope, metrics in self.metrics.items()
@@ -236,10 +237,8 @@ class Collector:
         for i, metric in self.routing.items():
             by_scope["ffn"][i] = replace(by_scope["ffn"][i], routing=metric.compute().cpu().clone())
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.cosine_changes])
-        return CorpusStatistics(**by_scope, turned=turned)
-
-    def release(self) -> None:
-        """Free all sums. Otherwise reference cycles in torchmetrics keep them in memory until garbage collection."""
-        gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
-        for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *gradients, *self.routing.values()):
+        # Reference cycles in torchmetrics would keep the sums in memory until garbage collection.
+        of_gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
+        for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *of_gradients, *self.routing.values()):
             metric.__dict__.clear()
+        return CorpusStatistics(**by_scope, turned=turned)

@@ -196,7 +196,6 @@ class Walk:
             with resident(layer), Collector(self.model, gram=gram, routing=routing, blocks=blocks) as collector:
                 self._run_layer(layer, index, collector)
             statistics = collector.compute()
-            collector.release()
             for block, neurons, channels in zip(blocks, statistics.ffn, statistics.attention, strict=True):
                 if gram and store is not None:
                     stored = store(block, {"ffn": neurons.gram, "attention": channels.gram})

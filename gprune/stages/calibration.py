@@ -98,4 +98,3 @@ class CalibrationStage(FrozenLMStage):
             self.trainer.strategy.barrier()  # rank 0 writes files that all ranks read
         elif sums is not None:
             self.statistics[corpus] = sums.compute()
-            sums.release()
