@@ -62,7 +62,6 @@ class AssignmentRefinement(L.LightningModule):
             # Softmax of -20 is almost 0, so a block with fewer than K modules gets no new ones.
             block_logits[:, int(block_labels.max()) + 1 :] = -20.0
         self.logits = nn.Parameter(A)
-        self.history: list[dict[str, float]] = []
 
     @property
     def tau(self) -> float:
@@ -97,9 +96,8 @@ class AssignmentRefinement(L.LightningModule):
         """
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
         terms = {name: value.mean() for name, value in by_block.items()}
-        self.history.append({name: float(value.detach()) for name, value in terms.items()})
-        require_finite_loss(self.history[-1]["total"], "The objective of the refinement")
-        logged = self.history[-1] | {"temperature": self.tau}
+        logged = {name: float(value.detach()) for name, value in terms.items()} | {"temperature": self.tau}
+        require_finite_loss(logged["total"], "The objective of the refinement")
         self.log_dict({f"partition/{name}": value for name, value in logged.items()})
         return terms["total"]
 
