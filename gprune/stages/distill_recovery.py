@@ -24,9 +24,7 @@ class Distill(Recovery):
     learns = uses_teacher = True
     flags = frozenset({"distill"})
     group = "distill"
-
-    def __init__(self, settings: DistillConfig | None = None):
-        self.settings = settings or DistillConfig()
+    settings = DistillConfig()
 
     def refuse_settings(self, cfg: RunConfig) -> None:
         """Raise UserError if the best weights would be chosen on evaluated text, or on too little text."""
