@@ -285,7 +285,7 @@ class Budget:
         return self.setting if isinstance(self.setting, float) else self.target / self.total
 
     @property
-    def removed_cost(self) -> int:
+    def cost_of_blocks(self) -> int:
         """Cost of the blocks that are removed as a whole."""
         return sum(self.units[b].costs.whole for b in self.removed)
 
@@ -296,7 +296,7 @@ class Budget:
         Protected blocks keep everything, and blocks in `removed` nothing.
         """
         kept = [self.units[b] for b in self.kept]
-        return self.removed_cost + sum(block.removable(self.width_multiple) for block in kept)
+        return self.cost_of_blocks + sum(block.removable(self.width_multiple) for block in kept)
 
     @property
     def unavoidable(self) -> int:
@@ -308,7 +308,8 @@ class Budget:
         if not self.uniform:
             return 0
         kept = [self.units[b].costs for b in self.kept]
-        cost = self.removed_cost + _cost_of_equal_numbers([of_block.neurons for of_block in kept], self.width_multiple)
+        cost = self.cost_of_blocks
+        cost += _cost_of_equal_numbers([of_block.neurons for of_block in kept], self.width_multiple)
         if self.attention:
             cost += _cost_of_equal_numbers([of_block.groups for of_block in kept], 1)
         return cost
@@ -371,7 +372,7 @@ class Budget:
     def rest(self) -> Budget:
         """The remaining budget for units of the blocks that are not removed as a whole."""
         kept = [self.units[b] for b in self.kept]
-        target = self.target - self.removed_cost
+        target = self.target - self.cost_of_blocks
         return replace(self, units=kept, target=target, removed=(), block_share=0.0, outside=0, setting=None)
 
 

@@ -95,7 +95,7 @@ class ExpertBudget(Budget):
         budget = replace(self, goal=self.target)
         if self.has_other_units:
             return budget
-        return replace(budget, target=max(self.target, budget.removed_cost + budget.cost_of_experts))
+        return replace(budget, target=max(self.target, budget.cost_of_blocks + budget.cost_of_experts))
 
     @property
     def overshoot(self) -> int:
@@ -145,7 +145,7 @@ class ExpertBudget(Budget):
     @cached_property
     def number_of_steps(self) -> int:
         """Number of steps that are taken."""
-        remaining, costs = self.target - self.removed_cost, self._costs_of_steps  # `removed_cost` is of whole blocks
+        remaining, costs = self.target - self.cost_of_blocks, self._costs_of_steps
         if not self.has_other_units:
             return next((number for number, cost in enumerate(costs) if cost >= remaining), len(costs) - 1)
         limit = Fraction(str(self.share)) * remaining
@@ -197,7 +197,7 @@ class ExpertBudget(Budget):
                 _of_some_experts(table, kept, block.experts) for table in (block.costs, block.parameters)
             )
             units.append(replace(block, costs=costs, parameters=parameters, experts=kept))
-        target = self.target - self.removed_cost - self._costs_of_steps[number]
+        target = self.target - self.cost_of_blocks - self._costs_of_steps[number]
         return Budget(units, max(0, target), self.width_multiple, self.uniform)
 
     @cached_property
@@ -209,7 +209,7 @@ class ExpertBudget(Budget):
     def removable(self) -> int:
         """The largest removable cost: all steps, and then other units."""
         steps = len(self.steps)
-        return self.removed_cost + self._costs_of_steps[steps] + self._without(steps).removable
+        return self.cost_of_blocks + self._costs_of_steps[steps] + self._without(steps).removable
 
     @property
     def unavoidable(self) -> int:
