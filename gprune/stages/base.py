@@ -85,10 +85,15 @@ class FrozenLMStage(L.LightningModule):
         """The model that validation measures: the stage's `student`, or the frozen model."""
         return getattr(self, "student", self.lm)
 
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether layers are sharded, which needs several processes."""
+        return self._shard and self.trainer.world_size > 1
+
     def setup(self, stage: str) -> None:
         """Move the frozen model to the Trainer's device, or create its sharded copy."""
         device = self.trainer.strategy.root_device
-        if self._shard and self.trainer.world_size > 1:
+        if self._is_sharded:
             if stage == "validate" and self.measured_model is not self.lm:
                 return  # only the student is measured
             self._copy = (sharded_copy(self._frozen[0], device, self.trainer.world_size),)

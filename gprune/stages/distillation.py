@@ -140,10 +140,6 @@ class DistillationStage(FrozenLMStage):
         """Return the student as a plain frozen model, with adapters merged."""
         return self._student.to_plain_model()
 
-    @property
-    def _is_sharded(self) -> bool:
-        return self._shard and self.trainer.world_size > 1
-
     def setup(self, stage: str) -> None:
         """Move the teacher and the student to the Trainer's device. If they are sharded, `configure_model` does it."""
         super().setup(stage)

@@ -69,7 +69,6 @@ class ThresholdLearning(FrozenLMStage):
         self.save_hyperparameters(ignore=["model", "ranks", "start", "budget", "shard"], logger=False)
         self._ranks = ranks
         self.budget = budget
-        self.learn = learn
         self.loss = loss
         self.centred = centred
         self.learning_rate = learning_rate
