@@ -620,18 +620,18 @@ def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
     trainer, data = run.fit(
         "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=callbacks
     )
+    by_sparsity = {}
     if curve.by_step:  # there is development text
         budgets = {run.budget.sparsity: run.budget}
         budgets |= {sparsity: run.budget.at(sparsity) for sparsity in cfg.evaluation.curve if sparsity != s.target}
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
         with run.folder.part("curve against sparsity", shared=True):
-            curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
-    perplexity_by_sparsity = {f"{sparsity:g}": by_corpus for sparsity, by_corpus in sorted(curve.by_sparsity.items())}
+            by_sparsity = curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,
             "development_perplexity_by_epoch": list(curve.by_step.values()),
-            "development_perplexity_by_sparsity": perplexity_by_sparsity,
+            "development_perplexity_by_sparsity": {f"{x:g}": values for x, values in by_sparsity.items()},
         }
     )
     return _learned_sparsity(stage, s.learner, ranks, masks_at(run.budget), run.budget)

@@ -100,16 +100,14 @@ class ApplyMasks(L.Callback):
 
 
 class PerplexityCurve(L.Callback):
-    """Collect development perplexity by corpus: during a fit by optimizer step, and afterwards by sparsity.
+    """Collect development perplexity by corpus during a fit, and measure it at several sparsities afterwards.
 
     Attributes:
         by_step: optimizer step -> corpus -> perplexity.
-        by_sparsity: sparsity -> corpus -> perplexity, filled by `against_sparsity`.
     """
 
     def __init__(self) -> None:
         self.by_step: dict[int, dict[str, float]] = {}
-        self.by_sparsity: dict[float, dict[str, float]] = {}
         self._point: dict[str, float] = {}  # x coordinates that are logged with the sparsity being measured
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,16 +128,21 @@ class PerplexityCurve(L.Callback):
 
     def against_sparsity(
         self, trainer: L.Trainer, stage: FrozenLMStage, data: L.LightningDataModule, masks: Mapping[float, Masks | None]
-    ) -> None:
-        """Measure perplexity at several sparsities by `trainer.validate`, logged as `curve/perplexity/<corpus>`."""
+    ) -> dict[float, dict[str, float]]:
+        """Measure perplexity at several sparsities by `trainer.validate`, logged as `curve/perplexity/<corpus>`.
+
+        Return sparsity -> corpus -> perplexity, lowest sparsity first.
+        """
+        by_sparsity = {}
         (apply_masks,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
         masks_in_training, stage.validation_prefix = apply_masks.masks, "curve"
         for step, sparsity in enumerate(sorted(masks)):
             apply_masks.masks = lambda sparsity=sparsity: masks[sparsity]
             self._point = {"curve/sparsity": sparsity, "step": float(step)}  # Lightning reads `step` as the logged step
             trainer.validate(stage, data, verbose=False)
-            self.by_sparsity[sparsity] = stage.development
+            by_sparsity[sparsity] = stage.development
         apply_masks.masks, stage.validation_prefix = masks_in_training, "development"
+        return by_sparsity
 
 
 class BestWeights(PerplexityCurve):

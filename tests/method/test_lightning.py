@@ -144,8 +144,8 @@ def test_masks_are_applied_only_during_validation(tiny_model, token_batch):
     assert sorted(curve.by_step) == [2, 4]
     assert not any(is_dense)
     is_dense.clear()
-    curve.against_sparsity(trainer, stage, data, {0.0: None, 0.5: stage.masks()})
-    assert [curve.by_sparsity[0.5], sorted(curve.by_step)] == [curve.by_step[4], [2, 4]]
+    by_sparsity = curve.against_sparsity(trainer, stage, data, {0.0: None, 0.5: stage.masks()})
+    assert [by_sparsity[0.5], sorted(curve.by_step)] == [curve.by_step[4], [2, 4]]
     assert is_dense == [True] * 4 + [False] * 4  # four batches at sparsity 0, then four at 0.5
 
 
