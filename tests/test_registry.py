@@ -85,8 +85,8 @@ def by_model(tiny, spoil):
             return pruned
 
     recovery("mine")(Mine)
-    masks = some_masks(model, attention=False)
-    small = tune(recoveries_of("mine"), Material(model, masks), slice_model(model, masks), meter=TokenMeter(), seed=0)
+    masks, recoveries = some_masks(model, attention=False), recoveries_of("mine", {})
+    small = tune(recoveries, Material(model, masks), slice_model(model, masks), meter=TokenMeter(), seed=0)
     return small.model.layers[0].mlp.down_proj.weight
 
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gprune.calibration import OUTPUT_PROJECTIONS
@@ -47,7 +46,6 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 NEEDS = ("moments", "gram", "text")
 Revise = Callable[["Block", "Block"], None]  # (dense block, sliced block): changes the sliced one in place
 Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tensor | None"]]
@@ -151,7 +149,7 @@ class Recovery(Feature):
 RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
-def recoveries_of(chain: str, settings: Mapping[str, Any] = NOTHING) -> list[Recovery]:
+def recoveries_of(chain: str, settings: Mapping[str, Any]) -> list[Recovery]:
     """Construct the recoveries of a chain such as `least_squares+distill`, one instance each, for one pruned model.
 
     `settings` maps names to options, and groups of flags to their values.

@@ -151,7 +151,7 @@ class BestWeights(PerplexityCurve):
     The best weights have the lowest geometric mean of development perplexity over corpora.
     """
 
-    def __init__(self, keep: Literal["last", "best"] = "best") -> None:
+    def __init__(self, keep: Literal["last", "best"]) -> None:
         super().__init__()
         self.keep = keep
         self.nll_per_token: dict[int, dict[str, list[float]]] = {}  # step -> corpus -> nats per token of each window
