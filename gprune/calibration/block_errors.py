@@ -87,16 +87,16 @@ def error_tokens(cfg: Any, name: str) -> int:
 
 def tokens_with_gradients(
     model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
-) -> list[tuple[Tensor, Tensor]]:
+) -> dict[int, tuple[Tensor, Tensor]]:
     """Return the inputs of each `down` projection and ||g_t||^2, g_t being the gradient of the loss by its output.
 
-    For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the mean
-    next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors. Batches are (B, T) token
-    ids. With `bfloat16`, matrices are multiplied in autocast, with fallback to float32 if a loss is not finite.
+    For each block with an FFN, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the
+    mean next-token cross-entropy of a window in nats. Batches are (B, T) token ids. With `bfloat16`, matrices are
+    multiplied in autocast, with fallback to float32 if a loss is not finite.
     """
-    blocks = blocks_of(model)
     device = device_of(model)
-    recorded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]  # one pair per batch
+    hosts = {block.index: block.parts["down"].host for block in blocks_of(model) if block.down is not None}
+    recorded: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in hosts}  # one pair per batch
 
     def record(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Record a batch of block `index` when the backward pass reaches the projection."""
@@ -111,10 +111,8 @@ def tokens_with_gradients(
     casts = CastWeights(model)
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         hooks.callback(require_activation_gradients(model).remove)
-        for block in blocks:
-            if block.down is not None:
-                host = block.parts["down"].host
-                hooks.callback(host.register_forward_hook(partial(record, block.index)).remove)
+        for index, host in hosts.items():
+            hooks.callback(host.register_forward_hook(partial(record, index)).remove)
         for ids in batches:
             ids = ids.to(device).clone()  # a normal tensor, even if the batch was created in inference mode
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
@@ -124,13 +122,10 @@ def tokens_with_gradients(
                 bfloat16 = False  # for the following batches too
                 losses = next_token_losses(model, ids)
             losses.sum().backward()
-    by_block = []
-    for pairs in recorded:
-        if pairs:
-            inputs, energies = zip(*pairs, strict=True)
-            by_block.append((torch.cat(inputs), torch.cat(energies)))
-        else:
-            by_block.append((torch.zeros(0, 0, dtype=torch.bfloat16), torch.zeros(0)))
+    by_block = {}
+    for index, pairs in recorded.items():
+        inputs, energies = zip(*pairs, strict=True)
+        by_block[index] = torch.cat(inputs), torch.cat(energies)
     return by_block
 
 
@@ -182,7 +177,7 @@ def block_errors(
     """
     errors = []
     tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
-    for block, block_scores, (x, energy) in zip(blocks_of(model), scores, tokens, strict=True):
+    for block, block_scores in zip(blocks_of(model), scores, strict=True):
         if block.down is None:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue
@@ -190,6 +185,6 @@ def block_errors(
         gram = statistics.ffn[block.index].total.gram
         assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
         order = block_scores.argsort(descending=True, stable=True).to(weight.device)
-        gram, x, energy = (tensor.to(weight.device) for tensor in (gram, x, energy))
+        gram, x, energy = (tensor.to(weight.device) for tensor in (gram, *tokens[block.index]))
         errors.append(errors_by_width(weight[:, order], gram[order][:, order], x[:, order], energy, ridge=ridge))
     return torch.stack(errors)

@@ -116,7 +116,7 @@ def test_energies_are_squared_gradients_of_each_windows_loss(measured):
         layer.mlp.down_proj.register_forward_hook(lambda _m, i, o, shift=shift: (inputs.append(i[0]), o + shift)[1])
     logits = exact(input_ids=tokens).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").div(31).backward()
-    for (x, energy), shift, entered in zip(inputs_and_energies, added, inputs, strict=True):
+    for (x, energy), shift, entered in zip(inputs_and_energies.values(), added, inputs, strict=True):
         assert x.dtype == torch.bfloat16
         torch.testing.assert_close(x.double(), entered.flatten(0, 1).detach(), rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(energy.double(), shift.grad.flatten(0, 1).square().sum(1), rtol=1e-3, atol=1e-12)
