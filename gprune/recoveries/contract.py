@@ -1,15 +1,9 @@
 """The interface of recoveries, which change weights of a pruned model to compensate for the removed units.
 
-A recovery declares the statistics it needs, its cost in tokens, and the models it does not support. The pipeline has no
-code for particular recoveries. Most are a function of one output projection:
-
-    @recovery("rescale")
-    def rescale(weight, keep, moments, ridge):
-        energy = moments.mean_sq.to(weight)
-        return weight[:, keep] * (energy.sum() / energy[keep].sum()).sqrt(), None
-
-Others are a class. `revise` changes one block at a time; `tune` changes the whole pruned model, for example by training
-a LightningModule:
+A recovery declares the statistics it needs, its cost in tokens, and the models it does not support. `method` has no
+code for particular recoveries. Most are a function of one output projection, such as `least_squares`. Others are a
+class. `revise` changes one block at a time; `tune` changes the whole pruned model, for example by training a
+LightningModule:
 
     @recovery("heal")
     class Heal(Recovery):

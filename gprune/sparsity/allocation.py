@@ -3,10 +3,6 @@
 A rule computes a margin for every unit from scores and statistics. Units with the lowest margins in the whole model are
 then removed until the budget is met. A rule may return keep masks instead of margins (`depth`). Rules for modules
 (`learned`, `equal`) compute a threshold for each module from such masks and the ranks inside modules.
-
-    @allocation("mine")
-    def mine(scores, statistics, blocks, budget, *, power=1.0):      # --sparsity.options.power 2
-        return [s**power for s in scores.ffn], scores.attention      # scores are compared across blocks
 """
 
 from __future__ import annotations
