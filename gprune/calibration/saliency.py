@@ -36,15 +36,15 @@ class Saliency(Feature):
         return {1: (-plan.calibration_tokens, plan.calibration_tokens)}
 
 
-def salient_parts(block: Block, kind: str) -> dict[str, Part]:
+def salient_parts(block: Block, scope: str) -> dict[str, Part]:
     """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name.
 
     UserError for experts.
     """
-    if kind == "ffn" and block.has_experts:
+    if scope == "ffn" and block.has_experts:
         remedy = "Use an --importance that needs no gradients, such as wanda_sp"
         raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
-    return {name: block.parts[name] for name in PARTS[kind] if name in block.parts}
+    return {name: block.parts[name] for name in PARTS[scope] if name in block.parts}
 
 
 class StreamingGradients(Metric):
@@ -88,9 +88,9 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
     return saliency(0), saliency(1), saliency(0, 1)
 
 
-def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
+def channel_saliency(block: Block, scope: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
     """Return the saliency of a block's channels, summed over the block's parts: as `ChannelStatistics.saliency`."""
-    parts = salient_parts(block, kind)
+    parts = salient_parts(block, scope)
     if not parts:
         return (torch.zeros(0, dtype=torch.float64),) * 3
     by_part = []

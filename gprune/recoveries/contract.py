@@ -136,8 +136,10 @@ class Recovery(Feature):
                 f"compute all layers. Use one of {alternatives}."
             )
         if not self.experts and any(block.has_experts for block in blocks):
-            kind = f"experts (model type '{blocks[0].family.model_type}')"
-            raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {alternatives}.")
+            raise UserError(
+                f"--recovery {self.name} cannot recover experts (model type '{blocks[0].family.model_type}'). "
+                f"Use one of {alternatives}."
+            )
 
 
 RECOVERY: Registry[Recovery] = Registry("recovery")
@@ -198,13 +200,13 @@ class Projection(Recovery):
         def revise(dense: Block, block: Block) -> None:
             """Correct those output projections of a sliced block that lost channels."""
             kept_channels = material.masks.channels(dense)
-            for kind, part in OUTPUT_PROJECTIONS.items():
-                keep = kept_channels[kind]
+            for scope, part in OUTPUT_PROJECTIONS.items():
+                keep = kept_channels[scope]
                 if bool(keep.all()):
                     continue
-                moments = getattr(material.statistics, kind)[dense.index].total
+                moments = getattr(material.statistics, scope)[dense.index].total
                 weight = dense.parts[part].weight.to(device_of(dense.layer))
-                experts = dense.experts if kind == "ffn" else 1
+                experts = dense.experts if scope == "ffn" else 1
                 new_weight, bias = self.solve(weight, keep, moments, experts=experts, ridge=material.ridge)
                 block.parts[part].set(new_weight, bias)
 

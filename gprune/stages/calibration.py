@@ -37,7 +37,7 @@ class CalibrationStage(FrozenLMStage):
             must not be in inference mode.
         walk: whether to run a corpus through the model block by block (`gprune.calibration.layerwise`) after its last
             batch. The results have the same bits.
-        store: with `walk`, `store(corpus, block, matrices by kind)` writes the Gram matrices of a block and returns
+        store: with `walk`, `store(corpus, block, matrices by scope)` writes the Gram matrices of a block and returns
             references to the files.
         shard: whether to shard the model over processes.
         routing: whether to collect sums over the tokens of each expert.
