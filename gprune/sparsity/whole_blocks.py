@@ -97,7 +97,8 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     masks = Masks([torch.ones(b.all_neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     remaining = budget.target  # the cost that is still to be removed
-    for layer in _layers_by_influence(statistics, budget):
+    influence = statistics.influence.tolist()
+    for layer in sorted(budget.by_layer, key=lambda blocks: min(influence[b] for b in blocks)):
         units = {b: budget.units[b] for b in layer}
         if remaining <= 0 or any(of_block.protected for of_block in units.values()):
             continue
@@ -115,16 +116,6 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
             masks.attention[b][:] = False
         remaining -= whole_cost
     return masks
-
-
-def _layers_by_influence(statistics: CorpusStatistics, budget: Budget) -> list[list[int]]:
-    """Return the blocks of each layer, the least influential layer first.
-
-    All blocks of a layer have the same influence.
-    """
-    layer_of = {block: blocks for blocks in budget.by_layer for block in blocks}
-    order = [layer_of[block] for block in statistics.influence.argsort(stable=True).tolist()]
-    return list({blocks[0]: blocks for blocks in order}.values())  # each layer once
 
 
 def refuse_modules(cfg: Any) -> None:
