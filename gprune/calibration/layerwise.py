@@ -181,20 +181,15 @@ class Walk:
         return tensor
 
     @torch.no_grad()
-    def _run_layer(self, layer: nn.Module, index: int, collector: Collector | None = None) -> None:
-        """Pass all batches through layer number `index`, with weights in memory."""
-        for call in self.calls:
-            if collector is not None:
-                collector.start_batch(call.input_ids.shape[1], call.half, call.weight)
-            call.hidden = call.run_layer(layer, index, call.hidden).cpu()
-
     def statistics(self, *, gram: bool = False, routing: bool = False, store: Store | None = None) -> CorpusStatistics:
         """Return statistics of all batches, summed over processes, with the same bits as `Collector`."""
         ffn, attention, turned = [], [], []
         for index, blocks in enumerate(by_layer(blocks_of(self.model))):
             layer = blocks[0].layer
             with resident(layer), Collector(self.model, gram=gram, routing=routing, blocks=blocks) as collector:
-                self._run_layer(layer, index, collector)
+                for call in self.calls:
+                    collector.start_batch(call.input_ids.shape[1], call.half, call.weight)
+                    call.hidden = call.run_layer(layer, index, call.hidden).cpu()
             statistics = collector.compute()
             for block, neurons, channels in zip(blocks, statistics.ffn, statistics.attention, strict=True):
                 if gram and store is not None:
@@ -214,7 +209,8 @@ class Walk:
         """
         for index, layer in enumerate(layers or decoder_layers(self.model)):
             with resident(layer):
-                self._run_layer(layer, index)
+                for call in self.calls:
+                    call.hidden = call.run_layer(layer, index, call.hidden).cpu()
         head = self.model.get_output_embeddings()
         transform = LogitTransform.of(self.model)
         for call in self.calls:
