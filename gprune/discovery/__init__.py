@@ -66,9 +66,9 @@ def check_structure(model: PreTrainedModel) -> None:
 
 def tiny_copy(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedModel:
     """Return a tiny random model of a configuration's type, with layers of each kind or all layers."""
-    from gprune.discovery.tiny import shrunk, stock_config, tiny_model
+    from gprune.discovery.tiny import shrunk, tiny_model
 
-    model = tiny_model(shrunk(stock_config(config), all_layers=all_layers))
+    model = tiny_model(shrunk(config, all_layers=all_layers))
     attach_record(model, family_of(config))
     return model
 

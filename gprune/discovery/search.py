@@ -70,7 +70,7 @@ def discover(config: PreTrainedConfig) -> Family:
     """Return the record of a configuration's type, from the cache or by discovery."""
     check_supported(config)
     with quoting(f"Cannot configure a tiny copy of model type '{dense_type(config)}': ", f". {REMEDY}."):
-        tiny = shrunk(stock_config(config))
+        tiny = shrunk(config)
     module = type(tiny).__module__
     if not module.startswith("transformers."):  # code of other packages may change between runs
         return discover_from_tiny(tiny)
@@ -475,7 +475,7 @@ def check_by_copy(config: PreTrainedConfig) -> None:
     """
     name = config.model_type.removeprefix(PRUNED)
     try:
-        model = tiny_model(shrunk(stock_config(config)))
+        model = tiny_model(shrunk(config))
         probe = Probe(model)
         probe.check_forward()
     except Exception:  # no tiny copy of this class: only shapes are checked

@@ -81,7 +81,8 @@ KV_HEAD_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_quer
 
 
 def shrunk(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedConfig:
-    """Return a tiny configuration of the same class and structure. `all_layers` keeps the number of layers."""
+    """Return a tiny stock configuration of the same structure. `all_layers` keeps the number of layers."""
+    config = stock_config(config)
     content = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         content.pop(name, None)
