@@ -166,9 +166,7 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig, *, all_layers: bo
                 _shrink(value, config, all_layers=all_layers)
         elif TOKEN_IDS.fullmatch(name):
             content[name] = _tiny_token_id(name, value)
-        elif all_layers and SHARED_LAYERS.fullmatch(name):
-            pass  # this number belongs to the number of layers
-        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        elif not (all_layers and SHARED_LAYERS.fullmatch(name)):  # that number belongs to the number of layers
             content[name] = _tiny_value(name, value)
     if depth:
         for name in DEPTH_NAMES:
