@@ -394,9 +394,9 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
 
 
-def masked_equals_sliced(probe: Probe) -> bool:
+def masked_equals_sliced(probe: Probe, *, scope: str = "attention+ffn") -> bool:
     """Return whether random masks change the logits of a probe's model, by hooks and by slicing in the same way."""
-    masks = random_masks(probe.model)
+    masks = random_masks(probe.model, scope=scope)
     with masked(probe.model, masks):
         masked_logits = probe.logits()
     return agree(masked_logits, probe.logits(model=slice_model(probe.model, masks)), dense=probe.dense)
@@ -433,18 +433,13 @@ def whole_expert_fields(probe: Probe, base: Family, kinds: Mapping[str, list[Kin
         fields = router_fields(probe, kind)
         trial = {"ffn": [kind | fields if other is kind else other for other in kinds["ffn"]]}
         attach_record(probe.model, with_kinds(base, dict(kinds) | trial))
-        masks = random_masks(probe.model, scope="attention+ffn+experts")
-        with masked(probe.model, masks):
-            masked_logits = probe.logits()
-        sliced_logits = probe.logits(model=slice_model(probe.model, masks))
+        can_be_removed = masked_equals_sliced(probe, scope="attention+ffn+experts")
     except NotFoundError as error:
         return {"whole_experts": str(error)}
     except Exception as error:
         log.debug("%s: %s", kind, first_line(error))
         return {"whole_experts": f"a tiny copy fails, {first_line(error)}"}
-    if not agree(masked_logits, sliced_logits, dense=probe.dense):
-        return {"whole_experts": "slicing and masking disagree"}
-    return fields
+    return fields if can_be_removed else {"whole_experts": "slicing and masking disagree"}
 
 
 def watchers_get_tokens(probe: Probe) -> bool:
@@ -454,6 +449,8 @@ def watchers_get_tokens(probe: Probe) -> bool:
     of earlier tokens must not.
     """
     blocks = [block for block in blocks_of(probe.model) if block.has_experts]
+    if not blocks:
+        return True
     first_zeroed = probe.ids.numel() * 3 // 4  # any position with tokens on both sides
 
     def zero_later_tokens(x: Tensor, _expert: int, tokens: Tensor) -> Tensor:
@@ -465,7 +462,7 @@ def watchers_get_tokens(probe: Probe) -> bool:
             watches.callback(watch_experts(block.down.host, zero_later_tokens, block.family.expert_down).remove)
         difference = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1)  # (B x T,)
         is_changed = difference > MIN_MASK_EFFECT * probe.dense.abs().max()
-    return not blocks or bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())
+    return bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())
 
 
 def check_by_copy(config: PreTrainedConfig) -> None:
