@@ -132,7 +132,7 @@ class Collector:
             metric.update(expert, expert_output(block, expert, x.detach()), router_weight.detach(), counted)
 
         self._handles.append(watch_routing(block, remember))
-        self._handles.append(watch_experts(block.down.host, add, block.family.expert_down))
+        self._handles.append(watch_experts(block, add))
 
     def _watch_projection(self, block: Block, part: str, metric: Metric) -> None:
         """Add the hook that updates a metric by the inputs of an output projection."""
@@ -141,7 +141,7 @@ class Collector:
             handle = block.layer.register_forward_hook(count_tokens, with_kwargs=True)
         elif isinstance(metric, StreamingExpertMoments):
             add_input = partial(self._add_expert_input, metric)
-            handle = watch_experts(block.parts[part].host, add_input, block.family.expert_down)
+            handle = watch_experts(block, add_input)
         else:
             handle = block.parts[part].host.register_forward_pre_hook(partial(self._add_input, metric))
         self._handles.append(handle)

@@ -459,7 +459,7 @@ def watchers_get_tokens(probe: Probe) -> bool:
 
     with ExitStack() as watches:
         for block in blocks:
-            watches.callback(watch_experts(block.down.host, zero_later_tokens, block.family.expert_down).remove)
+            watches.callback(watch_experts(block, zero_later_tokens).remove)
         difference = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1)  # (B x T,)
         is_changed = difference > MIN_MASK_EFFECT * probe.dense.abs().max()
     return bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())

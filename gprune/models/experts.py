@@ -46,24 +46,23 @@ class Watch:
                 attributes |= attributes.pop("before")  # the instance's previous forward method, if it had one
 
 
-def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = ("down_proj", 2)) -> Watch:
+def watch_experts(block: Block, watcher: Watcher) -> Watch:
     """Call `watcher(x, expert, tokens)` before each expert's down projection, which then reads the returned tensor.
 
     x (n, N) are the activations of the n tokens that are routed to expert number `expert`; `tokens` (n,) int64 are
     their positions in the flattened batch. If a watcher returns None, x is not changed. Watchers are called in the
-    order of their registration. `down` is the record's `expert_down`. A forward method of the instance, such as
-    accelerate's, is replaced too, so offloaded weights must be in memory (`gprune.models.offload.resident`).
+    order of their registration. A forward method of the instance, such as accelerate's, is replaced too, so offloaded
+    weights must be in memory (`gprune.models.offload.resident`).
     """
+    experts = block.down.host
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
         # Restored when the last watcher is removed.
         before = {"forward": attributes["forward"]} if "forward" in attributes else {}
-        is_standard = has_standard_forward(experts)
-        watched_forward = _forward_standard if is_standard else partial(_forward_of_class, down[0])
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return watched_forward(experts, *args, **kwargs)
-
+        if has_standard_forward(experts):
+            forward = partial(_forward_standard, experts)
+        else:
+            forward = partial(_forward_of_class, experts, block.down.tensor)
         attributes |= {"watchers": [], "before": before, "forward": forward}
     attributes["watchers"].append(watcher)
     return Watch(experts, watcher)
@@ -105,7 +104,7 @@ def _call_watchers(watchers: list[Watcher], x: Tensor, expert: int, tokens: Tens
     return x
 
 
-def _forward_of_class(down: str, experts: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _forward_of_class(experts: nn.Module, down: str, *args: Any, **kwargs: Any) -> Tensor:
     """Forward pass of the class itself, with products with down projections intercepted."""
     module, name = find_parent(experts, down)
     config = getattr(experts, "config", None)

@@ -125,7 +125,7 @@ def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> Removabl
         return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
 
     if block.has_experts:
-        return watch_experts(block.down.host, expert_gate, block.family.expert_down)
+        return watch_experts(block, expert_gate)
     return _multiply_input(block.down.host, _channel_gate(gates, block.index))
 
 

@@ -11,7 +11,7 @@ from gprune.discovery.search import agree, discover_record
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
 from gprune.models import experts
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.families import attach_record
 
 
@@ -56,7 +56,7 @@ def test_agreement_is_relative_to_the_change_by_the_mask():
         assert agree(masked_logits, masked_logits + torch.tensor([0.0, error]), dense=dense) == expected
 
 
-def without_calls(_experts: nn.Module, watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
+def without_calls(_block: Block, watcher: experts.Watcher) -> experts.Watch:
     """Watch a module that is not part of the model, so that the watcher is never called."""
     return experts.Watch(nn.Module(), watcher)
 
@@ -64,8 +64,8 @@ def without_calls(_experts: nn.Module, watcher: experts.Watcher, _down: tuple[st
 def with_reversed_tokens(watch):
     """Make a `watch_experts` that reports activations for other tokens than the expert computes."""
 
-    def watch_reversed(host: nn.Module, watcher: experts.Watcher, down: tuple[str, int]) -> experts.Watch:
-        return watch(host, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)), down)
+    def watch_reversed(block: Block, watcher: experts.Watcher) -> experts.Watch:
+        return watch(block, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)))
 
     return watch_reversed
 

@@ -241,9 +241,10 @@ def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
     for _ in range(2):
         masked_logits(offloaded, masks, ids)
         assert torch.equal(offloaded(ids).logits, whole(ids).logits)
-    experts = decoder_layers(offloaded)[2].mlp.experts
+    block = blocks_of(offloaded)[2]
+    experts = block.down.host
     forward_of_accelerate = experts.__dict__["forward"]
-    watch_experts(experts, lambda *_: None).remove()
+    watch_experts(block, lambda *_: None).remove()
     assert experts.__dict__["forward"] is forward_of_accelerate
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
