@@ -27,17 +27,12 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
     For exports of gprune this is the record of the dense type. A model keeps a record that was found before. Raise
     UserError if the type cannot be pruned.
     """
-    is_model = isinstance(subject, PreTrainedModel)
-    config = subject.config if is_model else subject
-    record = FAMILIES.get(config.model_type.removeprefix(PRUNED))
-    if is_model:
-        record = record or subject.__dict__.get(RECORD)
-    else:  # weights of a model may have been de-quantised
-        refuse_quantised(config)
-    if record is None:
-        record = _discovered(config)
-    if is_model:
-        attach_record(subject, record)
+    if not isinstance(subject, PreTrainedModel):
+        refuse_quantised(subject)  # not for models, whose weights may have been de-quantised
+        return FAMILIES.get(subject.model_type.removeprefix(PRUNED)) or _discovered(subject)
+    by_hand = FAMILIES.get(subject.config.model_type.removeprefix(PRUNED))
+    record = by_hand or subject.__dict__.get(RECORD) or _discovered(subject.config)
+    attach_record(subject, record)
     return record
 
 
