@@ -52,7 +52,7 @@ def check_structure(model: PreTrainedModel) -> None:
     A record of a user is also checked on a tiny copy.
     """
     record = family_of(model)
-    if not record.found and record not in BUILT_IN.values():
+    if not record.found and record not in BUILT_IN:
         from gprune.discovery.search import check_by_copy
 
         check_by_copy(model.config)

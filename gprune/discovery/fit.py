@@ -32,7 +32,7 @@ def check_fit(model: PreTrainedModel) -> None:
         mismatch = _size_mismatch(block)
         if mismatch is None:
             continue
-        if BUILT_IN.get(record.model_type) == record:
+        if record in BUILT_IN:
             raise UserError(
                 f"--model.name: layer {block.layer_index} of this '{name}' model cannot be pruned: {mismatch}."
             )

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
@@ -99,7 +98,7 @@ FAMILIES: dict[str, Family] = {
         Family("smollm3"),
     )
 }
-BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))  # records of gprune, without those of users
+BUILT_IN: tuple[Family, ...] = tuple(FAMILIES.values())  # records of gprune, without those of users
 
 
 def attach_record(model: PreTrainedModel, record: Family) -> None:
