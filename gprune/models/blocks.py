@@ -188,7 +188,7 @@ class Block:
     def _expert_slices(self) -> list[Slice]:
         """Return slices of the tensors without neurons that become smaller if whole experts are removed."""
         places = self.family.per_expert.items() if self.has_experts else ()
-        tensors = [(path, dim, self._parameter_at(path)) for path, dim in places]
+        tensors = [(path, dim, _find(self.layer, path)) for path, dim in places]
         return [
             Slice(path, dim, "experts", torch.arange(tensor.shape[dim]))
             for path, dim, tensor in tensors if tensor is not None  # a router may lack a bias
@@ -221,7 +221,7 @@ class Block:
         groups = {name: self._groups_of_rows(self.parts[name].out_features) for name in ("query", "key", "value")}
         slices = self._row_slices("attention", groups)
         for path, (dim, kind) in family.extras.items():
-            parameter = self._parameter_at(path)
+            parameter = _find(self.layer, path)
             if parameter is not None:  # a layer may lack it, such as a bias
                 slices.append(Slice(path, dim, kind, self._groups_of_rows(parameter.shape[dim])))
         for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
@@ -234,11 +234,6 @@ class Block:
     def _column_dim(self, name: str) -> int:
         """Return the dimension of columns in the stored weight of a part."""
         return 0 if self.parts[name].transposed else 1
-
-    def _parameter_at(self, path: str) -> nn.Parameter | None:
-        """Return a parameter by its path in the layer, or None."""
-        module, name = find_parent(self.layer, path)
-        return getattr(module, name, None)
 
     def _groups_of_rows(self, length: int) -> Tensor:
         """Return the KV group of each of `length` rows, which are divided equally among the groups, in order."""
@@ -421,7 +416,7 @@ def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
 
 def _remaining_parameters(layer: nn.Module, kind: Mapping[str, Any], sliced: Container[int]) -> int:
     """Return the number of parameters in modules of a kind, without those of other parts, whose ids are `sliced`."""
-    modules = [_module_at(layer, path) for path in kind["classes"] if path]  # without the layer itself
+    modules = [_find(layer, path) for path in kind["classes"] if path]  # without the layer itself
     by_id = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     return sum(parameter.numel() for key, parameter in by_id.items() if key not in sliced)
 
@@ -441,31 +436,25 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
     if record.output is None:
         return 1
     module, name = find_parent(layer, record.head_dim or "")  # no module has an attribute with an empty name
-    return getattr(module, name, None) or _config_head_dim(config)
-
-
-def _config_head_dim(config: PreTrainedConfig) -> int:
-    """Return the size of a head by the config, for all layers."""
+    of_layer = getattr(module, name, None)
     # `or` is lazy on purpose: reading a global number of heads is an error if layers differ in it.
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return of_layer or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _has_kind(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
-    """Return whether a layer has the modules of a kind of FFN or attention, with the same classes."""
-    return all(_class_at(layer, path) == name for path, name in kind.get("classes", {}).items())
-
-
-def _class_at(layer: nn.Module, path: str) -> str | None:
-    """Return the name of the class of a layer's module, or None if there is no such module.
+    """Return whether a layer has the modules of a kind of FFN or attention, with the same names of classes.
 
     PyTorch's parametrizations replace the class by a subclass. The prefix that they add to its name is removed.
     """
-    module = _module_at(layer, path)
-    return None if module is None else type(module).__name__.removeprefix("Parametrized")
+    for path, class_name in kind.get("classes", {}).items():
+        module = _find(layer, path)
+        if module is None or type(module).__name__.removeprefix("Parametrized") != class_name:
+            return False
+    return True
 
 
-def _module_at(layer: nn.Module, path: str) -> nn.Module | None:
-    """Return the module of a layer at a path, or the layer for an empty path; None if there is no such module."""
+def _find(layer: nn.Module, path: str) -> Any:
+    """Return the module or parameter of a layer at a path, or the layer for an empty path; None if it has none."""
     if not path:
         return layer
     module, name = find_parent(layer, path)
