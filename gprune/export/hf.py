@@ -155,7 +155,7 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
             if block.experts == stock_block.experts:  # as in folders of earlier versions
                 lengths = {path: size for path, size in lengths.items() if path not in block.family.per_expert}
             else:
-                experts |= dict.fromkeys(block.stacked, block.experts)
+                experts |= {place.path: block.experts for place in block.slices if place.kind == "ffn"}
             sizes |= lengths
             biases += [  # that recovery has added
                 getattr(block.family, part)

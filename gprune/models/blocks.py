@@ -179,12 +179,6 @@ class Block:
         """All parameters that become smaller by pruning."""
         return (*self._expert_slices(), *self._ffn_slices(), *self._attention_slices())
 
-    @property
-    def stacked(self) -> list[str]:
-        """Paths of the tensors with neurons of all experts, which have experts in their first dimension."""
-        family = self.family
-        return [f"{family.experts}.{tensor}" for tensor in (*family.expert_rows, family.expert_down[0])]
-
     def _expert_slices(self) -> list[Slice]:
         """Return slices of the tensors without neurons that become smaller if whole experts are removed."""
         places = self.family.per_expert.items() if self.has_experts else ()
@@ -435,8 +429,7 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
     """Return the size of a value head of a block with this record; 1 without attention."""
     if record.output is None:
         return 1
-    module, name = find_parent(layer, record.head_dim or "")  # no module has an attribute with an empty name
-    of_layer = getattr(module, name, None)
+    of_layer = _find(layer, record.head_dim) if record.head_dim else None
     # `or` is lazy on purpose: reading a global number of heads is an error if layers differ in it.
     return of_layer or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -454,7 +447,7 @@ def _has_kind(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
 
 
 def _find(layer: nn.Module, path: str) -> Any:
-    """Return the module or parameter of a layer at a path, or the layer for an empty path; None if it has none."""
+    """Return the module, parameter or attribute of a layer at a path, or None; for an empty path the layer."""
     if not path:
         return layer
     module, name = find_parent(layer, path)
