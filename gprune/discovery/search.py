@@ -51,7 +51,7 @@ from gprune.models.experts import watch_experts
 from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, decoder_of
 from gprune.models.losses import LogitTransform, head_input
 from gprune.models.masks import masked
-from gprune.models.parts import is_inside
+from gprune.models.parts import ATTENTION, FFN, is_inside
 from gprune.models.surgery import slice_model
 from gprune.storage.files import Cache, key_of
 
@@ -59,7 +59,6 @@ log = logging.getLogger("gprune")
 Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
 RECORDS = Cache("structures")  # by class, content of the tiny configuration, and version of transformers
 FORMAT = 10  # part of their keys; increase it when results of discovery change
-PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
 # Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
 # masked and sliced models differ by at most 2e-5 of that change.
 MIN_MASK_EFFECT = 1e-4  # relative to the largest logit; smaller changes may be rounding errors
@@ -69,7 +68,8 @@ MAX_SLICING_ERROR = 1e-3  # relative to the mask effect
 def discover(config: PreTrainedConfig) -> Family:
     """Return the record of a configuration's type, from the cache or by discovery."""
     check_supported(config)
-    with quoting(f"Cannot configure a tiny copy of model type '{dense_type(config)}': ", f". {REMEDY}."):
+    dense_type = config.model_type.removeprefix(PRUNED)
+    with quoting(f"Cannot configure a tiny copy of model type '{dense_type}': ", f". {REMEDY}."):
         tiny = shrunk(config)
     module = type(tiny).__module__
     if not module.startswith("transformers."):  # code of other packages may change between runs
@@ -107,7 +107,7 @@ def discover_record(model: PreTrainedModel) -> Family:
     probe.check_forward()
     base = Family(
         probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True,
-        **dict.fromkeys((*PATHS, "ffn_norm", "attention_norm")),
+        **dict.fromkeys((*FFN, *ATTENTION, "ffn_norm", "attention_norm")),  # fields of kinds
     )  # fmt: skip
     accepted, refused = accept_candidates(probe, base)
     refused += experts_without_units(probe, [*accepted["ffn"], *refused])
@@ -376,14 +376,9 @@ def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
     return {"width": "", "widths": widths, "kv_heads": matching_key(kv_groups, ("kv", "key_value", "multi_query"))}
 
 
-def dense_type(config: PreTrainedConfig) -> str:
-    """Return the model type of a configuration, without the prefix of exports of gprune."""
-    return config.model_type.removeprefix(PRUNED)
-
-
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise UserError unless a configuration is of a decoder that predicts next tokens."""
-    named = f"Model type '{dense_type(config)}'"
+    named = f"Model type '{config.model_type.removeprefix(PRUNED)}'"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{named} must be a decoder; got an encoder-decoder.")
     stock_class = type(stock_config(config))
