@@ -89,16 +89,14 @@ def compared_windows(ids: Tensor, blocks: Sequence[Block]) -> Tensor:
     return ids
 
 
-def random_masks(
-    model: PreTrainedModel, share: float | None = None, seed: int = 5, *, scope: str = "attention+ffn"
-) -> Masks:
+def random_masks(model: PreTrainedModel, *, share: float | None = None, scope: str = "attention+ffn") -> Masks:
     """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block.
 
     They remove a `share` of the units, or else one group and a few neurons, another number in each block. If whole
     experts are in `scope`, they also remove half of the experts, or as many as routers permit; without attention they
     keep all groups.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(5)
     ffn, attention = [], []
     for block in blocks_of(model):
         order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
