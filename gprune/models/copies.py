@@ -23,14 +23,10 @@ from gprune.models.offload import load_parameter
 
 def auto_class(config: PreTrainedConfig) -> type:
     """Return the Auto class of a configuration: for causal language models, or else for images and text."""
-    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if has_images and not is_causal(config) else AutoModelForCausalLM
-
-
-def is_causal(config: PreTrainedConfig) -> bool:
-    """Return whether AutoModelForCausalLM supports a configuration, natively or by remote code."""
     has_remote_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return has_remote_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_causal = has_remote_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if has_images and not is_causal else AutoModelForCausalLM
 
 
 def skeleton(
