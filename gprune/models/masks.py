@@ -71,9 +71,6 @@ class Masks:
     __hash__ = None
 
 
-Gates = Sequence[Tensor | None] | None  # one per block; None: no gate
-
-
 def hidden_in(out: Any) -> Tensor:
     """Return the hidden states in the output of a module."""
     return out if isinstance(out, Tensor) else hidden_in(out[0])
@@ -97,11 +94,14 @@ def changed(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iter
 
 
 @contextmanager
-def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
+def gated(
+    model: PreTrainedModel, ffn: Sequence[Tensor] | None, attention: Sequence[Tensor] | None = None
+) -> Iterator[PreTrainedModel]:
     """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
 
-    Norms over all heads are computed over the heads that pass the gate. The lists `ffn` and `attention` are read in
-    every forward pass, so their elements may be replaced between steps. Leaving the context removes all hooks.
+    `ffn` and `attention` have a gate per block; None: no gates. They are read in every forward pass, so their elements
+    may be replaced between steps. Norms over all heads are computed over the heads that pass the gate. Leaving the
+    context removes all hooks.
     """
     with ExitStack() as hooks:
         for block in blocks_of(model):
@@ -113,27 +113,20 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
         yield model
 
 
-def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
-    """Multiply the inputs of a block's down projection by its gate, (N,) or (E x N,). Return a handle with `remove`.
+def _register_ffn_gate(block: Block, gates: Sequence[Tensor]) -> RemovableHandle | Watch:
+    """Multiply the inputs of a block's down projection by its gate, (N,) or (E x N,). Return a handle with `remove`."""
 
-    `gates` has a gate per block of the model, or None, and is read in every forward pass.
-    """
-
-    def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
+    def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         """Watcher of experts that multiplies the activations of one expert by its gate."""
-        gate = gates[block.index]
-        return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
+        return x * gates[block.index].view(block.experts, -1)[expert].to(x)
 
     if block.has_experts:
         return watch_experts(block, expert_gate)
     return _multiply_input(block.down.host, _channel_gate(gates, block.index))
 
 
-def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
-    """Multiply the heads of a block by the gate of their KV group, and adapt norms over all heads. Yield handles.
-
-    `gates` has a gate (G,) per block of the model, or None, and is read in every forward pass.
-    """
+def _register_attention_gates(block: Block, gates: Sequence[Tensor]) -> Iterator[RemovableHandle]:
+    """Multiply the heads of a block by the gate of their KV group, and adapt norms over all heads. Yield handles."""
     query_gate = _channel_gate(gates, block.index, repeats=block.channels_per_group)
     yield _multiply_input(block.output.host, query_gate)
     if block.family.query_norm is not None:
@@ -143,29 +136,26 @@ def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> I
         yield from _renormalise(block.module(block.family.key_norm), key_gate)
 
 
-def _channel_gate(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
+def _channel_gate(gates: Sequence[Tensor], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor]:
     """Return a function of x that returns the current gate of each channel of x, in its dtype and on its device."""
 
-    def gate_for(x: Tensor) -> Tensor | None:
-        gate = gates[index]
-        if gate is None:
-            return None
-        return gate.to(x).repeat_interleave(repeats) if repeats > 1 else gate.to(x)
+    def gate_for(x: Tensor) -> Tensor:
+        gate = gates[index].to(x)
+        return gate.repeat_interleave(repeats) if repeats > 1 else gate
 
     return gate_for
 
 
-def _multiply_input(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+def _multiply_input(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Multiply the input of a module by a gate from now on. `gate_for` is a result of `_channel_gate`."""
 
     def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate = gate_for(inputs[0])
-        return inputs if gate is None else (inputs[0] * gate, *inputs[1:])
+        return (inputs[0] * gate_for(inputs[0]), *inputs[1:])
 
     return module.register_forward_pre_hook(pre_hook)
 
 
-def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
+def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor]) -> Iterator[RemovableHandle]:
     """Convert a root-mean-square norm over all heads to the norm over kept heads.
 
     The gate g keeps m = sum g of n channels. With c = sqrt(n / m), rms(x_kept) = rms(c g x). So the norm is called with
@@ -179,11 +169,10 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
     def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate = gate_for(inputs[0])
-        return inputs if gate is None else (inputs[0] * gate * scale(gate), *inputs[1:])
+        return (inputs[0] * gate * scale(gate), *inputs[1:])
 
     def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gate = gate_for(output)
-        return output if gate is None else output / scale(gate)
+        return output / scale(gate_for(output))
 
     yield norm.register_forward_pre_hook(pre_hook)
     yield norm.register_forward_hook(hook)

@@ -13,7 +13,7 @@ from gprune.models.products import CastWeights, count_cast_weights
 def step(model, ids, copies=None):
     """Losses of a pass under autocast, with bfloat16 copies if given, and the gradient of the last block's gates."""
     gate = torch.ones(model.config.intermediate_size, requires_grad=True)
-    gates = [None] * (model.config.num_hidden_layers - 1) + [gate]
+    gates = [torch.ones_like(gate)] * (model.config.num_hidden_layers - 1) + [gate]
     with torch.autocast("cpu", torch.bfloat16), gated(model, gates):
         if copies is None:
             losses = next_token_losses(model, ids)
