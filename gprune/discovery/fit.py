@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from gprune.errors import UserError, closest_name
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.families import BUILT_IN, Family, record_of
-from gprune.models.modeling_pruned import find_parent
+from gprune.models.parts import attribute_at
 
 REMEDY = (
     "Correct the record (docs/extend.md, 'A model family'), or remove it, so that gprune finds the structure itself"
@@ -72,8 +72,7 @@ def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
     known = [path for path, _ in layer.named_modules() if path]
     fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
     fields += ["after_ffn", "after_attention"]
-    experts_parent, experts_name = find_parent(layer, record.experts or "")
-    if not hasattr(experts_parent, experts_name):
+    if not record.experts or attribute_at(layer, record.experts) is None:
         fields += ["gate", "up", "down"]
     for field in fields:
         path = getattr(record, field)

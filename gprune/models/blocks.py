@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.models.families import Family, decoder_layers, record_of
 from gprune.models.modeling_pruned import find_parent
-from gprune.models.parts import PARTS, ExpertPart, Part, names_in, part_row_indices, parts_of
+from gprune.models.parts import PARTS, ExpertPart, Part, attribute_at, names_in, part_row_indices, parts_of
 
 HEADS = "num_attention_heads"
 
@@ -182,7 +182,7 @@ class Block:
     def _expert_slices(self) -> list[Slice]:
         """Return slices of the tensors without neurons that become smaller if whole experts are removed."""
         places = self.family.per_expert.items() if self.has_experts else ()
-        tensors = [(path, dim, _find(self.layer, path)) for path, dim in places]
+        tensors = [(path, dim, attribute_at(self.layer, path)) for path, dim in places]
         return [
             Slice(path, dim, "experts", torch.arange(tensor.shape[dim]))
             for path, dim, tensor in tensors if tensor is not None  # a router may lack a bias
@@ -215,7 +215,7 @@ class Block:
         groups = {name: self._groups_of_rows(self.parts[name].out_features) for name in ("query", "key", "value")}
         slices = self._row_slices("attention", groups)
         for path, (dim, kind) in family.extras.items():
-            parameter = _find(self.layer, path)
+            parameter = attribute_at(self.layer, path)
             if parameter is not None:  # a layer may lack it, such as a bias
                 slices.append(Slice(path, dim, kind, self._groups_of_rows(parameter.shape[dim])))
         for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
@@ -410,7 +410,7 @@ def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
 
 def _remaining_parameters(layer: nn.Module, kind: Mapping[str, Any], sliced: Container[int]) -> int:
     """Return the number of parameters in modules of a kind, without those of other parts, whose ids are `sliced`."""
-    modules = [_find(layer, path) for path in kind["classes"] if path]  # without the layer itself
+    modules = [attribute_at(layer, path) for path in kind["classes"] if path]  # without the layer itself
     by_id = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     return sum(parameter.numel() for key, parameter in by_id.items() if key not in sliced)
 
@@ -429,7 +429,7 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
     """Return the size of a value head of a block with this record; 1 without attention."""
     if record.output is None:
         return 1
-    of_layer = _find(layer, record.head_dim) if record.head_dim else None
+    of_layer = attribute_at(layer, record.head_dim) if record.head_dim else None
     # `or` is lazy on purpose: reading a global number of heads is an error if layers differ in it.
     return of_layer or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -440,15 +440,7 @@ def _has_kind(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
     PyTorch's parametrizations replace the class by a subclass. The prefix that they add to its name is removed.
     """
     for path, class_name in kind.get("classes", {}).items():
-        module = _find(layer, path)
+        module = attribute_at(layer, path)
         if module is None or type(module).__name__.removeprefix("Parametrized") != class_name:
             return False
     return True
-
-
-def _find(layer: nn.Module, path: str) -> Any:
-    """Return the module, parameter or attribute of a layer at a path, or None; for an empty path the layer."""
-    if not path:
-        return layer
-    module, name = find_parent(layer, path)
-    return getattr(module, name, None)

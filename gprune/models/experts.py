@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.modeling_pruned import LayerConfig, find_parent
-from gprune.models.parts import is_inside
+from gprune.models.parts import attribute_at, is_inside
 
 Watcher = Callable[[Tensor, int, Tensor], Tensor | None]  # see `watch_experts`
 # Fields of configurations with the number of experts to which each token is routed, and of groups of experts.
@@ -106,12 +106,11 @@ def _call_watchers(watchers: list[Watcher], x: Tensor, expert: int, tokens: Tens
 
 def _forward_of_class(experts: nn.Module, down: str, *args: Any, **kwargs: Any) -> Tensor:
     """Forward pass of the class itself, with products with down projections intercepted."""
-    module, name = find_parent(experts, down)
     config = getattr(experts, "config", None)
     if config is not None:  # use the class's loop instead of grouped kernels
         experts.__dict__["config"] = LayerConfig(config, {"_experts_implementation": "eager"})
     try:
-        with _DownProjectionWatch(getattr(module, name), experts.__dict__["watchers"]):
+        with _DownProjectionWatch(attribute_at(experts, down), experts.__dict__["watchers"]):
             return type(experts).forward(experts, *args, **kwargs)
     finally:
         if config is not None:

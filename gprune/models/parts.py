@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -109,8 +110,7 @@ class ExpertPart:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of the tensor as (E, n, H) for gate and up, or (E, H, N) for down."""
-        module, name = find_parent(self.host, self.tensor)
-        E, first, second = getattr(module, name).shape
+        E, first, second = attribute_at(self.host, self.tensor).shape
         return (E, second, first) if self._is_transposed else (E, first, second)
 
     @property
@@ -132,9 +132,8 @@ class ExpertPart:
     def set(self, weight: Tensor, added_bias: None) -> None:
         """Write the columns of `down`, (H, E x N)."""
         assert added_bias is None, "experts have no bias"
-        module, name = find_parent(self.host, self.tensor)
         stacked = rearrange(weight, "h (e n) -> e h n", e=self.shape[0])
-        getattr(module, name).copy_(stacked.transpose(1, 2) if self._is_transposed else stacked)
+        attribute_at(self.host, self.tensor).copy_(stacked.transpose(1, 2) if self._is_transposed else stacked)
 
 
 def names_in(layout: str) -> list[str]:
@@ -177,9 +176,9 @@ def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part 
     """Return the parts of a decoder layer by name, in the order of `PARTS`."""
     orders = layouts(family)
     parts: dict[str, Part | ExpertPart] = {}
-    experts_parent, experts_name = find_parent(layer, family.experts or "")
-    if hasattr(experts_parent, experts_name):  # the layer has experts; others of the model may be dense
-        parts |= _expert_parts(getattr(experts_parent, experts_name), family)
+    experts = attribute_at(layer, family.experts) if family.experts else None
+    if experts is not None:  # others of the model may be dense
+        parts |= _expert_parts(experts, family)
     elif family.down is not None:
         parts["down"] = _part(layer, family, "down")
         if family.up in orders:
@@ -224,6 +223,14 @@ def _expert_parts(experts: nn.Module, family: Family) -> dict[str, ExpertPart]:
         if not tensor.endswith("bias"):
             parts |= {name: ExpertPart(experts, name, tensor, dim, layout) for name in names_in(layout)}
     return parts
+
+
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """Return the submodule, tensor or other attribute at a dotted path, or None; for an empty path the module."""
+    if not path:
+        return module
+    parent, name = find_parent(module, path)
+    return getattr(parent, name, None)
 
 
 def is_inside(path: str, other: str) -> bool:
