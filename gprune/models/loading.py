@@ -36,9 +36,9 @@ from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 from gprune.checks import memory_limits
 from gprune.console import quieted
 from gprune.errors import UserError, first_line, quoting
-from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.copies import auto_class, turn_off_rescaling
+from gprune.models.embedded import EMBEDDED_MODELS, check_model_name, embedded_model_dir
 from gprune.models.families import FAMILIES, PRUNED, refuse_quantised
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
@@ -127,10 +127,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def locate_model(name: str) -> str:
     """Return the folder or hub id of a model. An embedded model is made at first use, in a folder of the cache."""
-    if name in assets.EMBEDDED_MODELS:
-        return str(assets.embedded_model_dir(name))
+    check_model_name(name)
+    if name in EMBEDDED_MODELS:
+        return str(embedded_model_dir(name))
     path = expanded(name)
-    assets.check_model_name(name)
     return str(path) if path.is_dir() else name
 
 
