@@ -299,7 +299,7 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
     numbers = torch.cat([kept, torch.tensor([E])])  # the number after the last expert means none
     of_router = [s for s in block.slices if s.kind == "experts" and not is_inside(s.path, stack)]
     sized = [path for path, size in block.family.attributes.items() if size == "experts" and not is_inside(path, stack)]
-    originals: list[Callable[[], None]] = []  # restore what the router had before
+    restored = ExitStack()  # what the router had before
 
     def shrink_router(layer: nn.Module, _args: Any) -> None:
         for slice_ in of_router:
@@ -311,17 +311,13 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
                 values = module._buffers
             else:
                 smaller = nn.Parameter(smaller, requires_grad=False)
-            originals.append(partial(values.__setitem__, name, tensor))
+            restored.callback(values.__setitem__, name, tensor)
             values[name] = smaller
         for path in sized:  # attributes with the number of experts
             module, name = find_parent(layer, path)
             if hasattr(module, name):
-                originals.append(partial(setattr, module, name, getattr(module, name)))
+                restored.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, len(kept))
-
-    def restore_router(*_: Any) -> None:
-        while originals:
-            originals.pop()()
 
     def convert_numbers(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         chosen, _ = routing_in(args, kwargs)
@@ -330,9 +326,9 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
         return args, {name: converted if value is chosen else value for name, value in kwargs.items()}
 
     with ExitStack() as hooks:
-        hooks.callback(restore_router)
+        hooks.callback(restored.close)
         hooks.callback(block.layer.register_forward_pre_hook(shrink_router).remove)
-        hooks.callback(block.layer.register_forward_hook(restore_router, always_call=True).remove)
+        hooks.callback(block.layer.register_forward_hook(lambda *_: restored.close(), always_call=True).remove)
         # First, so that other hooks see the numbers of the whole stack.
         pre_hook = block.down.host.register_forward_pre_hook(convert_numbers, with_kwargs=True, prepend=True)
         hooks.callback(pre_hook.remove)
