@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -152,19 +152,15 @@ class CastWeights:
 
         The backward pass may run after the context, because it uses tensors of the forward pass.
         """
-        replaced: list[tuple[nn.Module, str, Tensor]] = []
-        try:
+        with ExitStack() as restored:
             for module in self.model.modules():
                 if type(module) not in PRODUCT_MODULES:
                     continue
                 for name, weight in module._parameters.items():
                     if weight is not None and (copy := self._copy(weight)) is not None:
-                        replaced.append((module, name, weight))
+                        restored.callback(module._parameters.__setitem__, name, weight)
                         module._parameters[name] = copy
             yield
-        finally:
-            for module, name, weight in replaced:
-                module._parameters[name] = weight
 
     def _copy(self, weight: Tensor) -> Tensor | None:
         """Return the copy of a weight, or None if autocast does not cast it or it may change.
