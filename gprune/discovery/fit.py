@@ -10,10 +10,6 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.families import BUILT_IN, Family, record_of
 from gprune.models.parts import attribute_at
 
-REMEDY = (
-    "Correct the record (docs/extend.md, 'A model family'), or remove it, so that gprune finds the structure itself"
-)
-
 
 def check_fit(model: PreTrainedModel) -> None:
     """Raise UserError unless the record of a model fits all its layers. The model may have no weights.
@@ -64,7 +60,10 @@ def check_untied(model: PreTrainedModel) -> None:
 
 def record_error(name: str, problem: str) -> UserError:
     """Return the error for a wrong record of a user."""
-    return UserError(f"Cannot use the Family record of model type '{name}': {problem}. {REMEDY}.")
+    return UserError(
+        f"Cannot use the Family record of model type '{name}': {problem}. Correct the record (docs/extend.md, 'A model "
+        "family'), or remove it, so that gprune finds the structure itself."
+    )
 
 
 def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
