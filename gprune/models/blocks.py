@@ -23,8 +23,6 @@ from gprune.models.families import Family, decoder_layers, record_of
 from gprune.models.modeling_pruned import find_parent
 from gprune.models.parts import PARTS, ExpertPart, Part, attribute_at, names_in, part_row_indices, parts_of
 
-HEADS = "num_attention_heads"
-
 
 @dataclass(frozen=True)
 class Slice:
@@ -269,7 +267,7 @@ class Block:
         # `Family.width` is the width of experts if the family has any. Dense layers between them have another key.
         is_dense_layer = family.experts is not None and not self.has_experts
         width = "intermediate_size" if is_dense_layer else family.width
-        names = {width: "neurons", HEADS: "heads", family.kv_heads: "kv_groups"}
+        names = {width: "neurons", "num_attention_heads": "heads", family.kv_heads: "kv_groups"}
         if self.has_experts:
             names[family.expert_count] = "experts"
         return {key: sizes[name] for key, name in names.items() if key and sizes[name]}
