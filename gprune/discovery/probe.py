@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
@@ -133,18 +133,14 @@ class Probe:
         """Return the calls of modules in one forward pass, in the order in which they return."""
         calls: list[Call] = []
 
-        def recorder(path: str) -> Callable[..., None]:
-            """Return a forward hook that records a call."""
-
-            def record(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-                x = args[0] if args else kwargs.get("hidden_states")
-                calls.append(Call(path, x if isinstance(x, Tensor) else None, hidden_in(output)))
-
-            return record
+        def record(path: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            """Forward hook of the module at a path."""
+            x = args[0] if args else kwargs.get("hidden_states")
+            calls.append(Call(path, x if isinstance(x, Tensor) else None, hidden_in(output)))
 
         with ExitStack() as hooks, torch.set_grad_enabled(gradients):
             for path, module in modules.items():
-                hooks.callback(module.register_forward_hook(recorder(path), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(partial(record, path), with_kwargs=True).remove)
             self.model(input_ids=self.ids, use_cache=False)
         return calls
 
@@ -279,19 +275,16 @@ def separable_norms(layers: nn.ModuleList) -> Iterator[None]:
     norm meanwhile, because only the dependencies of rows on columns are measured.
     """
 
-    def separable_forward(module: nn.Module) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-            # falcon_mamba has norms with a weight of another size, which they do not use.
-            weight = module.weight if module.weight.shape == x.shape[-1:] else 1.0
-            return x * weight / x.detach().square().mean(-1, keepdim=True).sqrt()
-
-        return forward
+    def forward(module: nn.Module, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        # falcon_mamba has norms with a weight of another size, which they do not use.
+        weight = module.weight if module.weight.shape == x.shape[-1:] else 1.0
+        return x * weight / x.detach().square().mean(-1, keepdim=True).sqrt()
 
     with ExitStack() as stack:
         for layer in layers:
             for path, module in layer.named_modules():
                 if "." in path and is_norm(module):  # norms of the layer itself have no dot in their path
-                    module.__dict__["forward"] = separable_forward(module)
+                    module.__dict__["forward"] = partial(forward, module)
                     stack.callback(module.__dict__.pop, "forward")
         yield
 
