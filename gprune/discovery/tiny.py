@@ -70,7 +70,6 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"image_size|input_size", 32),
     (r"patch_size", 8),
 )  # fmt: skip
-COMPILED_RULES = tuple((re.compile(pattern), value) for pattern, value in RULES)
 # Patterns of names of fields: with the number of layers that share tensors of other layers, and with token ids.
 SHARED_LAYERS = re.compile(r"(n|num|kv|encoder|decoder)_.*shared_layers")
 TOKEN_IDS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
@@ -250,15 +249,15 @@ def _dicts_with(content: Any, key: str) -> Iterator[dict[str, Any]]:
 
 def is_size(name: str) -> bool:
     """Return whether a field has a size or a number of units, which is another one in a tiny copy."""
-    return any(pattern.fullmatch(name) for pattern, _ in COMPILED_RULES)
+    return any(re.fullmatch(pattern, name) for pattern, _ in RULES)
 
 
 def _tiny_value(name: str, value: Any) -> Any:
     """Return the value of a field in a tiny configuration, by the rule for its name; unchanged without a rule."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
-    for pattern, largest in COMPILED_RULES:
-        if pattern.fullmatch(name):
+    for pattern, largest in RULES:
+        if re.fullmatch(pattern, name):
             return min(value, largest)
     return value
 
