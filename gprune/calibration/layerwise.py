@@ -66,7 +66,7 @@ def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:
     if family_of(config) in BUILT_IN:
         return
     try:
-        model = tiny_copy(config, all_layers=True)
+        model = tiny_copy(config)
     except Exception:  # no tiny model of this class
         return
     models = [model]

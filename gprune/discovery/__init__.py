@@ -59,11 +59,11 @@ def check_structure(model: PreTrainedModel) -> None:
     check_fit(model)
 
 
-def tiny_copy(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedModel:
-    """Return a tiny random model of a configuration's type, with layers of each kind or all layers."""
+def tiny_copy(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a tiny random model of a configuration's type, with as many layers."""
     from gprune.discovery.tiny import shrunk, tiny_model
 
-    model = tiny_model(shrunk(config, all_layers=all_layers))
+    model = tiny_model(shrunk(config, all_layers=True))
     attach_record(model, family_of(config))
     return model
 
