@@ -217,17 +217,12 @@ def check_weight_dtypes(model: PreTrainedModel, location: str | Path) -> None:
     Quantization scales cannot be sliced with neurons.
     """
     other_dtypes = {parameter.dtype for parameter in model.parameters()}.difference(WEIGHT_DTYPES)
-    if getattr(model, "hf_quantizer", None) is None and other_dtypes == {torch.float64}:
-        raise UserError(
-            f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which has weights in "
-            "float64. Convert them to float32."
-        )
-    if getattr(model, "hf_quantizer", None) is not None or other_dtypes:
-        remedy = "Prune the original weights, and quantise the result"
-        raise UserError(
-            f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which is quantised. "
-            f"{remedy}."
-        )
+    has_quantizer = getattr(model, "hf_quantizer", None) is not None
+    needed = f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which"
+    if other_dtypes == {torch.float64} and not has_quantizer:
+        raise UserError(f"{needed} has weights in float64. Convert them to float32.")
+    if other_dtypes or has_quantizer:
+        raise UserError(f"{needed} is quantised. Prune the original weights, and quantise the result.")
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
