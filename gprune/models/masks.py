@@ -5,7 +5,7 @@ Hooks exist only inside context managers. Weights do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -179,17 +179,16 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor]) ->
 
 
 @contextmanager
-def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
+def bypassed(model: PreTrainedModel, removed: Collection[int]) -> Iterator[PreTrainedModel]:
     """Let the layers of removed blocks (by number) return their input while the context lasts."""
 
     def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook that replaces the hidden states in a layer's output by those in its input."""
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
-    indices = list(removed)
-    blocks = blocks_of(model) if indices else []
+    blocks = blocks_of(model) if removed else []
     # By layer, because a layer may have several blocks.
-    layers = {blocks[index].layer_index: blocks[index].layer for index in indices}
+    layers = {blocks[index].layer_index: blocks[index].layer for index in removed}
     with ExitStack() as hooks:
         for layer in layers.values():
             hooks.callback(layer.register_forward_hook(return_input, with_kwargs=True).remove)
