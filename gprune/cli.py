@@ -28,12 +28,12 @@ MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run `train.py` and return the exit code (see `run_guarded`)."""
-    return run_guarded("train.py", lambda: run(args, prog="train.py"), **MESSAGE_ENDINGS)
+    flags = sys.argv[1:] if args is None else args
+    return run_guarded("train.py", lambda: run(flags, prog="train.py"), **MESSAGE_ENDINGS)
 
 
-def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
+def run(args: Sequence[str], prog: str = "gprune prune") -> str:
     """Prune with the given flags and return the text to print: the results on rank 0, or the plan of a dry run."""
-    args = list(sys.argv[1:] if args is None else args)
     cfg = parse(args, prog)
     log_to_stdout()
     if ignored := describe_ignored_flags(cfg, given_flags(args)):
@@ -84,8 +84,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
 
 
 def check_early(cfg: RunConfig) -> None:
-    """Raise UserError for an invalid name, folder or accelerator, before the imports that take seconds."""
-    cfg.validate()
+    """Raise UserError for an unknown corpus or model, or an invalid folder or accelerator, before the slow imports."""
     cfg.check_names()
     check_model_name(cfg.model.name)
     if cfg.trials:
