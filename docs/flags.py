@@ -21,8 +21,8 @@ All flags with their defaults and help texts, generated from `--help_all` by `py
 
 def page() -> str:
     """The whole page."""
-    commands = {"python train.py": FlagParser(), "gprune report": report.parser(), "gprune evaluate": evaluate.parser()}
-    commands |= {"gprune export": export.parser(), "gprune study": study.parser()}
+    commands = {"python train.py": FlagParser("train.py", ["--help_all"]), "gprune report": report.parser()}
+    commands |= {"gprune evaluate": evaluate.parser(), "gprune export": export.parser(), "gprune study": study.parser()}
     return HEAD + "".join(f"\n## `{name}`\n{''.join(tables(made))}" for name, made in commands.items())
 
 

@@ -123,8 +123,7 @@ def _with_option(options: Any, name: str, value: Any) -> dict[str, Any]:
 
 def read_flags(args: Sequence[str], prog: str = "train.py") -> dict[str, Any]:
     """Read flags of train.py, and the --config files among them, into settings by dotted name."""
-    parser = FlagParser(prog, args, full_help="--help_all" in args)
-    return dict(parser.parse_args(args, defaults=False).items())
+    return dict(FlagParser(prog, args).parse_args(args, defaults=False).items())
 
 
 def given_flags(args: Sequence[str]) -> set[str]:
@@ -259,13 +258,14 @@ class FlagParser(Parser):
     Values are plain data. RunConfig checks them, because jsonargparse would import a class that a value names.
     """
 
-    def __init__(self, prog: str = "train.py", args: Sequence[str] = (), *, full_help: bool = True):
+    def __init__(self, prog: str, args: Sequence[str]):
         """Add a flag for each setting, and flags in `args` that are part of one (--options.mine.power) or unknown.
 
-        Without `full_help`, the help has examples and `MAIN_FLAGS` with their first sentence.
+        Unless `--help_all` is in `args`, the help has examples and `MAIN_FLAGS` with their first sentence.
         """
+        self.full_help = "--help_all" in args
         description = inspect.getdoc(RunConfig)
-        if not full_help:
+        if not self.full_help:
             examples = "\n".join(f"  {prog} {example}" for example in EXAMPLES)
             description = f"{description.partition('.')[0]}.\n\nexamples:\n{examples}"
         usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
@@ -275,14 +275,12 @@ class FlagParser(Parser):
         config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
         config = self.add_argument("--config", metavar="FILE", action=_SettingsFile, help=config_help)
         config.default = SUPPRESS  # jsonargparse does not accept it as an argument
-        self.full_help = full_help
         self._add_settings(RunConfig(), self)
         for group in GROUPS.values():
             title, _, about = (inspect.getdoc(group) or "").partition(". ")
-            in_full_help = self.add_argument_group(title.rstrip("."), about) if full_help else self
+            in_full_help = self.add_argument_group(title.rstrip("."), about) if self.full_help else self
             self._add_settings(group(), in_full_help)
-        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
-        for flag in given - self._option_string_actions.keys():
+        for flag in {f"--{name}" for name in given_flags(args)} - self._option_string_actions.keys():
             self.add_argument(flag, action=_Setting, dest=SUPPRESS, help=SUPPRESS)
 
     def _add_settings(self, group: Group, section: Any) -> None:
