@@ -351,9 +351,7 @@ class RunConfig(Group):
         controls = self.evaluation.controls
         before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.main_variant]
         variants = [*(name for name in before if name in controls), self.main_variant]
-        recoveries = [self.recovery]
-        if self.recovery != "none" and "unrecovered" in controls:
-            recoveries = ["none", self.recovery]
+        recoveries = ["none", self.recovery] if self.evaluates_early else [self.recovery]
         return [(variant, recovery) for recovery in recoveries for variant in variants]
 
     @property
