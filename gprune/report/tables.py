@@ -644,9 +644,12 @@ def _format_comparison(r: Record, reference: Record) -> str:
     if "scores" in r:  # of a task with a metric of its own
         return _with_error(*paired_difference(r["scores"], reference["scores"]), sign="+")
     key = "correct" if "correct" in r else "correct_norm"  # some tasks of lm_eval have only acc_norm
-    correct = [digit == "1" for digit in r[key]]
-    reference_correct = [digit == "1" for digit in reference[key]]
-    return _with_error(*paired_difference(correct, reference_correct), sign="+")
+    return _with_error(*difference_of_answers(r, reference, key), sign="+")
+
+
+def difference_of_answers(r: Record, reference: Record, key: str) -> tuple[float, float | None]:
+    """Return `paired_difference` of two records in an entry with a digit per question (1: correct)."""
+    return paired_difference(list(map(int, r[key])), list(map(int, reference[key])))
 
 
 def _format_flips(r: Record, dense: Record) -> str | None:
@@ -666,8 +669,7 @@ def _format_greedy(r: Record, dense: Record | None) -> str | None:
     share = _with_error(r.get("greedy"), r.get("greedy_stderr"))
     if share is None or dense is None or "correct_greedy" not in dense:
         return share
-    pairs = [[digit == "1" for digit in of["correct_greedy"]] for of in (r, dense)]
-    return f"{share} ({_with_error(*paired_difference(*pairs), sign='+')})"
+    return f"{share} ({_with_error(*difference_of_answers(r, dense, 'correct_greedy'), sign='+')})"
 
 
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str | None:

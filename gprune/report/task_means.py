@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gprune.evaluation.intervals import Estimate, paired_difference
-from gprune.report.tables import Cell, Table, evaluation_table, format_estimate, pair_key
+from gprune.evaluation.intervals import Estimate
+from gprune.report.tables import Cell, Table, difference_of_answers, evaluation_table, format_estimate, pair_key
 from gprune.runs.numbers import Record, row_name
 
 HALF_WIDTH = 1.959964  # of a 95 % interval, in standard errors; tasks have hundreds of questions
@@ -26,9 +26,9 @@ class Mean:
     weights: Mapping[str, float]  # by name of the task
     num_tasks: int  # of the complete group; fewer have weights if some could not be measured
 
-    def of(self, value: Callable[[str], tuple[float, float | None]]) -> Estimate:
-        """Return the mean of numbers of tasks, given as (number, standard error), with a 95 % interval."""
-        numbers, errors = zip(*map(value, self.weights), strict=True)
+    def of(self, by_task: Mapping[str, tuple[float, float | None]]) -> Estimate:
+        """Return the mean of (number, standard error) of each task, with a 95 % interval."""
+        numbers, errors = zip(*(by_task[task] for task in self.weights), strict=True)
         weights = list(self.weights.values())
         mean = sum(weight * number for weight, number in zip(weights, numbers, strict=True))
         if None in errors:  # a task with a single question
@@ -38,22 +38,17 @@ class Mean:
 
     def accuracy(self, records: Mapping[str, Record], metric: str) -> Estimate:
         """Return the mean of a metric of one model."""
-
-        def value(task: str) -> tuple[float, float | None]:
-            used = _used_metric(records[task], metric)
-            return records[task][used], records[task][f"{used}_stderr"]
-
-        return self.of(value)
+        used = {task: _used_metric(records[task], metric) for task in self.weights}
+        return self.of({task: (records[task][name], records[task][f"{name}_stderr"]) for task, name in used.items()})
 
     def difference(self, records: Mapping[str, Record], references: Mapping[Any, Record], metric: str) -> Estimate:
         """Return the mean difference of a model from the one of `references`, paired over questions."""
-
-        def value(task: str) -> tuple[float, float | None]:
-            r, reference = records[task], references[pair_key(records[task])]
-            digits = CORRECT[_used_metric(r, metric)]
-            return paired_difference(*([digit == "1" for digit in of[digits]] for of in (r, reference)))
-
-        return self.of(value)
+        differences = {}
+        for task in self.weights:
+            r = records[task]
+            key = CORRECT[_used_metric(r, metric)]
+            differences[task] = difference_of_answers(r, references[pair_key(r)], key)
+        return self.of(differences)
 
 
 def evaluation_tables(records: Sequence[Record]) -> list[Table]:
