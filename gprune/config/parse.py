@@ -22,7 +22,9 @@ from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
-SHIPPED = Path(__file__).parents[1] / "configs"  # configurations that --config knows by name
+SHIPPED = {  # configurations that --config knows by name
+    file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+}
 CONSENT = "model.trust_remote_code"
 GROUPS: dict[str, type[Group]] = {  # groups of flags by name
     name: info.annotation for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
@@ -162,12 +164,11 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     Raises:
         UserError: if the file is missing or not YAML, a setting is unknown or repeated, or a group has a plain value.
     """
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     path = os.path.join(folder, name)
     has_file = os.path.exists(path) and not os.path.isdir(path)  # a file or a pipe
-    if name in shipped and not has_file:
-        path = shipped[name]
-    message = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
+    if name in SHIPPED and not has_file:
+        path = SHIPPED[name]
+    message = f"--config must be a YAML file of flags or one of {', '.join(SHIPPED)}; got"
     content = read_yaml(path, message)
     if not isinstance(content, dict | None):
         # The content is not quoted, because a study list from elsewhere may name any file of this machine.
@@ -271,8 +272,9 @@ class FlagParser(Parser):
         usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
         super().__init__(prog, usage=usage, description=description, formatter_class=_Help)
         self.add_argument("--help_all", action="help", help="show all flags with the complete text about each and exit")
-        names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
-        config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
+        config_help = (
+            f"A YAML file of flags, or the name of one that ships: {', '.join(SHIPPED)}. Several merge in order."
+        )
         config = self.add_argument("--config", metavar="FILE", action=_SettingsFile, help=config_help)
         config.default = SUPPRESS  # jsonargparse does not accept it as an argument
         self._add_settings(RunConfig(), self)
