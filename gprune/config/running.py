@@ -230,9 +230,13 @@ class TrainerConfig(Group, prefix="trainer."):
 
         A precision `auto` is replaced by 32-true here, and resolved later, when the hardware is known.
         """
-        precision = "32-true" if self.precision == "auto" else self.precision
-        arguments = {name: getattr(self, name) for name in ("devices", "num_nodes", "strategy")}
-        return {"accelerator": self.lightning_accelerator, "precision": precision, **arguments}
+        return {
+            "accelerator": self.lightning_accelerator,
+            "precision": "32-true" if self.precision == "auto" else self.precision,
+            "devices": self.devices,
+            "num_nodes": self.num_nodes,
+            "strategy": self.strategy,
+        }
 
     @property
     def lightning_accelerator(self) -> str:
