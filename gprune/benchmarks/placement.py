@@ -72,11 +72,10 @@ def _loading(benchmarks: Benchmarks, run: Path) -> dict[str, Any]:
     """
     if benchmarks.device_map is not None:
         return {"device_map": benchmarks.device_map, "max_memory": benchmarks.max_memory}
-    if (
-        benchmarks.alternates
-        or not (run / "manifest.json").is_file()
-        or read_numbers(run).settings["model"].get("device_map") is None
-    ):
+    if benchmarks.alternates or not (run / "manifest.json").is_file():
         return {}
-    model = config_of(read_numbers(run)).model
+    numbers = read_numbers(run)
+    if numbers.settings["model"].get("device_map") is None:
+        return {}
+    model = config_of(numbers).model
     return {"device_map": model.device_map, "max_memory": model.max_memory}
