@@ -160,30 +160,25 @@ def _accuracies(task: Task, samples: Sequence[dict[str, Any]]) -> dict[str, Any]
 
     The texts, `correct` and `correct_norm`, are for paired comparisons of models.
     """
-    from lm_eval.api.metrics import mean, mean_stderr
-
     numbers: dict[str, Any] = dict.fromkeys(ACCURACIES)
     for metric in SUPPORTED_METRICS[task.OUTPUT_TYPE]:
         if metric not in samples[0]:
             continue
         correct = [int(sample[metric]) for sample in samples]
-        numbers[metric] = mean(correct)
-        numbers[f"{metric}_stderr"] = mean_stderr(correct) if len(correct) > 1 else None
+        numbers[metric], numbers[f"{metric}_stderr"] = _mean_and_error(correct)
         numbers["correct_norm" if metric == "acc_norm" else "correct"] = "".join(map(str, correct))
     return numbers
 
 
 def _own_scores(task: Task, metric: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return `score`, the mean of a task's own metric, its standard error, and the score of each question."""
-    from lm_eval.api.metrics import mean, mean_stderr
-
     try:
         scores = [float(sample[metric]) for sample in samples]
     except (KeyError, TypeError, ValueError) as error:
         raise TaskError(f"Task '{task.task_name}' must have a number for each question as {metric}.") from error
     require_finite(f"{metric} came up in task '{task.task_name}'", torch.tensor(scores))
-    stderr = mean_stderr(scores) if len(scores) > 1 else None
-    return {"metric": metric, "score": mean(scores), "score_stderr": stderr, "scores": scores}
+    score, error = _mean_and_error(scores)
+    return {"metric": metric, "score": score, "score_stderr": error, "scores": scores}
 
 
 def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -194,8 +189,6 @@ def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[s
     for which greedy decoding gives the right choice, its standard error, and `correct_greedy`, a text with a digit per
     question.
     """
-    from lm_eval.api.metrics import mean, mean_stderr
-
     responses = [sample["filtered_resps"] for sample in samples]
     if task.OUTPUT_TYPE == "generate_until":
         return {"answers": [text for (text,) in responses]}
@@ -204,12 +197,20 @@ def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[s
     require_finite(f"log-likelihood came up in task '{name}'", flat)
     if task.OUTPUT_TYPE == "loglikelihood":
         answers = [int(sample["acc"]) for sample in samples]
-        return {"answers": answers, "perplexity": math.exp(-mean([of_text for (of_text,) in log_likelihoods]))}
+        mean_log_likelihood, _ = _mean_and_error([of_text for (of_text,) in log_likelihoods])
+        return {"answers": answers, "perplexity": math.exp(-mean_log_likelihood)}
     answers = {"answers": [max(range(len(choices)), key=choices.__getitem__) for choices in log_likelihoods]}
     labels = [sample["target"] for sample in samples]
     if not all(isinstance(label, int) and label < len(of) for label, of in zip(labels, responses, strict=True)):
         return answers  # several choices are right, or the label is a text
     is_greedy = [int(choices[label][1]) for label, choices in zip(labels, responses, strict=True)]
-    stderr = mean_stderr(is_greedy) if len(is_greedy) > 1 else None
+    greedy, error = _mean_and_error(is_greedy)
     digits = "".join(map(str, is_greedy))
-    return answers | {"greedy": mean(is_greedy), "greedy_stderr": stderr, "correct_greedy": digits}
+    return answers | {"greedy": greedy, "greedy_stderr": error, "correct_greedy": digits}
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error as lm_eval computes them; no error for a single question."""
+    from lm_eval.api.metrics import mean, mean_stderr
+
+    return mean(values), mean_stderr(values) if len(values) > 1 else None
