@@ -17,7 +17,6 @@ from gprune.config.groups import (
     NEVER,
     CorporaConfig,
     Group,
-    Identity,
     ModelConfig,
     PartitionConfig,
     Reads,
@@ -495,11 +494,11 @@ def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]
     identifying = {}
     for name, field in type(group).model_fields.items():
         value = getattr(group, name)
-        if Identity.NEVER in field.metadata:
+        if NEVER in field.metadata:
             continue
         if isinstance(value, Group):
             identifying[name] = _identifying(value, settings[name], changed.get(name, {}))
-        elif Identity.IF_CHANGED not in field.metadata:
+        elif IF_CHANGED not in field.metadata:
             identifying[name] = settings[name]
         elif name in changed:
             identifying[name] = changed[name]
