@@ -87,21 +87,10 @@ def evaluate_engines(
     models: Sequence[str], choices: Sequence[EngineChoice], benchmarks: Benchmarks, *, dense: bool = False,
     output: Path | None = None,
 ) -> tuple[list[Record], list[Path]]:  # fmt: skip
-    """Time models in engines, and store the records.
+    """Time models (runs, folders or names) in engines. Return the records, and the files that contain them.
 
-    Args:
-        models: runs, model folders or names.
-        choices: engines. The ones that are not installed are skipped.
-        benchmarks: numbers of requests at once (`speed_batch`), tokens of prompts (`speed_prompt`), dtype.
-        dense: time the dense model of each run too. A dense model that runs share is timed once.
-        output: JSON file for records; by default that of each run.
-
-    Returns:
-        The records, and the files that contain them.
-
-    Raises:
-        UserError: before anything is timed, if no engine is installed, a model cannot be written in a form, or prompts
-            are too long; later, if an engine fails.
+    Engines that are not installed are skipped, and a dense model that runs share is timed once. Everything that can be
+    refused is refused before anything is timed.
     """
     versions = installed_versions(choices)
     evaluations = [find_evaluation(model, benchmarks, dense=dense, output=output) for model in models]
@@ -160,11 +149,7 @@ def write_forms(subject: Subject, forms: Sequence[str], folder: Path, prompt: in
 
 
 def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, str]:
-    """Return the versions of the engines that are installed, and log how to install the others.
-
-    Raises:
-        UserError: if none is installed, or a Python does not run.
-    """
+    """Return the versions of the installed engines, and log how to install the others. UserError if there is none."""
     versions: dict[EngineChoice, str] = {}
     for choice in choices:
         version = version_of(choice)

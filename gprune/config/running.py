@@ -148,11 +148,7 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
 
 
 def parse_precision(value: Any) -> Any:
-    """Return Lightning's full name of a precision, such as `bf16-mixed` for `bf16`.
-
-    Raises:
-        UserError: for a precision of Lightning that the stages do not support.
-    """
+    """Return Lightning's full name of a precision, such as `bf16-mixed` for `bf16`. UserError for unsupported ones."""
     reasons = {
         "bf16-true": "steps of AdamW are below the resolution of bfloat16 weights",
         "16-mixed": "float16 overflows without loss scaling, which the stages do not have",

@@ -51,23 +51,14 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     so that a batch has the same windows, and the same bits, for every number of processes. A rank without a share gets
     the first window of the batch with weight 0. So all ranks take the same number of steps (otherwise collectives would
     hang), and weighted sums count every window once.
-
-    Attributes:
-        num_windows: number of windows of the data set.
-        batch_size: windows in a global batch; with `whole`, in the batch of one rank.
-        rank: number of this process.
-        world_size: number of processes.
-        shuffle: whether the order is random, by `seed` and `epoch`.
-        whole: whether batches are divided among ranks as a whole.
-        seed: seed of the order.
     """
 
     num_windows: int
-    batch_size: int
+    batch_size: int  # windows in a global batch; with `whole`, in the batch of one rank
     _: KW_ONLY
     rank: int = 0
     world_size: int = 1
-    shuffle: bool = False
+    shuffle: bool = False  # whether the order is random, by `seed` and `epoch`
     whole: bool = False
     seed: int = 0
     epoch: int = field(default=0, init=False)
