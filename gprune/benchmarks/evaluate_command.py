@@ -111,7 +111,7 @@ def run(args: Sequence[str]) -> str:
 
 def results_as_text(records: Sequence[dict[str, Any]], paths: Sequence[Path]) -> str:
     """Format the tables of records, and the paths where they are stored."""
-    from gprune.report.task_means import evaluation_tables
+    from gprune.report.task_tables import evaluation_tables
 
     text = "".join(f"\n{table.for_stdout()}\n" for table in evaluation_tables(records))
     stored = "".join(f"Records: {path}\n" for path in dict.fromkeys(paths))

@@ -21,7 +21,7 @@ from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.models.families import PRUNED
 from gprune.models.loading import has_processor
 from gprune.report.tables import in_markdown, result_table
-from gprune.report.task_means import evaluation_tables
+from gprune.report.task_tables import evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries
 from gprune.runs.results import read_evaluation

@@ -52,7 +52,6 @@ from gprune.report.grouping import (
 from gprune.report.tables import (
     Table,
     caption,
-    compare_records,
     comparison_table,
     cost_table,
     distance_table,
@@ -66,7 +65,7 @@ from gprune.report.tables import (
     settings_table,
     summary_table,
 )
-from gprune.report.task_means import evaluation_tables
+from gprune.report.task_tables import compare_records, evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, entries, row_name
 from gprune.runs.results import FinishedRun, config_of, read_run

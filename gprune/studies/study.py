@@ -23,7 +23,6 @@ from gprune.report.tables import (
     Estimate,
     Table,
     base_records,
-    compare_records,
     corpora_table,
     group_frame,
     in_markdown,
@@ -31,7 +30,7 @@ from gprune.report.tables import (
     ratio_to,
     result_rows,
 )
-from gprune.report.task_means import compare_means
+from gprune.report.task_tables import compare_means, compare_records
 from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_lines, row_name
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import write_text

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from gprune.benchmarks import task_sources, tasks
 from gprune.benchmarks.tasks import measure_tasks
 from gprune.errors import UserError
-from gprune.report.tables import evaluation_table
+from gprune.report.task_tables import evaluation_table
 from gprune.runs.folder import check_evaluation
 from tests.benchmarks.conftest import fake_hub, manager_of, sentence, write_task
 from tests.tiny_llama import make_tiny_llama

@@ -10,7 +10,7 @@ from gprune import report
 from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import task_numbers
 from gprune.evaluation import speed
-from gprune.report.tables import format_rate
+from gprune.report.task_tables import format_rate
 from gprune.runs.results import load_run
 from gprune.studies.archive import finished_record
 from tests.studies.workbench import Workbench, cells

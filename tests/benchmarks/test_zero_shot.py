@@ -15,7 +15,7 @@ from gprune.benchmarks import task_sources, tasks
 from gprune.errors import UserError
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
-from gprune.report.tables import evaluation_table
+from gprune.report.task_tables import evaluation_table
 from tests.benchmarks.conftest import questions, write_task
 from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer

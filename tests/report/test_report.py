@@ -32,7 +32,8 @@ from gprune.report.card import model_card
 from gprune.report.figures import LINES, curve_figures, learning_figure, perplexity_figure, ratio_figure, sparsity_lines
 from gprune.report.grouping import read_runs
 from gprune.report.page import render
-from gprune.report.tables import Estimate, Table, evaluation_table, result_table
+from gprune.report.tables import Estimate, Table, result_table
+from gprune.report.task_tables import evaluation_table
 from gprune.runs.numbers import run_numbers
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
 from gprune.studies.report_command import default_output

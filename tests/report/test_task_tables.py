@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gprune.report.task_means import compare_means, evaluation_tables, means_table
+from gprune.report.task_tables import compare_means, evaluation_tables, means_table
 
 SIZES = {"boolq": 40, "piqa": 60, "mmlu_a": 30, "mmlu_b": 90}
 PAIR = {"pair": {"tasks": 2, "by_size": False}}
