@@ -149,7 +149,7 @@ def write_forms(subject: Subject, forms: Sequence[str], folder: Path, prompt: in
 
 
 def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, str]:
-    """Return the versions of the installed engines, and log how to install the others. UserError if there is none."""
+    """Return the versions of the installed engines, and log how to install the others. UserError without any."""
     versions: dict[EngineChoice, str] = {}
     for choice in choices:
         version = version_of(choice)

@@ -134,14 +134,13 @@ def dense_perplexity(
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
         versions=model_versions(),
     )  # fmt: skip
-    cache = Cache("evaluations")
-    cached = broadcast(cache.read(key))
-    if cached is not None:
-        return PerplexityResult(**cached)
     measure = measure_and_keep_forecasts if keep_forecasts else measure_perplexity
-    result = measure(run, model, windows, name)
-    cache.write(key, {name: value for name, value in vars(result).items() if value is not None})
-    return result
+
+    def compute() -> dict[str, Any]:
+        result = measure(run, model, windows, name)
+        return {name: value for name, value in vars(result).items() if value is not None}
+
+    return PerplexityResult(**Cache("evaluations").get(key, compute, share=broadcast))
 
 
 def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:

@@ -24,7 +24,9 @@ class Distill(Recovery):
     learns = uses_teacher = True
     flags = frozenset({"distill"})
     group = "distill"
-    settings = DistillConfig()
+
+    def __init__(self) -> None:
+        self.settings = DistillConfig()
 
     def refuse_settings(self, cfg: RunConfig) -> None:
         """Raise UserError if the best weights would be chosen on evaluated text, or on too little text."""

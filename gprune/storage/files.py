@@ -293,9 +293,11 @@ class Cache:
         write = write_tensors if self.tensors else write_json
         write(self.file(key), content)
 
-    def get(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a result from its file, or compute and write it."""
-        content = self.read(key)
+    def get(
+        self, key: str, compute: Callable[[], dict[str, Any]], *, share: Callable[[Any], Any] = lambda content: content
+    ) -> dict[str, Any]:
+        """Return a result from its file, or compute and write it. `share` makes all ranks see the same file."""
+        content = share(self.read(key))
         if content is None:
             content = compute()
             self.write(key, content)

@@ -115,7 +115,7 @@ def finished_record(row: Row) -> dict[str, Any] | None:
 
 
 def find_record(row: Row) -> tuple[Path, dict[str, Any] | None]:
-    """Return the path of the row's record that may be replaced, and the record; a new path and None if there is none.
+    """Return the path of the row's record that may be replaced, and the record, or a new path and None.
 
     A record may be replaced if it was made by the code of the row for certain, and does not have other tasks.
     """
