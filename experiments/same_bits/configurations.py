@@ -31,8 +31,7 @@ TINY_CONFIGURATIONS = {
     "--recovery [least_squares,distill] --distill.targets lora",
     "blocks_influence": f"{TINY} --sparsity.scope ffn+blocks --sparsity.block_choice influence "
     "--importance taylor --partition.method random --recovery none",
-    "bytes_uniform_width": f"{TINY} --sparsity.target 700KiB --sparsity.uniform_width true "
-    "--recovery least_squares",
+    "bytes_uniform_width": f"{TINY} --sparsity.target 700KiB --sparsity.uniform_width true --recovery least_squares",
     "speed": f"{TINY} --sparsity.target 1.3x --sparsity.scope attention+ffn --recovery none",
     # Small rises, because more cuts make the random model better.
     "quality": f"{TINY} --sparsity.target +0.1% --sparsity.allocation uniform --recovery least_squares "

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gprune.config import RunConfig, effective_settings, flatten
+from gprune.config import RunConfig, config_from_mapping, effective_settings, flatten
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs.folder import changed_code, check_evaluation, check_study
@@ -95,7 +95,15 @@ def find_records(row: Row) -> Found:
     `identifying_settings`. Records are found by the hash, so that lists with other names for a row share its record.
     Several lists may have written records with the same settings, but with other tasks or without masks. Records with
     other tasks are left out. Those of other code are all kept, because they are only listed as outdated.
+
+    A row that names its record has this one, unless flags ask for other settings, or the seed is another one.
     """
+    if row.record is not None:
+        record = read_record(row.record)
+        is_of_row = record is not None and all(
+            _setting(record["settings"], name) == _setting(row.identity, name) for name in row.settings
+        )
+        return Found(row, [record] if is_of_row else [], [], [])
     code, settings = row.config.code, identifying_settings(row.identity)
     by_code = {"same": [], "unknown": [], "other": []}
     for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
@@ -107,6 +115,28 @@ def find_records(row: Row) -> Found:
         if relation == "other" or not row.tasks or record.get("tasks", row.tasks) == row.tasks:
             by_code[relation].append(record)
     return Found(row, **by_code)
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a setting by dotted name; None if it does not identify a run."""
+    group, _, setting = name.partition(".")
+    return settings.get(group, {}).get(setting) if setting else settings.get(group)
+
+
+def why_not_run(row: Row) -> str:
+    """Return why a row that names its record cannot be run, and the commit of the record; empty for other rows."""
+    if row.record is None:
+        return ""
+    where = f"Row '{row.name}', seed {row.seed}, cannot be run: its record is {row.record}"
+    if (record := read_record(row.record)) is None:
+        return f"{where}, which cannot be read."
+    commit = (record.get("environment") or {}).get("git_revision") or "that it does not name"
+    try:
+        config_from_mapping(identifying_settings(record["settings"]))
+        reason = "Only its results are used."
+    except UserError as error:
+        reason = str(error)
+    return f"{where}, made by the commit {commit}. {reason}"
 
 
 def finished_record(row: Row) -> dict[str, Any] | None:

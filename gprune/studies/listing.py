@@ -20,9 +20,10 @@ from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.checks import Text, validation_message
 from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, read_settings
 from gprune.config.elsewhere import PRUNING_SETTINGS, default_run_name, with_made_elsewhere, without_pruning
-from gprune.config.parse import as_flag, overlay
+from gprune.config.parse import GROUPS, as_flag, overlay
 from gprune.errors import UserError
 from gprune.report import TableName, prune_command
+from gprune.storage.files import read_json
 from gprune.storage.yaml_text import read_yaml
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # exists in a clone of the repository
@@ -48,6 +49,16 @@ class RowContent(BaseModel):
     model: Text | dict[str, Any] | None = None
     """Folder or hub id of a causal language model that is measured instead of being pruned by gprune
     (`gprune.evaluate`, or with `recovery: distill` `gprune.recover`), or settings of the group `model`."""
+    record: Files = []
+    """Names of records without `.json`, one per seed, of a row that cannot be run any more because one of its settings
+    was removed. The row has no other key: its settings are those of the record."""
+
+    @model_validator(mode="after")
+    def check_record(self) -> Self:
+        """Raise UserError for a row with a record and settings."""
+        if self.record and (others := [*self.model_extra, *(self.model_fields_set - {"record"})]):
+            raise UserError(f"The key record must be the only key of a row; got '{others[0]}' too.")
+        return self
 
     @property
     def made_elsewhere(self) -> str | None:
@@ -126,6 +137,7 @@ class Row:
     records: Path = OTHER_RECORDS  # folder of records
     study: str = ""  # name of the list
     made_elsewhere: str | None = None  # the model that is measured instead of being pruned by gprune
+    record: Path | None = None  # file with the results of a row that cannot be run any more
 
     @cached_property
     def config(self) -> RunConfig:
@@ -170,6 +182,8 @@ class Row:
     def _applied_settings(self) -> dict[str, Any]:
         """Settings of the row, with the precision of lists, without those of pruning for a model made elsewhere."""
         settings = {"trainer.precision": LISTED_PRECISION} | self.settings
+        if self.record is not None:
+            return _settings_of_record(self.record) | self.settings
         if self.made_elsewhere is None:
             return settings
         # Settings of pruning, such as those that all rows share, do not apply.
@@ -263,12 +277,29 @@ def _rows(
                 for key, value in layer.items():
                     overlay(settings, {key: value}, where)
             _check_settings(where, settings, flag_settings)
+            record = None
+            if row.record:
+                of_seed = [stem for stem in row.record if f"-seed{seed}-" in stem]
+                record = records / "runs" / f"{(of_seed or row.record)[0]}.json"
+                settings = {name: value for name, value in settings.items() if name.startswith("logging.")}
             overlay(settings, flag_settings, where)
             yield Row(
                 name, seed, settings | {"run.seed": seed}, tasks=content.tasks,
-                masks=masks and row.made_elsewhere is None, records=records, study=path.stem,
-                made_elsewhere=row.made_elsewhere,
+                masks=masks and not row.record and row.made_elsewhere is None, records=records, study=path.stem,
+                made_elsewhere=row.made_elsewhere, record=record,
             )  # fmt: skip
+
+
+def _settings_of_record(path: Path) -> dict[str, Any]:
+    """Return the settings of a record that this version has, by dotted name; none if there is no such record."""
+    settings: dict[str, Any] = {}
+    for name, value in (read_json(path) or {"settings": {}})["settings"].items():
+        if name in GROUPS:
+            known = GROUPS[name].model_fields
+            settings |= {f"{name}.{setting}": of_group for setting, of_group in value.items() if setting in known}
+        elif name in RunConfig.model_fields:
+            settings[name] = value
+    return settings
 
 
 def _read_row_settings(file: str, folder: Path) -> dict[str, Any]:

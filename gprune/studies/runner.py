@@ -42,6 +42,7 @@ from gprune.studies.archive import (
     learned_tokens,
     pack_masks,
     task_results,
+    why_not_run,
     write_record,
 )
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row, select_part
@@ -76,6 +77,8 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
     is_rank_0 = process_index() == 0
     pending = [found.row for found in unfinished]
     for row in pending:
+        if reason := why_not_run(row):
+            raise UserError(reason)
         row.check()
     if is_rank_0 and (outdated := describe_outdated(unfinished)):
         write_stdout(outdated + "\n")
@@ -183,7 +186,11 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     """Print the results of a list, write its output file and figures, and log them to W&B."""
     listing, done = study.listing, study.done
     if options.commands:
-        write_stdout("\n" + "\n\n".join(f"# {row.name}, seed {row.seed}\n{row.command}" for row in study.rows) + "\n")
+        commands = (
+            f"# {why_not_run(row)}" if row.record else f"# {row.name}, seed {row.seed}\n{row.command}"
+            for row in study.rows
+        )
+        write_stdout("\n" + "\n\n".join(commands) + "\n")
     if options.files:
         write_stdout(f"\n{study.files().for_stdout()}\n")
     if (options.files or options.commands) and not (options.table or options.output):

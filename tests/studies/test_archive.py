@@ -11,13 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gprune
 from gprune.config import flatten
+from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies import archive, listing
 from gprune.studies.archive import finished_record
 from gprune.studies.runner import run_row
-from tests.studies.workbench import ROWS
+from tests.studies.workbench import ROWS, cells
 
 
 @pytest.fixture
@@ -87,6 +89,39 @@ def test_a_setting_that_is_gone_stays_in_its_records_and_only_another_value_than
         assert read["records"] == record["records"]
         same = archive.identifying_settings(settings) == archive.identifying_settings(row.identity)
         assert same == (value == 1)
+
+
+def test_a_row_of_a_removed_setting_is_printed_from_its_record_and_names_its_commit_instead_of_running(
+    bench, first, nothing_runs, capsys
+):
+    """The record has a value and a setting that this version does not have."""
+    path, record = archive.find_record(bench.rows(first[0])[1])  # of the row `ours`
+    settings = record["settings"] | {"recovery": "gone", "distill": record["settings"]["distill"] | {"former": 1}}
+    stem = "gone-seed0-0123456789"
+    made_by = record["environment"] | {"git_revision": "c0ffee"}
+    archive.write_record(path.with_stem(stem), record | {"settings": settings, "environment": made_by})
+    ours = bench.write("ours", {"plain": ROWS["plain"], "ours": ROWS["ours"]}, reference="plain")
+    listing = bench.write("gone", {"plain": ROWS["plain"], "gone": {"record": stem}}, reference="plain")
+
+    def rows_of(name: str, output: str) -> list[list[str]]:
+        return [cells(line)[1:] for line in output.splitlines() if line.startswith(f"| {name} ")]
+
+    assert rows_of("gone", bench(capsys, listing, "--table")) == rows_of("ours", bench(capsys, ours, "--table"))
+    ((*_, made, commit),) = rows_of("gone", bench(capsys, listing, "--files"))
+    assert (made, commit) == (str(path.with_stem(stem)), "c0ffee")
+    frame = gprune.load_study(listing, records=bench.records).to_frame().set_index("row")
+    assert frame.loc["gone", "record"] == str(path.with_stem(stem))
+    assert "W&B" in bench(capsys, listing, "--", "--logging.mode=offline")
+
+    reason = f"cannot be run: its record is {path.with_stem(stem)}, made by the commit c0ffee. "
+    assert f"# Row 'gone', seed 0, {reason}Settings: Unknown setting 'distill.former'" in bench(
+        capsys, listing, "--commands"
+    )
+    for flags in (["--seeds", "1"], ["--", "--ridge=0.5"]):
+        assert reason in bench.refused(capsys, listing, *flags)
+        assert "| gone " not in bench(capsys, listing, "--table", *flags)
+    with pytest.raises(UserError, match="The key record must be the only key of a row; got 'ridge' too"):
+        bench.rows(bench.write("both", {"gone": {"record": stem, "ridge": 1}}))
 
 
 def test_a_setting_that_the_stored_table_lacks_has_the_default_of_this_version(change_stored_defaults):

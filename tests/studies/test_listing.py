@@ -28,12 +28,14 @@ def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_e
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
     for row in listing.rows:
         assert row.config.run.seed == row.seed
-        assert row.config.export.format == "none"
+        assert row.record is not None or row.config.export.format == "none"
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
 def test_the_command_of_a_row_has_its_settings(path):
     for row in Listing.read(path).rows:
+        if row.record is not None:  # cannot be run
+            continue
         program, script, *flags = shlex.split(row.command)
         if row.made_elsewhere is not None:
             code, *flags = flags
