@@ -163,10 +163,13 @@ def check_attention_remains(plan: Any) -> None:
     layers = [blocks for blocks, has in zip(budget.by_layer, has_attention, strict=True) if has]
     if any(blocks not in budget.removable_layers for blocks in layers):
         return
-    layer_costs = [sum(budget.units[block].costs.whole for block in blocks) for blocks in layers]
-    limit = budget.block_share * budget.target if budget.block_share else budget.target
-    # The last removed layer may exceed the target.
-    if sum(layer_costs) - max(layer_costs) < limit:
+    if budget.block_share:
+        in_order = [block for blocks in layers for block in blocks]
+        fit = set(in_order) <= set(budget.blocks_that_fit(in_order, budget.target))
+    else:  # of `depth`, whose last removed layer may exceed the target
+        layer_costs = [sum(budget.units[block].costs.whole for block in blocks) for blocks in layers]
+        fit = sum(layer_costs) - max(layer_costs) < budget.target
+    if fit:
         numbers = [layer for layer, has in enumerate(has_attention) if has]
         raise UserError(
             f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "

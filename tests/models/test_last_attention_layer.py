@@ -47,15 +47,22 @@ def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
     assert small.generate(PROMPT, **GREEDY).shape == (1, 13)
 
 
-REFUSED = pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]")
+REFUSED = pytest.raises(UserError, match="must name a layer with attention")
 
 
 @pytest.mark.parametrize(
-    ("target", "protect", "outcome"), [(0.1, [], nullcontext()), (0.5, [], REFUSED), (0.5, [1], nullcontext())]
-)
-def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, protect, outcome):
+    ("attention_layers", "target", "protect", "outcome"),
+    [
+        ([2], 0.02, [], nullcontext()), ([2], 0.5, [], REFUSED), ([2], 0.5, [2], nullcontext()),
+        ([1, 2], 0.5, [], nullcontext()), ([1, 2], 0.7, [], REFUSED),
+    ],
+)  # fmt: skip
+def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(
+    attention_layers, target, protect, outcome
+):
     model = example("qwen3_next")
-    model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    kinds = ["full_attention" if layer in attention_layers else "linear_attention" for layer in range(3)]
+    model.config.layer_types = kinds
     budget = Budget.of(block_units(blocks_of(model), scope="ffn", protect=protect), target, block_share=1.0)
     with outcome:
         check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
@@ -65,13 +72,15 @@ def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept(
     assert attention_by_layer(default_config("blt")) == []
 
 
-@pytest.mark.parametrize("flag", ["--sparsity.scope=ffn+blocks", "--sparsity.allocation=depth"])
-def test_a_run_that_may_remove_the_last_attention_layer_is_refused_in_one_line(flag, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags", [["--sparsity.scope=ffn+blocks", "--sparsity.block_share=1"], ["--sparsity.allocation=depth"]]
+)
+def test_a_run_that_may_remove_the_last_attention_layer_is_refused_in_one_line(flags, tmp_path, capsys):
     corpora = tiny_run.make_world(tmp_path).corpora
     example("qwen3_next").save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     world = tiny_run.World(tmp_path / "model", corpora)
-    flags = [flag, "--gprune=false", "--sparsity.target=0.4", "--dry_run=true"]
+    flags = [*flags, "--gprune=false", "--sparsity.target=0.4", "--dry_run=true"]
     with tiny_run.isolated(tmp_path / "cache"):
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "--sparsity.protect" in line]
