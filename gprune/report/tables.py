@@ -268,10 +268,14 @@ MEANS = {  # how numbers of several seeds are combined; all others by `mean_over
 def pool_estimates(
     estimates: Sequence[Estimate | None], mean: Callable[[Sequence[float]], Estimate] = mean_over_seeds
 ) -> Estimate | None:
-    """Combine the estimates of seeds by `mean`; None if one is None. A single estimate keeps its interval."""
+    """Combine the estimates of seeds by `mean`; None if one is None.
+
+    A single estimate, and estimates that do not depend on the seed, keep their interval over windows.
+    """
     if not estimates or None in estimates:
         return None
-    return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
+    values = [estimate.value for estimate in estimates]
+    return estimates[0] if len(set(values)) == 1 else mean(values)
 
 
 def result_rows(run: FinishedRun) -> list[ResultRow]:

@@ -208,6 +208,21 @@ def test_kl_and_agreement_over_seeds_have_arithmetic_means_inside_of_their_limit
     assert low == pytest.approx(0.92611, abs=1e-4)
 
 
+def test_a_row_that_does_not_depend_on_the_seed_keeps_its_interval_over_windows():
+    """Two seeds with the same losses would have an interval over seeds without width."""
+    losses = {"dense": {"a": [20, 21]}, "base": {"a": [24, 27]}}
+    one, two = (fake_run("magnitude", losses, seed=seed) for seed in (0, 1))
+    changed = fake_run("magnitude", losses | {"base": {"a": [24, 28]}}, seed=1)
+
+    def interval(*runs):
+        (line,) = group_frame(group_by_seed(runs)).query("row == 'base' and number == 'unseen_over_dense'").itertuples()
+        return line.value, line.low, line.high
+
+    assert interval(one, two) == interval(one)
+    assert interval(one)[1] < interval(one)[0]
+    assert interval(one, changed) != interval(one)
+
+
 def test_lists_that_divide_a_shared_record_by_different_references_are_not_reported_together():
     one, other, shared = (
         replace(fake_run(name, {"dense": {"a": [1.0]}}), path=Path(name)) for name in ("one", "other", "shared")
