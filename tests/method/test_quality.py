@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import statistics
 from contextlib import contextmanager
 
 import lightning as L
@@ -23,7 +22,6 @@ from gprune.corpora.windows import Sample, make_windows
 from gprune.importance.scores import score_units
 from gprune.method import quality
 from gprune.method.plan import make_plan
-from gprune.method.summary import largest_share
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.report.figures import read_curves
@@ -529,21 +527,6 @@ def test_the_reached_quality_is_in_the_summary_frame_report_and_page(uninterrupt
     page = render(run_report)
     assert quality_summary["said"] in page
     assert "Parameters at the same quality" in page
-
-
-def test_a_run_with_a_sparsity_curve_reports_the_shares_within_a_loss_tolerance(trained, tmp_path):
-    curve = "--evaluation.curve=[0.1,0.2,0.4]"
-    result = trained.run(tmp_path, curve, "--evaluation.development_samples=4")
-    learning = json.loads((result.path / "manifest.json").read_text())["learning"]
-    points = learning["development_perplexity_by_sparsity"]
-    means = {float(share): statistics.geometric_mean(by_corpus.values()) for share, by_corpus in points.items()}
-    shares = result.summary["tolerated"]["shares"]
-    for percent, share in shares.items():
-        assert share == largest_share(means, 1 + int(percent) / 100).value
-    assert result.summary["tolerated"]["said"].startswith("Development perplexity stays within 3 % of dense up to")
-    assert "quality" not in result.summary
-    alone = trained.run(tmp_path, "--gprune=false", name="alone")
-    assert "tolerated" not in alone.summary, "a run without a sparsity curve"
 
 
 @pytest.mark.slow
