@@ -371,11 +371,13 @@ class RunConfig(Group):
     def roles(self) -> dict[str, list[str]]:
         """Corpora whose train split the run reads, by role: `score`, `drift`, `learn` and `recover`.
 
-        The list of a role that the run does not use is empty.
+        The list of a role that the run does not use is empty: `drift` if it only names the corpora of `score`.
         """
         unread = self.unread
         roles = {role: getattr(self.corpora, role) for role in ("drift", "learn", "recover")}
         used = {role: [] if f"corpora.{role}" in unread else corpora for role, corpora in roles.items()}
+        if not self.gprune and not any("corpora.drift" in attribute(f, "also_reads") for f in self.features):
+            used["drift"] = []
         return {"score": self.corpora.scored} | used
 
     @property

@@ -73,7 +73,7 @@ def model_card(
     if other is None:
         heading, verb = "structurally pruned", "pruned and measured"
         method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
-        credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n"
+        credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n" if cfg.gprune else ""
     else:
         heading, verb = "made elsewhere", "recovered and measured"
         name = PurePath(other).name
@@ -104,7 +104,7 @@ def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: flo
     removed = f"{sparsity:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
     score_corpora = ", ".join(in_markdown(labels[corpus]) for corpus in cfg.corpora.scored)
     drift_corpora = ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
-    drift = f"drift measured on {drift_corpora},\n" if drift_corpora else ""
+    drift = f"drift measured on {drift_corpora},\n" if cfg.gprune else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return (
         f"{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance\n"

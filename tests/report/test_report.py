@@ -22,7 +22,7 @@ from scipy import stats
 
 from gprune import report
 from gprune.__main__ import run as command
-from gprune.config import RunConfig
+from gprune.config import RunConfig, parse
 from gprune.config.groups import CorporaConfig, ModelConfig
 from gprune.config.running import EvaluationConfig
 from gprune.corpora.load import corpus_labels
@@ -478,8 +478,24 @@ def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measu
     assert str(Path(seen).parent) not in card
     plain = model_card(RunConfig(gprune=False, model=ModelConfig(name=str(tmp_path))), records, run / "model")
     assert "drift measured" not in plain
+    assert "2603.13418" in card
+    assert "2603.13418" not in plain
     assert str(tmp_path) not in plain
     assert f"# {tmp_path.name}, structurally pruned" in plain
+
+
+def test_corpora_of_drift_that_are_only_scored_count_as_scored(run):
+    """As in `--config best`: the scores are pooled over the corpora of drift, and drift is not measured."""
+    cfg = parse(["--config", "best"])
+    assert cfg.roles["score"] == cfg.corpora.drift
+    assert cfg.roles["drift"] == []
+    assert cfg.train_corpora == cfg.corpora.drift
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    card = model_card(cfg, records, run / "model")
+    assert "scored on wiki, web, python_code, allocation `reconstruction`" in card
+    assert "drift" not in card.partition("## ")[0]
+    blocks = parse(["--config", "best", "--sparsity.scope", "ffn+blocks"])
+    assert blocks.roles["drift"] == cfg.corpora.drift  # blocks are chosen by the loss on this text
 
 
 @pytest.mark.parametrize(
