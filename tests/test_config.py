@@ -205,10 +205,6 @@ def test_an_unknown_or_replaced_name_is_refused_however_it_is_set(name, message,
         ({"run.name": "../x"}, "--run.name must be a folder name of at most 200 bytes; got '../x'"),
         ({"evaluation.split": "development", "sparsity.target": "+5%"},
          "--sparsity.target +5% cannot be combined with --evaluation.split development"),
-        ({"evaluation.split": "development", "recovery": "distill", "distill.keep": "best"},
-         "--distill.keep best cannot be combined with --evaluation.split development"),
-        ({"recovery": "distill", "distill.keep": "best", "evaluation.development_samples": 1},
-         "--distill.keep best needs two or more --evaluation.development_samples to tell a rise from noise; got 1"),
     ],
 )  # fmt: skip
 def test_invalid_or_incompatible_settings_are_refused_with_the_reason(settings, message):

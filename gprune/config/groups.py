@@ -127,6 +127,7 @@ REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead,
     "model.made_elsewhere": "gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER` of a list",
     "plan.tflops": "the FLOPs of --dry_run true, divided by the speed of your device",
     "distill.points": "--trainer.val_check_interval",
+    "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
     "trainer.default_root_dir": "--run.dir",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
 }

@@ -55,10 +55,6 @@ class DistillConfig(Group, prefix="distill."):
     """Batches per optimizer step (gradient accumulation)."""
     checkpointing: bool = False
     """Recompute the activations of each layer in the backward pass, to save memory."""
-    keep: Literal["last", "best"] = "last"
-    """Which weights are kept. last: those of the last step, with a warning if development perplexity rose. best: those
-    with the lowest development perplexity if it rose after them beyond noise (95 % interval of the ratio, paired over
-    development windows), otherwise those of the last step."""
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError if the loss has no term, or both learning rates are set."""

@@ -7,7 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -29,7 +29,7 @@ from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recov
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import ResultRow, row_name
-from gprune.stages.callbacks import BestWeights
+from gprune.stages.callbacks import RisingPerplexity
 from gprune.storage.files import content_hash
 
 
@@ -138,12 +138,12 @@ def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callab
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
-        accumulate: int = 1, keep: Literal["last", "best"] = "last", **unknown: Any,
+        accumulate: int = 1, **unknown: Any,
     ) -> None:  # fmt: skip
         """Train a stage for one epoch on the recovery's text, unless an earlier session did."""
         if unknown:
             raise UserError(
-                f"Arguments of material.fit must be among batch_size, clip, accumulate, keep; got {', '.join(unknown)}."
+                f"Arguments of material.fit must be among batch_size, clip, accumulate; got {', '.join(unknown)}."
                 " A stage trains for one epoch; --distill.tokens sets how much text it has."
             )
         name = f"{path}-{type(stage).__name__}-{next(call_numbers)}".removesuffix("-0")
@@ -152,14 +152,14 @@ def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callab
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         learned = broadcast(run.folder.read(name))
         if learned is None:  # the cost of training is recorded in the enclosing step
-            best = BestWeights(keep) if hasattr(stage, "student") else None
+            rise = RisingPerplexity() if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[best] if best else [], strategy=strategy, row=row, of=of, measured_after=0.25,
+                callbacks=[rise] if rise else [], strategy=strategy, row=row, of=of, measured_after=0.25,
             )  # fmt: skip
-            if best:
-                best.load_best(stage)
+            if rise:
+                rise.warn()
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
         stage.load_state_dict(learned)

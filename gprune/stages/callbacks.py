@@ -1,17 +1,15 @@
-"""Lightning callbacks of stages that train: masks during validation, curves, and the best weights."""
+"""Lightning callbacks of stages that train: masks during validation, and curves."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from gprune.evaluation.intervals import geometric_mean, paired_ratio
@@ -145,80 +143,45 @@ class PerplexityCurve(L.Callback):
         return by_sparsity
 
 
-class BestWeights(PerplexityCurve):
-    """A `PerplexityCurve` that warns if perplexity rose during the fit, and can restore the best weights.
+class RisingPerplexity(PerplexityCurve):
+    """A `PerplexityCurve` that warns if the mean of development perplexity over corpora rose during the fit."""
 
-    The best weights have the lowest geometric mean of development perplexity over corpora.
-    """
-
-    def __init__(self, keep: Literal["last", "best"]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.keep = keep
         self.nll_per_token: dict[int, dict[str, list[float]]] = {}  # step -> corpus -> nats per token of each window
-        self.best: dict[str, Tensor] = {}  # state dict of the stage at the lowest mean: unsharded tensors on the CPU
-        self._measured: dict[str, Tensor] = {}  # state dict of the current validation
 
     def state_dict(self) -> dict[str, Any]:
-        return {"by_step": self.by_step, "window_nll": self.nll_per_token, "best": self.best}
+        return {"by_step": self.by_step, "window_nll": self.nll_per_token}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.by_step, self.nll_per_token, self.best = state["by_step"], state["window_nll"], state["best"]
-
-    @property
-    def means(self) -> dict[int, float]:
-        """Geometric mean of perplexity over corpora, by optimizer step; NaN is replaced by infinity."""
-        means = {step: geometric_mean(values.values()) for step, values in self.by_step.items()}
-        return {step: mean if math.isfinite(mean) else math.inf for step, mean in means.items()}
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Copy the weights that are measured. Callbacks such as `WeightAveraging` replace them during a validation."""
-        if self.keep == "best":
-            state = pl_module.state_dict()
-            self._measured = {name: gathered(value).detach().cpu().clone() for name, value in state.items()}
+        self.by_step, self.nll_per_token = state["by_step"], state["window_nll"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Store the losses of windows, and the weights if perplexity is lower than at all earlier validations."""
+        """Store the losses of windows."""
         super().on_validation_end(trainer, pl_module)
-        measured, self._measured = self._measured, {}
-        if trainer.global_step not in self.by_step:
-            return
-        self.nll_per_token[trainer.global_step] = pl_module.development_nll
-        *earlier, current = self.means.values()
-        if not earlier or current < min(earlier):
-            self.best = measured
+        if trainer.global_step in self.by_step:
+            self.nll_per_token[trainer.global_step] = pl_module.development_nll
 
-    @torch.no_grad()
-    def load_best(self, stage: L.LightningModule) -> None:
-        """Load the best weights if `keep` is `best` and perplexity rose after them beyond noise.
-
-        Every rise is logged in one line: for `best` since the best step, for `last` since the first measurement.
-        """
-        means = self.means
-        if not means:
+    def warn(self) -> None:
+        """Log a line if perplexity is higher after the last step than before the first one."""
+        if not self.by_step:
             return
-        last_step = max(means)
-        earlier_step = min(means, key=means.get) if self.keep == "best" else min(means)
-        if not means[last_step] > means[earlier_step]:
+        first_step, last_step = min(self.by_step), max(self.by_step)
+        first, last = (geometric_mean(self.by_step[step].values()) for step in (first_step, last_step))
+        if last <= first:
             return
-        is_beyond_noise, noise = self._compare_with_noise(last_step, earlier_step)
-        is_restored = self.keep == "best" and is_beyond_noise
-        outcome = f"The weights of step {earlier_step} are restored" if is_restored else "The last weights are kept"
-        remedy = "Lower --distill.learning_rate" + (", or use --distill.keep best" if self.keep == "last" else "")
         log.warning(
-            "Development perplexity rose from %.4g at step %d to %.4g at step %d, %s. %s. %s.",
-            means[earlier_step], earlier_step, means[last_step], last_step, noise, outcome, remedy,
+            "Development perplexity rose from %.4g at step %d to %.4g at step %d, %s. Lower --distill.learning_rate.",
+            first, first_step, last, last_step, self._compare_with_noise(last_step, first_step),
         )  # fmt: skip
-        if is_restored:
-            stage.load_state_dict(self.best)
 
-    def _compare_with_noise(self, last_step: int, earlier_step: int) -> tuple[bool, str]:
-        """Return whether the 95 % interval of the paired ratio of perplexities is above 1, and words for the log."""
-        last, earlier = self.nll_per_token[last_step], self.nll_per_token[earlier_step]
+    def _compare_with_noise(self, last_step: int, first_step: int) -> str:
+        """Return in words whether the 95 % interval of the paired ratio of perplexities is above 1."""
+        last, first = self.nll_per_token[last_step], self.nll_per_token[first_step]
         if all(len(windows) == 1 for windows in last.values()):
-            return False, "with unknown noise (one window per corpus)"
-        ratio, low, high = paired_ratio(last, earlier, tokens_per_window=1)  # the losses of windows are per token
-        is_beyond = low > 1
-        return is_beyond, f"{'beyond' if is_beyond else 'within'} noise (ratio {ratio:.4f} [{low:.4f}, {high:.4f}])"
+            return "with unknown noise (one window per corpus)"
+        ratio, low, high = paired_ratio(last, first, tokens_per_window=1)  # the losses of windows are per token
+        return f"{'beyond' if low > 1 else 'within'} noise (ratio {ratio:.4f} [{low:.4f}, {high:.4f}])"
 
 
 def tokens_so_far(trainer: L.Trainer) -> int:

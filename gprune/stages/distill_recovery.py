@@ -14,8 +14,6 @@ from gprune.recoveries.contract import Material, Recovery, recovery
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gprune.config import RunConfig
-
 
 @recovery("distill")
 class Distill(Recovery):
@@ -27,17 +25,6 @@ class Distill(Recovery):
 
     def __init__(self) -> None:
         self.settings = DistillConfig()
-
-    def refuse_settings(self, cfg: RunConfig) -> None:
-        """Raise UserError if the best weights would be chosen on evaluated text, or on too little text."""
-        settings = cfg.distill
-        if settings.keep == "best" and cfg.evaluation.split == "development":
-            raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
-        if settings.keep == "best" and cfg.development_windows < 2:
-            raise UserError(
-                "--distill.keep best needs two or more --evaluation.development_samples to tell a rise from noise; got "
-                f"{cfg.development_windows}."
-            )
 
     def refuse(self, plan: Any) -> None:
         """Raise UserError as `Recovery.refuse`, if LoRA cannot be used, or layers cannot be recomputed."""
@@ -69,14 +56,7 @@ class Distill(Recovery):
             **select_options(DistillationStage, dict(settings)),
         )
         title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
-        material.fit(
-            title,
-            stage,
-            clip=settings.clip,
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
-            keep=settings.keep,
-        )
+        material.fit(title, stage, clip=settings.clip, batch_size=settings.batch_size, accumulate=settings.accumulate)
         return stage.finished()
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
@@ -89,11 +69,9 @@ class Distill(Recovery):
         trained = self._trained_parameters(sizes)
         layer = sizes.layer(tokens, activation=4, kept_share=sizes.kept_share)
         layers = layer + sizes.L * tokens * 4 * sizes.H if d.checkpointing else sizes.L * layer
-        best_weights = 4 * trained * (d.keep == "best") if sizes.cpu else 0  # so far, in main memory
-        student = 4 * sizes.kept_parameters + best_weights
         cast = sizes.cast + 2 * (sizes.H * sizes.V + trained) * sizes.autocast  # also of the student
         return {
-            "weights": sizes.rows + student + cast,
+            "weights": sizes.rows + 4 * sizes.kept_parameters + cast,
             "gradients": 4 * trained,
             "optimizer": (8 if sizes.cpu else 12) * trained,  # a GPU updates all weights at once, in copies
             "gram_matrices": sizes.grams,

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback
 from transformers import AutoModelForCausalLM
 
 import gprune
@@ -36,6 +36,7 @@ from gprune.stages.student import Student, TeacherStates
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
+from tests.test_readme import run_recipe
 from tests.tiny_families import make_tiny, some_masks, tiny_of
 
 TARGETS = ("mlp", "all", "lora")
@@ -570,26 +571,20 @@ def fake_losses(perplexity: float, noise: float = 0.0):
     return losses
 
 
-RATE = "Lower --distill.learning_rate"
-KEPT = {  # --distill.keep, last perplexity, noise of its windows, windows per corpus -> point of kept weights, warning
-    ("last", 4.5, 0.001, 2): (3, []),
-    ("last", 6.0, 0.001, 2): (3, ["rose from 5 at step 0 to 6 at step 9, beyond noise (ratio 1.2000 [1.1",
-                                  f"The last weights are kept. {RATE}, or use --distill.keep best."]),
-    ("last", 5.001, 0.1, 2): (3, ["rose from 5 at step 0 to 5.001 at step 9, within noise (ratio 1.0002 [0."]),
-    ("last", 6.0, 0.0, 1): (3, ["rose from 5 at step 0 to 6 at step 9, with unknown noise (one window per corpus)."]),
-    ("best", 4.5, 0.001, 2): (1, ["rose from 3 at step 3 to 4.5 at step 9, beyond noise (ratio 1.5000 [1.4",
-                                  f"The weights of step 3 are restored. {RATE}."]),
-    ("best", 3.001, 0.1, 2): (3, ["rose from 3 at step 3 to 3.001 at step 9, within noise (ratio 1.0003 [0."]),
-    ("best", 2.5, 0.001, 2): (3, []),
-}  # fmt: skip
+RISES = {  # last perplexity, noise of its windows, windows per corpus -> warning
+    (4.5, 0.001, 2): "",
+    (6.0, 0.001, 2): "rose from 5 at step 0 to 6 at step 9, beyond noise (ratio 1.2000 [1.1",
+    (5.001, 0.1, 2): "rose from 5 at step 0 to 5.001 at step 9, within noise (ratio 1.0002 [0.",
+    (6.0, 0.0, 1): "rose from 5 at step 0 to 6 at step 9, with unknown noise (one window per corpus).",
+}
 
 
-@pytest.mark.parametrize(("keep", "last", "noise", "windows"), KEPT)
-def test_the_validation_curve_is_logged_and_selects_the_final_weights(
-    keep, last, noise, windows, world, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(("last", "noise", "windows"), RISES)
+def test_the_validation_curve_is_logged_with_a_warning_if_perplexity_rose(
+    last, noise, windows, world, tmp_path, monkeypatch, capsys
 ):
     """Perplexities at the four points of the curve are fake: 5, 3, 4 and `last`."""
-    kept_point, words_of_warning = KEPT[keep, last, noise, windows]
+    warning = RISES[last, noise, windows]
     students, on_validation_epoch_end = [], DistillationStage.on_validation_epoch_end
 
     def record_student(stage):
@@ -601,12 +596,11 @@ def test_the_validation_curve_is_logged_and_selects_the_final_weights(
     perplexities = [5.0, 3.0, 4.0, last]
     fakes = [fake_losses(p, noise * (p == last)) for p in perplexities]
     monkeypatch.setattr("gprune.stages.base.window_losses", lambda *args: fakes[len(students)](*args))
-    flags = [f"--distill.keep={keep}", "--trainer.val_check_interval=3"]
-    flags += [f"--evaluation.development_samples={windows}"]
+    flags = ["--trainer.val_check_interval=3", f"--evaluation.development_samples={windows}"]
     result = world.run(tmp_path, *FLAGS, *ONE_ROW[:2], *flags)
     output = " ".join(capsys.readouterr().out.split())
-    assert output.count("Development perplexity rose") == bool(words_of_warning)
-    assert all(words in output for words in words_of_warning)
+    assert output.count("Development perplexity rose") == bool(warning)
+    assert warning in output
     rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
     tokens, names = [0, 192, 384, 576], ["development/perplexity", "development/perplexity/alpha.txt"]
     for axis, name in itertools.product((f"{CURVES}/tokens", "development/tokens"), names):
@@ -616,41 +610,27 @@ def test_the_validation_curve_is_logged_and_selects_the_final_weights(
     assert [float(row[f"{CURVES}/tokens"]) for row in steps] == [64.0 * n for n in range(1, 10)]
     assert max(float(row[f"{CURVES}/learning_rate"]) for row in steps) == pytest.approx(0.003)
     assert all(float(row[f"{CURVES}/{n}"]) > 0 for row in steps for n in ("gradient_norm", "tokens_per_second"))
-    assert all(torch.equal(t, students[kept_point][name]) for name, t in result.model.state_dict().items())
+    assert all(torch.equal(t, students[3][name]) for name, t in result.model.state_dict().items())
     assert not torch.equal(*(s["model.layers.0.mlp.up_proj.weight"] for s in (students[1], students[3])))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, which the command line keeps quiet
-def test_the_best_weights_are_the_averaged_ones_that_were_measured(world, tmp_path, monkeypatch):
-    """Lightning's WeightAveraging puts averaged weights into the stage while it is validated. Perplexities are fake."""
-    measured, raw = [], []
+def test_the_recipe_for_the_best_weights_restores_them_after_training(world, tmp_path, monkeypatch):
+    """Perplexities are fake, and lowest at the third of four validations."""
+    measured, on_validation_epoch_end = [], DistillationStage.on_validation_epoch_end
 
-    def weights(stage):
-        return {name: t.clone() for name, t in stage.student.state_dict().items()}
+    def record_student(stage):
+        measured.append({name: t.clone() for name, t in stage.student.state_dict().items()})
+        on_validation_epoch_end(stage)
 
-    validation_step, on_validation_end = DistillationStage.validation_step, DistillationStage.on_validation_end
-
-    def record_measured(stage, *batch):
-        if len(measured) == len(raw):  # the first batch of a validation
-            measured.append(weights(stage))
-        return validation_step(stage, *batch)
-
-    def record_raw(stage):
-        raw.append(weights(stage))
-        on_validation_end(stage)
-
-    monkeypatch.setattr(DistillationStage, "validation_step", record_measured)
-    monkeypatch.setattr(DistillationStage, "on_validation_end", record_raw)
-    perplexities = [5.0, 4.0, 3.0, 4.5]
-    fakes = [fake_losses(perplexity, 0.001 * perplexity) for perplexity in perplexities]
-    monkeypatch.setattr("gprune.stages.base.window_losses", lambda *args: fakes[len(measured) - 1](*args))
-    flags = [*FLAGS, *ONE_ROW[:2], "--distill.keep=best", "--trainer.val_check_interval=3"]
-    flags += ["--evaluation.development_samples=2"]
-    result = gprune.prune(parse(world.args(tmp_path, *flags)), callbacks=[EMAWeightAveraging(decay=0.5)])
-    name = "model.layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr(DistillationStage, "on_validation_epoch_end", record_student)
+    fakes = [fake_losses(perplexity) for perplexity in (5.0, 4.0, 3.0, 4.5)]
+    monkeypatch.setattr("gprune.stages.base.window_losses", lambda *args: fakes[len(measured)](*args))
+    cfg = parse(world.args(tmp_path, *FLAGS, *ONE_ROW[:2], "--trainer.val_check_interval=3"))
+    best_weights = run_recipe("class BestWeights")["BestWeights"](monitor="development/perplexity")
+    result = gprune.prune(cfg, callbacks=[best_weights])
     assert len(measured) == 4
-    assert not torch.equal(measured[2][name], raw[2][name])
     assert all(torch.equal(t, measured[2][name]) for name, t in result.model.state_dict().items())
+    assert not all(torch.equal(t, measured[3][name]) for name, t in result.model.state_dict().items())
 
 
 # --- step sizes
@@ -789,27 +769,6 @@ def test_weights_shared_between_layers_remain_shared(tiny_model):
     assert divergence(tiny_model, stage.finished(), tokens) < start
 
 
-@pytest.mark.slow
-def test_diverging_distillation_restores_the_weights_before_it(world, tmp_path, monkeypatch, capsys):
-    # The model predicts the frequency of each word, whatever comes before. Gradient ascent destroys this.
-    training_step = DistillationStage.training_step
-    monkeypatch.setattr(DistillationStage, "training_step", lambda *args: -training_step(*args))
-    model_folder = tiny_run.save_tiny_model(tmp_path / "model", initializer_range=0.02, tie_word_embeddings=False)
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ids = torch.tensor(tiny_run.tiny_tokenizer()(world.corpora["alpha"].read_text())["input_ids"])
-    model.get_input_embeddings().weight.data += 1.0
-    frequencies = torch.bincount(ids, minlength=model.config.vocab_size) + 1
-    model.get_output_embeddings().weight.data += frequencies.log()[:, None] / model.config.hidden_size
-    model.save_pretrained(model_folder)
-    flags = (*FLAGS, *ONE_ROW, f"--model.name={model_folder}", "--distill.learning_rate=5", "--distill.keep=best")
-    flags += (f"--corpora.recover=[{world.corpora['alpha']}]", "--evaluation.development_samples=24")
-    flags += ("--trainer.val_check_interval=9",)
-    expected = world.run(tmp_path, *flags, "--recovery=least_squares", name="undistilled")
-    diverged = world.run(tmp_path, *flags, name="diverged")
-    assert [r["nll"] for r in diverged.records] == [r["nll"] for r in expected.records]
-    assert "The weights of step 0 are restored" in " ".join(capsys.readouterr().out.split())
-
-
 # --- several processes and offloaded models
 
 KILLED_RUN = """
@@ -826,27 +785,24 @@ def training_step(self, batch, batch_idx):
     return loss * float("nan") if batch_idx == 1 else loss
 DistillationStage.training_step = training_step
 on_validation_epoch_end = DistillationStage.on_validation_epoch_end
-def best_after_two(self):
+def rising(self):
     on_validation_epoch_end(self)
-    perplexity = 5.0 + abs(self.global_step - 2)
+    perplexity = 5.0 + self.global_step
     self.development = dict.fromkeys(self.development, perplexity)
     nll = [math.log(perplexity) + sign * 0.001 * self.global_step for sign in (1, -1)]
     self.development_nll = dict.fromkeys(self.development, nll)
-DistillationStage.on_validation_epoch_end = best_after_two
+DistillationStage.on_validation_epoch_end = rising
 raise SystemExit(main(sys.argv[2:]))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_path):
-    """Four batches of four windows and one of two. Step 2 is skipped, and the run is killed after it.
-
-    In the end, the weights of the best step are restored.
-    """
+    """Four batches of four windows and one of two. Step 2 is skipped, and the run is killed after it."""
     (tmp_path / "killed_run.py").write_text(KILLED_RUN)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
-    flags += ["--distill.keep=best", "--evaluation.development_samples=2", "--evaluation.controls=[]"]
+    flags += ["--evaluation.development_samples=2", "--evaluation.controls=[]"]
     flags += [f"--corpora.evaluate={world.names('alpha')}"]
     two, sharded, learned = [*TWO_PROCESSES], [*TWO_PROCESSES, "--model.shard=true"], {}
     manifests = {}
@@ -868,8 +824,7 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
             assert [process.returncode for process in processes] == [exit_code] * num_processes, processes[0].stderr
         text = " ".join(processes[0].stdout.split())
         assert "Skipped 1 of 5 steps" in text
-        assert "rose from 5 at step 2 to 8 at step 5, beyond noise" in text
-        assert "The weights of step 2 are restored." in text
+        assert "rose from 5 at step 0 to 10 at step 5, beyond noise" in text  # also of an earlier session
         learned[name] = learned_of(tmp_path / name)
         tokens = [
             float(row[f"{CURVES}/tokens"])
