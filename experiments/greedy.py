@@ -1,7 +1,7 @@
 """Greedy removal of neurons with compensation, as an allocation, to compare with scores before least squares.
 
     python train.py --config protocol --config untrained --model.name smollm2-135m --import experiments/greedy.py \\
-        --sparsity.allocation greedy --recovery least_squares
+        --sparsity.allocation greedy
 
 In each block, neurons are removed one by one: each time the neuron whose removal increases the error of the output
 projection least, after the remaining neurons have compensated for it. OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and

@@ -66,7 +66,7 @@ SMOLLM2_LINES: dict[str, list[Place]] = {
     "base": [("questions/sparsity.yaml", f"wanda_sp {share}", ("base", "none")) for share in SHARES],
     "paper": [("questions/sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
     "averaged": [("questions/sparsity.yaml", f"wanda_sp {share}", AVERAGED) for share in SHARES],
-    "untrained": [("questions/untrained.yaml", "smollm2, act_norm, reconstruction, sequential")],
+    "untrained": [("questions/untrained.yaml", "smollm2, act_norm, reconstruction")],
     "trained": [
         *(("questions/distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
         ("questions/distill.yaml", "averaged, 98k"), ("questions/distill_budgets.yaml", "60 %, 98k"),

@@ -113,7 +113,7 @@ SWITCHING_FLAGS = tuple(
 )
 OFFSET_FLAGS = ("sparsity.offset_learning_rate", "sparsity.offset_limit")
 
-REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead, which errors suggest
+REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were removed -> what to use instead
     "seed": "--run.seed",
     "seed_everything": "--run.seed",
     "ckpt_path": "the same command again, which resumes the run",
@@ -130,6 +130,7 @@ REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead,
     "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
     "trainer.default_root_dir": "--run.dir",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
+    "recovery=least_squares_sequential": "--recovery least_squares",
 }
 
 
@@ -258,7 +259,7 @@ class CorporaConfig(Group, prefix="corpora."):
     learn: list[Text] = Field(["wiki", "web", "python_code"])
     """Corpora on which thresholds are learned. In our reading, the paper uses the scoring corpus alone."""
     recover: list[Text] = Field(["wiki", "web", "python_code"])
-    """Corpora for recovery: their statistics, or their text for least_squares_sequential and distill."""
+    """Corpora for recovery: their statistics, or their text for distill."""
     evaluate: list[Text] = Field(["wiki", "web", "stories", "technical", "python_docs"])
     """Corpora on which perplexity is reported (--evaluation.split), with seen and unseen corpora apart."""
     num_samples: AtLeast2 = 16

@@ -15,6 +15,7 @@ from gprune.config.groups import (
     IF_CHANGED,
     MULTI_CORPUS_METRICS,
     NEVER,
+    REPLACEMENTS,
     CorporaConfig,
     Group,
     ModelConfig,
@@ -97,11 +98,10 @@ class RunConfig(Group):
     recovery: Annotated[Text, BeforeValidator(_join_chain), Reads(RECOVERY)] = "least_squares+distill"
     """Recovery of the pruned model: one method, or a chain such as [least_squares,distill]. none: as in the paper.
     bias: the mean output of removed units is added to biases. least_squares: output projections are fitted again to
-    the dense model's activations. least_squares_sequential: the same block by block, on activations of the blocks
-    pruned and recovered so far; costs about three forward passes per pruned model. distill: weights are trained to
-    predict like the dense model, see --distill. Or the name of a registered recovery."""
+    the dense model's activations. distill: weights are trained to predict like the dense model, see --distill. Or the
+    name of a registered recovery."""
     ridge: NonNegative = 0.01
-    """Ridge penalty of least_squares and least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
+    """Ridge penalty of least_squares, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
     options: Annotated[dict[Text, dict[Text, bool | int | float | Text]], IF_CHANGED] = Field({})
     """Options of your own recoveries and stages by name or class path: --options.mine.power 2."""
@@ -129,6 +129,9 @@ class RunConfig(Group):
 
     def _check_options(self) -> None:
         """Raise UserError for features that are not registered, and for options of a name that the run does not use."""
+        for name in self.recovery.split("+"):
+            if replacement := REPLACEMENTS.get(f"recovery={name}"):
+                raise UserError(f"--recovery {name} was removed. Use {replacement}.")
         # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
         allocation = self.base_allocation
         options = whole_numbers(self.sparsity.options)

@@ -59,7 +59,6 @@ def prune_and_recover(
         ridge=cfg.ridge,
         statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
         batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
-        count=run.meter.add,
         fit=fit_once(run, learned_file(masks, row), logged_row, of),
         shard=cfg.model.shard,
         teacher=run.teacher,

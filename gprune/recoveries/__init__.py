@@ -3,7 +3,7 @@
 The recovery `distill` is in `stages/distill_recovery.py`, because it trains a LightningModule.
 """
 
-from gprune.recoveries import bias, least_squares, sequential  # noqa: F401 - they register themselves
+from gprune.recoveries import bias, least_squares  # noqa: F401 - they register themselves
 from gprune.recoveries.contract import (
     RECOVERY,
     Material,

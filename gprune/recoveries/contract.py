@@ -56,8 +56,6 @@ class Material:
     statistics: CorpusStatistics | None = None
     # Calibration text of `corpora.recover`, corpus by corpus: (B, T) int64 token ids; empty unless it is needed.
     batches: Sequence[Tensor] = ()
-    # Counts tokens that pass layers one by one: forward, and forward and backward.
-    count: Callable[..., None] = lambda forward, forward_backward=0: None
     # Called with a title and a stage. Trains the stage on `--distill.tokens` of text from `corpora.recover` if the
     # recovery learns, otherwise on calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None

@@ -293,7 +293,7 @@ def _rows(
 def _settings_of_record(path: Path) -> dict[str, Any]:
     """Return the settings of a record that this version has, by dotted name; none if there is no such record."""
     settings: dict[str, Any] = {}
-    for name, value in (read_json(path) or {"settings": {}})["settings"].items():
+    for name, value in (read_json(path) or {}).get("settings", {}).items():
         if name in GROUPS:
             known = GROUPS[name].model_fields
             settings |= {f"{name}.{setting}": of_group for setting, of_group in value.items() if setting in known}

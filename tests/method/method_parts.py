@@ -185,7 +185,6 @@ PARTS: dict[str, Part] = {
     "saliency": lambda place: calibrate(place, saliency=("ffn", "attention")),
     "bias": lambda place: recover(place, "bias"),
     "least_squares": lambda place: recover(place, "least_squares"),
-    "least_squares_sequential": lambda place: recover(place, "least_squares_sequential"),
     "distill mlp": lambda place: distill(place, targets="mlp"),
     "distill all, with all losses": lambda place: distill(place, targets="all", cross_entropy=0.5),
     "distill lora": lambda place: distill(place, targets="lora", rank=2),
@@ -200,7 +199,7 @@ LEARNING: dict[str, dict[str, Any]] = {
         ("both", "cross_entropy", True),
     )
 }  # fmt: skip
-# Parts that support models with experts. Biases, saliency and sequential recovery do not.
+# Parts that support models with experts. Biases and saliency do not.
 EXPERTS = ("calibration with Gram matrices", "calibration block by block", "least_squares", "distill mlp",
            "pruning", "perplexity", "export check")  # fmt: skip
 

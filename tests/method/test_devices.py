@@ -24,8 +24,6 @@ MAX_WAITS = {
     "saliency": 3 * 35 + 2 * 2,
     "bias": 74,
     "least_squares": 72,
-    # Inputs of `down` are copied to the CPU, which saves a pass. 15 are for the factors of the projections.
-    "least_squares_sequential": 134,
     # 31: also the comparison of both heads. 2: the norm of the gradient in each of two steps.
     "distill mlp": 31 + 2,
     "distill all, with all losses": 31 + 2,

@@ -258,7 +258,7 @@ def assert_tokens_are_planned(result) -> None:
     "flags",
     [
         ["--sparsity.width_multiple=16", "--recovery=bias"],
-        ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn", "--sparsity.learn=both"],
+        ["--recovery=least_squares", "--sparsity.scope=attention+ffn", "--sparsity.learn=both"],
         ["--sparsity.scope=attention+ffn", "--sparsity.cost=kv_cache"],
         ["--sparsity.scope=ffn+blocks"],
         ["--sparsity.uniform_width=true"],

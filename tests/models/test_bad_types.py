@@ -98,27 +98,6 @@ def test_experts_shared_between_layers_are_refused():
         check_structure(model)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "settings", "reason"),
-    [("rwkv", {}, "the logits differ"), ("big_bird", {}, "sequence length must be multiple of block size"),
-     ("gemma4_text", {"num_kv_shared_layers": 12}, "sliding_attention")],
-)  # fmt: skip
-def test_types_whose_layers_depend_on_more_than_hidden_states_are_refused_for_sequential_least_squares(
-    model_type, settings, reason, tmp_path, capsys
-):
-    """Neither the first three layers nor a layer by itself show it.
-
-    RWKV changes its seventh layer, Gemma 4 uses keys of other layers, and the decoder of big_bird changes all layers at
-    its first short text.
-    """
-    config = default_config(model_type)
-    config.update(settings)
-    config.save_pretrained(tmp_path / "model")  # only config.json
-    line = error_line(tmp_path / "model", tmp_path, capsys, "--recovery=least_squares_sequential")
-    assert f"Model type '{model_type}' cannot be computed layer by layer" in line
-    assert reason in line
-
-
 def test_checkpointing_of_a_type_that_does_not_support_it_is_refused(tmp_path, capsys):
     shrunk(default_config("gpt_neox_japanese")).save_pretrained(tmp_path / "model")  # only config.json
     flags = "--recovery=distill", "--distill.checkpointing=true"
