@@ -423,7 +423,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     uniform_width: bool = False
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have
-    fewer heads)."""
+    fewer heads). Allocations to blocks other than uniform are refused."""
     learn: Annotated[
         Literal["thresholds", "offsets", "both"],
         Reads(
@@ -462,6 +462,12 @@ class SparsityConfig(Group, prefix="sparsity."):
         if self.uniform_width and (self.protect or allocation.whole_blocks):
             other = "--sparsity.protect" if self.protect else f"--sparsity.allocation {self.allocation}"
             raise UserError(f"--sparsity.uniform_width cannot be combined with {other}.")
+        flag, base = ("start", self.start) if allocation.modules else ("allocation", self.allocation)
+        if self.uniform_width and base in ("global", "owl", "reconstruction"):
+            raise UserError(
+                f"--sparsity.uniform_width true needs --sparsity.{flag} uniform, because all blocks lose equally much; "
+                f"got {base}."
+            )
         if "blocks" in self.scope and allocation.whole_blocks:
             flag = f"--sparsity.allocation {self.allocation}"
             raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {flag}. Remove blocks from it.")
