@@ -35,12 +35,19 @@ class DeciLMConfig(LlamaConfig):
 
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs=(), **settings):
+    def __init__(self, block_configs=(), num_attention_heads=32, num_key_value_heads=None, **settings):
         """Take `block_configs` from config.json, where they are plain dicts."""
-        super().__init__(**settings)
+        # Llama's check that the number of heads divides the hidden size does not apply, because `head_dim` is explicit.
+        # One head passes it.
+        super().__init__(num_attention_heads=1, num_key_value_heads=1, **settings)
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.block_configs = [
             Settings({part: Settings(values) for part, values in block.items()}) for block in block_configs
         ]
+
+    def validate(self):
+        """Skip Llama's check in `save_pretrained` too."""
 
 
 class DeciLMForCausalLM(LlamaForCausalLM):

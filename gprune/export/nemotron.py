@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.errors import UserError
+from gprune.errors import UserError, quoting
 from gprune.export import modeling_decilm
 from gprune.export.gguf_check import CHECK_TEXT, CHECK_TOKENS
 from gprune.export.gguf_writer import difference_from_llama
@@ -167,10 +167,12 @@ def write(
     refuse(blocks_of(model), model.config)
     tensors = llama_tensors(model)
     path.mkdir()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
+    with quoting(f"Cannot export '{model.config.model_type}' to nemotron-nas: transformers refuses its config: "):
+        modeling_decilm.DeciLMConfig.from_pretrained(path)
     shutil.copy(modeling_decilm.__file__, path)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     model.generation_config.save_pretrained(path)
     tokenizer.save_pretrained(path)
     if check:

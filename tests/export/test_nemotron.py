@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gprune.config.parse import parse
 from gprune.errors import UserError
@@ -130,12 +130,24 @@ def test_what_the_format_cannot_express_is_refused_before_anything_is_written(fa
     assert not (tmp_path / "folder").exists()
 
 
-def test_layers_that_all_lost_a_kv_group_are_written(tmp_path):
-    model = make_tiny("llama")
+@pytest.mark.parametrize("kept", [(False, True), (True, True, False, True)])
+def test_layers_that_all_lost_a_kv_group_are_written(kept, tmp_path):
+    """Also if the number of heads, as 3 here or 28 of Llama-3.2-1B's 32, does not divide the hidden size."""
+    model = make_tiny("llama", num_key_value_heads=len(kept))
     masks = some_masks(model, attention=False)
-    model = slice_model(model, Masks(masks.ffn, [torch.tensor([False, True])] * 3))
-    assert written_config(model, tmp_path / "folder")["num_key_value_heads"] == 1
+    model = slice_model(model, Masks(masks.ffn, [torch.tensor(kept)] * 3))
+    assert written_config(model, tmp_path / "folder")["num_key_value_heads"] == sum(kept)
     assert difference_after_reloading(model, tmp_path / "folder") == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    again.save_pretrained(tmp_path / "again")
+    assert difference_after_reloading(model, tmp_path / "again") == 0
+
+
+def test_a_config_that_transformers_refuses_is_found_without_check(tmp_path):
+    model = pruned("llama")
+    vars(model.config)["initializer_range"] = 2.0  # the class would refuse it
+    with pytest.raises(UserError, match=r"Cannot export 'llama' to nemotron-nas: .*initializer_range.*"):
+        write(model, tiny_tokenizer(), tmp_path / "folder")
 
 
 def test_a_run_that_may_remove_different_numbers_of_heads_is_refused_in_the_plan():
