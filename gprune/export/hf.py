@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.checks import memory_limits, require
 from gprune.discovery import family_of
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
+from gprune.export.gguf_check import CHECK_TEXT
 from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
 from gprune.models.agreement import compare
@@ -304,7 +305,7 @@ def save_pruned(
         config |= modeling_pruned.legacy_rope_settings(config)
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+            save_tokenizer(tokenizer, new, exportable.config)
             copy_processor(tokenizer.name_or_path, exportable, new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
         lost = [
@@ -314,6 +315,23 @@ def save_pruned(
             raise UserError(f"Cannot overwrite '{folder}': it contains {lost[0]}, which would be lost. Move it away.")
     log.info("Saved the model to %s", folder)
     return folder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: PreTrainedConfig) -> None:
+    """Write a tokenizer into an exported folder with this config, and warn if `AutoTokenizer` gives other ids.
+
+    `AutoTokenizer` chooses a class by the type of the model, which may be another one than that of the dense model.
+    """
+    tokenizer.save_pretrained(folder)
+    expected = tokenizer(CHECK_TEXT).input_ids
+    try:
+        found = AutoTokenizer.from_pretrained(folder, config=config)(CHECK_TEXT).input_ids
+        problem = None if found == expected else "gives other ids than the model's own tokenizer"
+    except Exception as error:
+        problem = f"cannot load the folder's tokenizer: {first_line(error)}"
+    if problem is not None:
+        source = tokenizer.name_or_path or type(tokenizer).__name__
+        log.warning("AutoTokenizer %s. Load the tokenizer of '%s' for the exported model.", problem, source)
 
 
 def shard_size(model: PreTrainedModel) -> int:

@@ -23,7 +23,7 @@ from gprune.errors import UserError, quoting
 from gprune.export import modeling_decilm
 from gprune.export.gguf_check import CHECK_TEXT, CHECK_TOKENS
 from gprune.export.gguf_writer import difference_from_llama
-from gprune.export.hf import check_reload
+from gprune.export.hf import check_reload, save_tokenizer
 from gprune.export.modeling_decilm import MULTIPLE
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
@@ -68,15 +68,17 @@ def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, unequal_heads: 
     """
     heads = [block.heads for block in blocks]
     for block in blocks:
-        reason = difference_from_llama(config, block)
-        if reason is None and len(set(heads)) > 1:
-            reason = f"layers have {min(heads)} to {max(heads)} query heads"
-        if reason is None and unequal_heads:
-            reason = "--sparsity.scope includes attention; --sparsity.uniform_width true removes equally many heads"
+        reason, others = difference_from_llama(config, block), "hf"  # GGUF is refused for the same difference
+        if reason is None:
+            others = "hf or gguf, which vLLM and llama.cpp load"
+            if len(set(heads)) > 1:
+                reason = f"layers have {min(heads)} to {max(heads)} query heads"
+            elif unequal_heads:
+                reason = "--sparsity.scope includes attention; --sparsity.uniform_width true removes equally many heads"
         if reason is not None:
             raise UserError(
                 f"Cannot export '{config.model_type}' to nemotron-nas: it must compute like Llama with equally many "
-                f"query heads in all layers, but {reason}. Export to hf or gguf, which vLLM and llama.cpp load."
+                f"query heads in all layers, but {reason}. Export to {others}."
             )
 
 
@@ -170,11 +172,11 @@ def write(
     text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
     with quoting(f"Cannot export '{model.config.model_type}' to nemotron-nas: transformers refuses its config: "):
-        modeling_decilm.DeciLMConfig.from_pretrained(path)
+        config = modeling_decilm.DeciLMConfig.from_pretrained(path)
     shutil.copy(modeling_decilm.__file__, path)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     model.generation_config.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_tokenizer(tokenizer, path, config)
     if check:
         ids = tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :CHECK_TOKENS]
         log.info("Checked in transformers: largest difference of logits %g", check_reload(model, path, ids))

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gprune.config.parse import parse
 from gprune.errors import UserError
@@ -118,10 +118,13 @@ def test_removed_blocks_leave_fewer_layers(tmp_path):
 @pytest.mark.parametrize(
     ("family", "attention", "reason"),
     [
-        ("llama", True, "query heads"), ("qwen3", False, "q_norm"), ("gemma3_text", False, "norms"),
-        ("mixtral", False, "has experts"), ("gpt2", False, "has no gate"),
+        ("llama", True, r"query heads\. Export to hf or gguf, which"),
+        ("qwen3", False, r"q_norm.* Export to hf\.$"),
+        ("gemma3_text", False, r"norms.* Export to hf\.$"),
+        ("mixtral", False, r"has experts\. Export to hf\.$"),
+        ("gpt2", False, r"has no gate\. Export to hf\.$"),
     ],
-)  # fmt: skip
+)
 def test_what_the_format_cannot_express_is_refused_before_anything_is_written(family, attention, reason, tmp_path):
     model = make_tiny(family)
     model = slice_model(model, some_masks(model, attention=attention))
@@ -141,6 +144,27 @@ def test_layers_that_all_lost_a_kv_group_are_written(kept, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
     again.save_pretrained(tmp_path / "again")
     assert difference_after_reloading(model, tmp_path / "again") == 0
+
+
+class ReversingTokenizer(PreTrainedTokenizerFast):
+    """A class that `AutoTokenizer` does not find: it loads the general class instead."""
+
+    def __call__(self, text, **options):
+        encoding = super().__call__(text, **options)
+        encoding["input_ids"] = encoding["input_ids"][::-1]
+        return encoding
+
+
+def test_a_tokenizer_that_gives_other_ids_after_reloading_is_reported_by_both_formats(tmp_path, caplog):
+    tokenizer = tiny_tokenizer()
+    other = ReversingTokenizer(tokenizer_object=tokenizer._tokenizer, name_or_path="my/model", unk_token="<unk>")
+    for used, number in ((tokenizer, 0), (other, 1)):
+        caplog.clear()
+        save_pruned(pruned("llama"), used, tmp_path / f"hf-{number}")
+        write(pruned("llama"), used, tmp_path / f"nemotron-{number}")
+        warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        expected = "AutoTokenizer gives other ids than the model's own tokenizer. Load the tokenizer of 'my/model'"
+        assert [message.startswith(expected) for message in warnings] == [True, True][: 2 * number]
 
 
 def test_a_config_that_transformers_refuses_is_found_without_check(tmp_path):
