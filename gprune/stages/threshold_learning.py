@@ -150,14 +150,16 @@ class ThresholdLearning(FrozenLMStage):
         with torch.no_grad():
             neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
 
-        def shifted(thresholds: nn.ParameterList, margins: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        def shifted(
+            thresholds: nn.ParameterList, margins: list[Tensor], masks: list[Tensor], experts: list[int]
+        ) -> list[Tensor]:
             """Return the thresholds of each block, shifted by the margin of the block's cut."""
-            blocks = zip(thresholds, margins, masks, strict=True)
-            return [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in blocks]
+            blocks = zip(thresholds, margins, masks, experts, strict=True)
+            return [t + cut_margin(Masks([keep], []), [margin], [e]).float() for t, margin, keep, e in blocks]
 
-        of_kept = self.budget.of_kept_neurons
-        ffn = shifted(self.ffn_thresholds, of_kept(neuron_margins), of_kept(hard.ffn))
-        return ffn, shifted(self.attention_thresholds, group_margins, hard.attention)
+        of_kept, experts = self.budget.of_kept_neurons, self.budget.kept_experts
+        ffn = shifted(self.ffn_thresholds, of_kept(neuron_margins), of_kept(hard.ffn), experts)
+        return ffn, shifted(self.attention_thresholds, group_margins, hard.attention, [1] * len(experts))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam, with a learning rate for thresholds and one for offsets."""

@@ -19,6 +19,7 @@ from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
+from tests.tiny_families import make_tiny
 from tests.tiny_llama import hooks_of, make_tiny_llama
 
 K = 4
@@ -105,8 +106,9 @@ def make_stage(
         removed_blocks: blocks that are removed as a whole.
         **options: arguments of `ThresholdLearning`.
     """
-    units = block_units(blocks_of(model), scope=scope)
-    scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
+    blocks = blocks_of(model)
+    units = block_units(blocks, scope=scope)
+    scores, group_scores, ranks = random_problem([b.all_neurons for b in blocks], [b.kv_groups for b in blocks], seed)
     block_share = 0.9 if "blocks" in scope else 0.0
     budget = Budget.of(units, sparsity, width_multiple, uniform=uniform, block_share=block_share)
     budget = budget.without(removed_blocks)
@@ -288,7 +290,7 @@ def test_the_logged_loss_is_that_of_the_hard_masks(loss, options, tiny_model):
     assert float(trainer.callback_metrics["learn/loss"]) == pytest.approx(float(expected), rel=1e-4)
 
 
-def slopes(p: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
+def slopes(p: torch.Tensor, t: torch.Tensor, T: float | torch.Tensor) -> torch.Tensor:
     """d/dt sigmoid((p - sigmoid(t)) / T) of each unit."""
     cut = torch.sigmoid(t)
     soft = torch.sigmoid((p - cut) / T)
@@ -311,6 +313,22 @@ def test_equal_widths_stay_equal_during_training_and_soft_gates_are_steepest_at_
         thresholds = t.detach().double()[y]
         cut_margin = (torch.logit(p) - thresholds)[~m].max()
         expected = slopes(p, thresholds + cut_margin, 1 / 12)  # twelve neurons per module
+        np.testing.assert_allclose(t.grad, torch.zeros(K).double().index_add(0, y, expected), rtol=1e-3)
+
+
+def test_the_cut_of_experts_with_equal_widths_is_the_mean_over_experts():
+    """Each expert loses its own lowest neurons, so the largest margin that is removed differs between experts."""
+    stage = make_stage(make_tiny("mixtral"), uniform=True)
+    stage.refresh_gates()
+    sum(gate.sum() for gate in stage.ffn_gates).backward()
+    ranks, thresholds = stage.ranks, stage.ffn_thresholds
+    for p, y, sizes, keep, t in zip(ranks.ffn, ranks.labels, ranks.sizes, stage.masks().ffn, thresholds, strict=True):
+        of_units = t.detach().double()[y]
+        margins = torch.logit(p.double()) - of_units
+        largest = margins.masked_fill(keep, -torch.inf).view(4, -1).amax(1)
+        assert largest.max() - largest.mean() > 0.05  # the two definitions differ
+        T = (1 / sizes.double()).clamp_min(0.05)[y]
+        expected = slopes(p, of_units + largest.mean(), T)
         np.testing.assert_allclose(t.grad, torch.zeros(K).double().index_add(0, y, expected), rtol=1e-3)
 
 
