@@ -38,9 +38,9 @@ GRAMS_IN_MEMORY = 4 * 2**30  # bytes; larger Gram matrices of a run are written 
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
-def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
-    """Return whether to calibrate layer by layer: for offloaded, unsharded models and for large Gram matrices."""
-    if is_offloaded(model) and not sharded:
+def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool) -> bool:
+    """Return whether to calibrate layer by layer: for offloaded models and for large Gram matrices."""
+    if is_offloaded(model):
         return True
     return gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY
 
@@ -51,7 +51,7 @@ class Grams(Feature):
     def refuse(self, plan: Any) -> None:
         """Raise UserError if the model cannot be computed layer by layer and has to be."""
         corpora = len(plan.cfg.calibration_corpora)
-        if needs_walk(plan.skeleton, corpora=corpora, gram=True, sharded=plan.cfg.model.shard):
+        if needs_walk(plan.skeleton, corpora=corpora, gram=True):
             check_walk(plan.skeleton.config)
 
 

@@ -22,13 +22,13 @@ PRUNING_SETTINGS = ("gprune", "importance", "partition", "reliability", "sparsit
 def without_pruning(cfg: RunConfig, recovery: str, subject: str = "A model made elsewhere") -> RunConfig:
     """Return a copy with the defaults of the settings of pruning, and with the recovery `none` or `distill`.
 
-    Raise UserError, whose message begins with `subject`, for another recovery, several processes, sharding, offloading,
-    a dry run and GGUF.
+    Raise UserError, whose message begins with `subject`, for another recovery, several processes, offloading, a
+    dry run and GGUF.
     """
     if recovery not in ("none", "distill"):
         raise UserError(f"{subject} needs --recovery none or distill; got {recovery}.")
-    if cfg.processes > 1 or cfg.model.shard or cfg.model.device_map is not None:
-        raise UserError(f"{subject} needs one process, without --model.shard and --model.device_map.")
+    if cfg.processes > 1 or cfg.model.device_map is not None:
+        raise UserError(f"{subject} needs one process, without --model.device_map.")
     if cfg.dry_run or cfg.export.format == "gguf":
         raise UserError(f"{subject} cannot be combined with --dry_run true or --export gguf.")
     settings = cfg.model_dump(exclude=set(PRUNING_SETTINGS), warnings=False)

@@ -129,6 +129,7 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "distill.points": "--trainer.val_check_interval",
     "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
     "trainer.default_root_dir": "--run.dir",
+    "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
     "recovery=least_squares_sequential": "--recovery least_squares",
 }
@@ -222,8 +223,6 @@ class ModelConfig(Group, prefix="model."):
     """Memory for weights by device number or cpu, such as {0: 20GiB, cpu: 60GiB}; needs --model.device_map. Weights
     that do not fit stay on disk and are loaded block by block. Gradients of such a model are not available, but the
     pruned model can be distilled."""
-    shard: Annotated[bool, NEVER] = False
-    """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device."""
     trust_remote_code: bool = False
     """Run Python code in the model's repository. Use it only if you have read that code."""
 

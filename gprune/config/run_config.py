@@ -143,7 +143,7 @@ class RunConfig(Group):
         with_options: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
         with_options |= {
             self.partition.refiner: (REFINER, type(self.partition).model_fields),
-            self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),
+            self.sparsity.learner: (LEARNER, type(self.sparsity).model_fields),
             self.corpora.calibrator: (CALIBRATOR, ()),
         }
         for name, options in self.options.items():
@@ -170,18 +170,10 @@ class RunConfig(Group):
             raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward_flag}; got float16.")
 
     def _check_placement(self) -> None:
-        """Raise UserError for a combination of sharding, offloading and processes that is not supported."""
-        model, processes = self.model, self.processes
-        if model.shard and self.measures_errors:
-            raise UserError(f"--model.shard true cannot be combined with --sparsity.allocation {self.base_allocation}.")
-        if model.shard and processes < 2:
-            raise UserError("--model.shard needs two or more processes (--trainer.devices, .num_nodes); got one.")
-        if model.device_map is not None and processes > 1:
-            flag = f"--model.device_map {model.device_map}"
-            if not model.shard:
-                raise UserError(f"{flag} needs one process, or --model.shard true; got {processes} processes.")
-            if model.device_map != "cpu" and set(model.max_memory or ()) != {"cpu"}:
-                raise UserError(f"{flag} needs --model.max_memory for cpu alone if --model.shard is true.")
+        """Raise UserError for a device map with several processes, each of which would use all devices."""
+        if self.model.device_map is not None and self.processes > 1:
+            flag = f"--model.device_map {self.model.device_map}"
+            raise UserError(f"{flag} needs one process; got {self.processes} processes.")
 
     @property
     def entries(self) -> list[tuple[Registry[Any], str]]:

@@ -167,8 +167,9 @@ class TrainerConfig(Group, prefix="trainer."):
     """Processes per node. Statistics and thresholds agree with those of one process."""
     num_nodes: Annotated[UpTo4096, NEVER] = 1
     """Number of nodes."""
-    strategy: Annotated[Literal["auto", "ddp"], NEVER] = "auto"
-    """auto or ddp."""
+    strategy: Annotated[Literal["auto", "ddp", "fsdp"], NEVER] = "auto"
+    """auto, ddp or fsdp. fsdp: ddp, except that distillation shards the layers of both models, gradients and the states
+    of AdamW over all processes (Lightning's ModelParallelStrategy, PyTorch's fully_shard)."""
     float32_matmul_precision: Annotated[Literal["highest", "high", "medium"], IF_CHANGED] = "highest"
     """Argument of torch.set_float32_matmul_precision. highest: float32 matrix products in float32, on AMD's CPUs with
     AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: permits
@@ -227,8 +228,13 @@ class TrainerConfig(Group, prefix="trainer."):
             "precision": "32-true" if self.precision == "auto" else self.precision,
             "devices": self.devices,
             "num_nodes": self.num_nodes,
-            "strategy": self.strategy,
+            "strategy": self.lightning_strategy,
         }
+
+    @property
+    def lightning_strategy(self) -> str:
+        """Lightning's argument `strategy` of stages that do not shard their models."""
+        return "ddp" if self.strategy == "fsdp" else self.strategy
 
     @property
     def lightning_accelerator(self) -> str:

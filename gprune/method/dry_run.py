@@ -150,8 +150,8 @@ class Memory(NamedTuple):
 def memory_lines(plan: Plan) -> dict[str, str]:
     """Return the step with the highest peak, whether the peak fits and what lowers it, and its five terms."""
     cfg = plan.cfg
-    if cfg.model.device_map is not None or cfg.model.shard:
-        return {"memory": "not counted with --model.device_map and --model.shard; see docs/large_models.md"}
+    if cfg.model.device_map is not None:
+        return {"memory": "not counted with --model.device_map; see docs/large_models.md"}
     peaks = estimated_peaks(plan)
     step, terms = max(peaks.items(), key=lambda item: sum(item[1]))
     available = cfg.plan.memory

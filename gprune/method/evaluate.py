@@ -19,7 +19,6 @@ from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
 from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run
-from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.losses import same_head
 from gprune.models.masks import Masks
@@ -47,7 +46,7 @@ def evaluate(
 
     The rows are the dense model, the controls and the main row. Controls are pruned and recovered here. Finished rows
     are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split over processes,
-    with the same bits as on one process; with `--model.shard` layers are sharded too.
+    with the same bits as on one process.
     """
     cfg, before_recovery = run.cfg, pruned is None
     if before_recovery:
@@ -73,7 +72,6 @@ def evaluate(
             if not rank_evaluates:
                 continue
             measure = measurement_of(run, row, model)
-            model = shard_if_requested(run, model)
             results = [measure(run, model, windows, row_name(*row)) for windows in run.text.test]
             add_row(run, records, row, results, run.text.test, leaked)
     if before_recovery and rank_evaluates and not run.folder.finished:
@@ -117,14 +115,6 @@ def leaks(run: Run, also_used: Collection[str] = ()) -> dict[str, tuple[bool, fl
     return by_corpus
 
 
-def shard_if_requested(run: Run, model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model, or with `--model.shard` a copy with layers sharded over processes."""
-    world_size = rank_and_world_size()[1]
-    if run.cfg.model.shard and world_size > 1:
-        return sharded_copy(model, run.plan.device, world_size)
-    return model
-
-
 def dense_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, *, keep_forecasts: bool = False
 ) -> PerplexityResult:
@@ -164,7 +154,7 @@ def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Window
 def measure_with_distance(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
     """Perplexity of a row's model, with KL and agreement with the dense model."""
     if windows.content_hash not in run.forecasts:
-        measure_and_keep_forecasts(run, shard_if_requested(run, run.model), windows, f"dense beside {name}")
+        measure_and_keep_forecasts(run, run.model, windows, f"dense beside {name}")
     return measure_perplexity(run, model, windows, name, run.forecasts[windows.content_hash])
 
 

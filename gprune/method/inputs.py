@@ -25,7 +25,7 @@ log = logging.getLogger("gprune")
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
     """Raise UserError if a step needs gradients but weights of the model are offloaded."""
-    if cfg.backward_flag and not cfg.model.shard and is_offloaded(model):
+    if cfg.backward_flag and is_offloaded(model):
         raise UserError(
             f"{cfg.backward_flag} needs gradients, which offloaded weights do not have. Raise --model.max_memory, or "
             "use --sparsity.allocation uniform and --importance wanda_sp."
@@ -35,8 +35,7 @@ def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
 def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the frozen model with its structure, and its tokenizer.
 
-    The model is moved to the device of the Trainer, except with a `device_map`, and except a model that will be
-    sharded: it stays on the CPU, and each process copies its part from there.
+    The model is moved to the device of the Trainer, except with a `device_map`.
     """
     m = cfg.model
     log.info("Loading %s", m.name)
@@ -46,7 +45,7 @@ def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, P
     check_backward(cfg, model)
     if cfg.export.format == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # raises if GGUF cannot express it
-    if not (m.device_map or m.shard):
+    if not m.device_map:
         model = model.to(device)
     return model, tokenizer
 

@@ -245,7 +245,9 @@ class Plan:
         """Whether the teacher's hidden states are cached: several models are distilled and the states are small."""
         recoveries = [*self.cfg.trials, *(recovery for _, recovery in self.cfg.rows)]
         trained_models = sum(recovery_learns(recovery) for recovery in recoveries)
-        return trained_models > 1 and self.can_cache(self.cfg.fresh_tokens)
+        # Layers of a sharded teacher are gathered by all processes together, so all of them compute every batch.
+        is_sharded = self.cfg.trainer.strategy == "fsdp"
+        return trained_models > 1 and not is_sharded and self.can_cache(self.cfg.fresh_tokens)
 
     def can_cache(self, tokens: int) -> bool:
         """Return whether the dense model's final hidden states of a number of tokens are small enough to cache."""

@@ -92,7 +92,7 @@ from gprune.partition.objective import refinement_inputs
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.runs.results import PruningResult, corpus_file
 from gprune.runs.tracking import log_scalars
-from gprune.runs.trainer import check_trainer, launch_processes
+from gprune.runs.trainer import launch_processes
 from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_pair
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import VariantMasks
@@ -223,7 +223,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
     by_block = "saliency" not in cfg.collects and needs_walk(
-        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
+        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects
     )
     if by_block:
         check_walk(run.model.config)
@@ -234,8 +234,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
         user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {}), "code": code}
         if None in code.values():  # the code may have changed, so only this run may use its statistics again
             user_calibrator["run"] = str(run.folder.path.resolve())
-    # A sharded model computes on the trainer's device, wherever it was loaded.
-    device = check_trainer(**cfg.trainer.lightning_arguments) if cfg.model.shard else device_of(run.model)
+    device = device_of(run.model)
     return StatisticsCache(
         texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration_corpora},
         # Everything that can change the last bits is part of the key, so that results do not depend on which run
@@ -269,7 +268,7 @@ def collect_statistics(
         name, extras = cfg.corpora.calibrator, {"routing": True} if "routing" in kinds else {}
         stage = CALIBRATOR[name](
             run.model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
-            store=store, shard=cfg.model.shard, **extras, **cfg.options.get(name, {}),
+            store=store, **extras, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
             test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
@@ -605,9 +604,8 @@ def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
     cfg, s = run.cfg, run.cfg.sparsity
     _set_removed_to_mean(start, run.budget)  # `start` is a new object, which nobody else reads
     learner = LEARNER[s.learner]  # by default stages/threshold_learning.py
-    settings = dict(s) | {"shard": cfg.model.shard}
     options = cfg.options.get(s.learner, {})
-    stage = learner(run.model, ranks, start, run.budget, **select_options(learner, settings) | options)
+    stage = learner(run.model, ranks, start, run.budget, **select_options(learner, dict(s)) | options)
 
     def masks_at(budget: Budget) -> Masks:
         """Return the learner's masks for a budget. Raise UserError if they are invalid."""

@@ -26,7 +26,7 @@ from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.evaluation.intervals import Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
-from gprune.method.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
+from gprune.method.evaluate import dense_perplexity, measure_perplexity
 from gprune.method.recover import learned_file, prune_and_recover
 from gprune.method.run import Run
 from gprune.models.masks import Masks
@@ -67,8 +67,7 @@ class Trials:
         self.measured: dict[str, list[dict[str, Any]]] = broadcast(stored.get("measured", {}))
         self.trained: dict[str, Masks] = {}  # key -> masks of trials that are trained, in order
         with run.folder.step("quality"):
-            model = shard_if_requested(run, run.model)
-            self.dense = [dense_perplexity(run, model, windows, "dense") for windows in run.text.development]
+            self.dense = [dense_perplexity(run, run.model, windows, "dense") for windows in run.text.development]
         self.step = run.budget.step
         self.max_cut = math.ceil(run.budget.target / self.step)
 
@@ -89,7 +88,7 @@ class Trials:
             name = f"{row_name(*row)} less {budget.target:,}"
             with run.folder.step("quality"), run.folder.part(name):
                 trial = self.number(masks, row)
-                model = shard_if_requested(run, prune_and_recover(run, masks, self.statistics, row=row, trial=trial))
+                model = prune_and_recover(run, masks, self.statistics, row=row, trial=trial)
                 run.meter.watch(model)
                 results = [measure_perplexity(run, model, w, name) for w in run.text.development]
             self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]

@@ -11,8 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
@@ -60,7 +58,6 @@ def prune_and_recover(
         statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
         batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
         fit=fit_once(run, learned_file(masks, row), logged_row, of),
-        shard=cfg.model.shard,
         teacher=run.teacher,
     )
     # Only the first recovery of a chain may change blocks one at a time. Least squares is recoveries/least_squares.py.
@@ -133,7 +130,7 @@ def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callab
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
     UserError for unknown arguments. `row` and `of` are those of `Run.fit`.
     """
-    call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
+    call_numbers, c = itertools.count(), run.cfg.corpora
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
@@ -146,16 +143,13 @@ def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callab
                 " A stage trains for one epoch; --distill.tokens sets how much text it has."
             )
         name = f"{path}-{type(stage).__name__}-{next(call_numbers)}".removesuffix("-0")
-        strategy = t.strategy
-        if run.cfg.model.shard and is_overridden("configure_model", stage):  # the stage shards the trained model
-            strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         learned = broadcast(run.folder.read(name))
         if learned is None:  # the cost of training is recorded in the enclosing step
             rise = RisingPerplexity() if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[rise] if rise else [], strategy=strategy, row=row, of=of, measured_after=0.25,
+                callbacks=[rise] if rise else [], row=row, of=of, measured_after=0.25,
             )  # fmt: skip
             if rise:
                 rise.warn()

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,6 +168,9 @@ class Run:
         callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
+        strategy = t.lightning_strategy
+        if t.strategy == "fsdp" and is_overridden("configure_model", stage):  # the stage shards its models
+            strategy = ModelParallelStrategy(self.cfg.processes, 1, save_distributed_checkpoint=False)
         return L.Trainer(
             accelerator=t.lightning_accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
@@ -176,7 +180,7 @@ class Run:
             use_distributed_sampler=False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # True would add a ModelCheckpoint
             enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
-            **{"strategy": t.strategy} | kwargs,
+            strategy=strategy, **kwargs,
         )  # fmt: skip
 
     def fit(

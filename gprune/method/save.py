@@ -140,9 +140,9 @@ def check_discovered_structure(run: Run) -> None:
     """Compare the masked with the sliced model before step 1, with a random half of the units, if they were discovered.
 
     The structure was found and checked on a tiny copy. The loaded model has the same class, but other settings. Nothing
-    is compared if the structure is that of a written record, or if the model is offloaded or sharded.
+    is compared if the structure is that of a written record, or if the model is offloaded.
     """
-    if not record_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
+    if not record_of(run.model).found or is_offloaded(run.model):
         return
     masks = random_masks(run.model, share=0.5, scope=run.cfg.sparsity.scope)
     ids = checked_tokens(run).to(device_of(run.model))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -19,6 +20,9 @@ from transformers import (
 from gprune.errors import quoting
 from gprune.models.families import Family, attach_record, decoder_layers, decoder_of, record_of
 from gprune.models.offload import load_parameter
+
+if TYPE_CHECKING:  # not every build of torch has it
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -101,12 +105,42 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
     return copied.requires_grad_(False)
 
 
+def with_sharded_layers(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """Return a copy of a model with decoder layers sharded over the processes of a mesh by `fully_shard`.
+
+    A layer is gathered while it computes, forward and backward. Other weights share their values with the model.
+    """
+    from torch.distributed.fsdp import fully_shard  # not every build of torch has it
+
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():  # other objects, because `fully_shard` moves their values to its device
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    copied = copy_without_hooks(model, memo)
+    for layer in decoder_layers(copied):  # each one is a root module, which by default stays gathered
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    share_hooks(decoder_of(copied), decoder_of(model))
+    return copied
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which this process has a part.
+
+    DTensors are recognised by a method, because some builds of torch lack `torch.distributed.tensor`.
+    """
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all values of a sharded tensor, gathered from all processes; other tensors are returned unchanged."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 @torch.no_grad()
 def has_own_head(model: PreTrainedModel) -> bool:
     """Return whether the head has other weights than the input embedding; False if it has no weight.
 
     The config is not asked, because transformers does not tie weights that differ in the checkpoint, whatever
-    `tie_word_embeddings` says. Offloaded weights are loaded, and sharded ones gathered.
+    `tie_word_embeddings` says. Offloaded weights are loaded.
     """
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is None:

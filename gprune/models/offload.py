@@ -25,30 +25,13 @@ from gprune.storage.files import Cache, scratch_folder
 def load_parameter(module: nn.Module, name: str) -> Tensor | None:
     """Return the parameter `name` of a module with its values; None if it is None, such as a missing bias.
 
-    An offloaded parameter is loaded to the CPU. A sharded one is gathered, so all processes must call this function.
-    A parameter on the meta device without a hook is returned unchanged.
+    An offloaded parameter is loaded to the CPU. A parameter on the meta device without a hook is returned unchanged.
     """
-    parameter = gathered(getattr(module, name))
+    parameter = getattr(module, name)
     if parameter is None or not parameter.is_meta:
         return parameter
     weight_maps = [hook.weights_map for hook in _offload_hooks(module) if hook.weights_map is not None]
     return weight_maps[0][name] if weight_maps else parameter
-
-
-def is_sharded(tensor: Tensor | None) -> bool:
-    """Return whether a tensor is a DTensor, of which this process has a part.
-
-    DTensors are recognised by a method, because some builds of torch lack `torch.distributed.tensor`.
-    """
-    return hasattr(tensor, "full_tensor")
-
-
-def gathered(tensor: Tensor | None) -> Tensor | None:
-    """Return the full tensor of a sharded one; other values are returned unchanged.
-
-    For sharded tensors all processes must call this function.
-    """
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def free_memory(device: torch.device) -> None:

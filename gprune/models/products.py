@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gprune.models.offload import is_sharded
+from gprune.models.copies import is_sharded
 
 # Parts of oneDNN's names of instruction sets, such as AVX512_CORE_AMX, from which on it has AMX, and so on.
 WITH_AMX = ("AMX",)

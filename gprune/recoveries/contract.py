@@ -59,7 +59,6 @@ class Material:
     # Called with a title and a stage. Trains the stage on `--distill.tokens` of text from `corpora.recover` if the
     # recovery learns, otherwise on calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
-    shard: bool = False  # whether layers are sharded over processes during training
     teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
 
 
@@ -75,7 +74,6 @@ class Recovery(Feature):
     learns = False  # whether it trains on `--distill.tokens` of text
     uses_teacher = False  # whether it reads the states of `Material.teacher`
     experts = True  # whether it can recover experts
-    sharded = True  # whether it works with a dense model that is sharded over processes
     group = ""  # the group of flags that a run assigns to `settings`
     settings: Any = None
     registered: Any = None  # the registered class or function, whose keyword-only parameters are options
@@ -127,12 +125,7 @@ class Recovery(Feature):
         from gprune.models.blocks import blocks_of
 
         blocks = blocks_of(plan.skeleton)
-        alternatives = ", ".join(name for name in RECOVERY if RECOVERY[name].experts and RECOVERY[name].sharded)
-        if plan.cfg.model.shard and not self.sharded:
-            raise UserError(
-                f"--recovery {self.name} cannot be combined with --model.shard true, because every process would "
-                f"compute all layers. Use one of {alternatives}."
-            )
+        alternatives = ", ".join(name for name in RECOVERY if RECOVERY[name].experts)
         if not self.experts and any(block.has_experts for block in blocks):
             raise UserError(
                 f"--recovery {self.name} cannot recover experts (model type '{blocks[0].family.model_type}'). "

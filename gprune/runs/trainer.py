@@ -250,7 +250,9 @@ def _wrong_rank_variable(processes: int) -> str | None:
 def launch_processes(trainer: TrainerConfig) -> Fabric:
     """Launch the processes of a run unless they are running, and return the Fabric for communication."""
     t = trainer
-    fabric = Fabric(accelerator=t.lightning_accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy)
+    fabric = Fabric(
+        accelerator=t.lightning_accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.lightning_strategy
+    )
     fabric.launch()
     return fabric
 

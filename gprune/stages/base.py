@@ -17,7 +17,6 @@ from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import WindowPerplexity, window_losses
-from gprune.models.copies import sharded_copy
 from gprune.models.products import CastWeights
 from gprune.runs.numbers import key_part
 
@@ -31,16 +30,12 @@ class FrozenLMStage(L.LightningModule):
     DDP neither broadcasts nor reduces hundreds of millions of frozen parameters, and `train()` does not enable the
     model's dropout. Lightning does not move such a model between devices, so `setup` does it.
 
-    With `shard` and two or more processes, the stage uses a copy of the model whose layers are sharded over all
-    processes. Lightning's FSDP strategy would shard registered modules only.
-
     Validation measures the perplexity of `measured_model` on the windows of each validation loader. It is logged as
     `development/perplexity/<corpus>`, with the geometric mean over corpora as `development/perplexity`, so
     `EarlyStopping(monitor="development/perplexity")` and `ModelCheckpoint` work with stages that inherit this class.
 
     Args:
         model: the frozen language model.
-        shard: whether to shard the model over processes.
 
     Attributes:
         curves: prefix of logged training metrics, such as `learn` in `learn/loss`. Default: the name of the class.
@@ -58,12 +53,10 @@ class FrozenLMStage(L.LightningModule):
     measured_at: int | None = None
     in_float32 = False  # whether the stage continues without autocast, because a loss was not finite
 
-    def __init__(self, model: PreTrainedModel, *, shard: bool = False):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         assert not any(p.requires_grad for p in model.parameters()), "the language model must be frozen"
         self._frozen = (model,)
-        self._shard = shard
-        self._copy: tuple[PreTrainedModel, ...] = ()  # the sharded copy while the stage runs
         self._tokens: Tensor | int = 0  # a tensor on the device, which avoids a synchronization in each step
         self._perplexities: list[WindowPerplexity] = []  # one per validation loader; a list keeps them unregistered
         self.development: dict[str, float] = {}
@@ -72,8 +65,8 @@ class FrozenLMStage(L.LightningModule):
 
     @property
     def lm(self) -> PreTrainedModel:
-        """The language model, or its sharded copy while the stage runs."""
-        return self._copy[0] if self._copy else self._frozen[0]
+        """The language model."""
+        return self._frozen[0]
 
     @property
     def tokens(self) -> int:
@@ -85,33 +78,19 @@ class FrozenLMStage(L.LightningModule):
         """The model that validation measures: the stage's `student`, or the frozen model."""
         return getattr(self, "student", self.lm)
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether layers are sharded, which needs several processes."""
-        return self._shard and self.trainer.world_size > 1
-
     def setup(self, stage: str) -> None:
-        """Move the frozen model to the Trainer's device, or create its sharded copy."""
-        device = self.trainer.strategy.root_device
-        if self._is_sharded:
-            if stage == "validate" and self.measured_model is not self.lm:
-                return  # only the student is measured
-            self._copy = (sharded_copy(self._frozen[0], device, self.trainer.world_size),)
-        # The layers of an offloaded or sharded model are already on their devices.
-        elif not self._shard and getattr(self.lm, "hf_device_map", None) is None:
-            self.lm.to(device)
+        """Move the frozen model to the Trainer's device. The layers of an offloaded model are on their devices."""
+        if getattr(self.lm, "hf_device_map", None) is None:
+            self.lm.to(self.trainer.strategy.root_device)
 
     def teardown(self, stage: str) -> None:
-        """Free the copies of the model, and move registered tensors back to the Trainer's device.
+        """Free the copies of weights, and move registered tensors back to the Trainer's device.
 
-        Lightning calls this hook last, after the final forward pass. The copies are then no longer used, and Lightning
-        has already moved the stage to the CPU.
+        Lightning calls this hook last, after the final forward pass, and has already moved the stage to the CPU.
+        Registered tensors may be only some of a student's weights, and the others are still on the device.
         """
-        self._copy = ()
         self._cast_weights.clear()
-        if not self._shard:
-            # Registered tensors may be only some of a student's weights, and the others are still on the device.
-            self.to(self.trainer.strategy.root_device, non_blocking=True)
+        self.to(self.trainer.strategy.root_device, non_blocking=True)
 
     def autocast_losses(
         self, compute: Callable[[], Tensor], *models: PreTrainedModel, check_always: bool = False

@@ -39,7 +39,6 @@ class CalibrationStage(FrozenLMStage):
             batch. The results have the same bits.
         store: with `walk`, `store(corpus, block, matrices by scope)` writes the Gram matrices of a block and returns
             references to the files.
-        shard: whether to shard the model over processes.
         routing: whether to collect sums over the tokens of each expert.
     """
 
@@ -51,10 +50,9 @@ class CalibrationStage(FrozenLMStage):
         saliency: Collection[str] = (),
         walk: bool = False,
         store: Store | None = None,
-        shard: bool = False,
         routing: bool = False,
     ):
-        super().__init__(model, shard=shard)
+        super().__init__(model)
         assert not (walk and saliency), "gradients cannot be collected block by block"
         self.corpora = corpora
         self.gram = gram

@@ -13,8 +13,8 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from gprune.evaluation.intervals import geometric_mean, paired_ratio
+from gprune.models.copies import full_tensor
 from gprune.models.masks import Masks, masked
-from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage, curves_of, log_exactly
 
 log = logging.getLogger("gprune")
@@ -44,7 +44,7 @@ class StepCurves(L.Callback):
         scale = first_group.get("size") or 1  # a relative learning rate is logged without the scale of its tensor
         prefix = curves_of(pl_module)
         pl_module.log_dict({
-            f"{prefix}/gradient_norm": gathered(norm),
+            f"{prefix}/gradient_norm": full_tensor(norm),
             f"{prefix}/learning_rate": float(first_group["lr"] / scale),
         })  # fmt: skip
 

@@ -30,8 +30,6 @@ class Distill(Recovery):
         """Raise UserError as `Recovery.refuse`, if LoRA cannot be used, or layers cannot be recomputed."""
         super().refuse(plan)
         settings = plan.cfg.distill
-        if settings.targets == "lora" and plan.cfg.model.shard:
-            raise UserError("--distill.targets must be mlp or all with --model.shard true; got lora.")
         if settings.targets == "lora" and find_spec("peft") is None and not plan.cfg.dry_run:
             raise UserError("--distill.targets lora needs peft, which is not installed. Run pip install peft.")
         if settings.checkpointing and not plan.skeleton.supports_gradient_checkpointing:
@@ -51,7 +49,6 @@ class Distill(Recovery):
         stage = DistillationStage(
             material.dense,
             pruned,
-            shard=material.shard,
             teacher=material.teacher,
             **select_options(DistillationStage, dict(settings)),
         )

@@ -9,13 +9,14 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.config.running import RELATIVE_RATE
 from gprune.errors import UserError
+from gprune.models.copies import full_tensor, with_sharded_layers
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses, same_head
-from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage, require_finite_loss
 from gprune.stages.student import Student, TeacherStates
 
@@ -95,7 +96,6 @@ class DistillationStage(FrozenLMStage):
         kl: weight of the KL divergence from the dense model.
         cross_entropy: weight of the next-token cross-entropy.
         checkpointing: whether to recompute the activations of each layer in the backward pass.
-        shard: whether to shard the layers of both models over all processes.
         teacher: final hidden states of `dense` for all rows of a run; None: they are computed for each batch.
 
     Raises:
@@ -109,15 +109,15 @@ class DistillationStage(FrozenLMStage):
         self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
         rank: int = 8, learning_rate: float = RELATIVE_RATE, absolute_learning_rate: float | None = None,
         warmup: float = 0.1, weight_decay: float = 0.0, kl: float = 1.0, cross_entropy: float = 0.0,
-        checkpointing: bool = False, shard: bool = False, teacher: TeacherStates | None = None,
+        checkpointing: bool = False, teacher: TeacherStates | None = None,
     ):  # fmt: skip
         if kl and not same_head(student, dense):
             raise UserError(
                 "--distill.kl must be 0, because the pruned model's output embedding differs from that of the dense "
                 f"model; got {kl:g}. Or put distill before the recovery that changes the output embedding."
             )
-        super().__init__(dense, shard=shard)
-        self.save_hyperparameters(ignore=["dense", "student", "shard", "teacher"], logger=False)
+        super().__init__(dense)
+        self.save_hyperparameters(ignore=["dense", "student", "teacher"], logger=False)
         self._teacher = teacher or TeacherStates(keep=False)
         self.learning_rate = learning_rate
         self.absolute_learning_rate = absolute_learning_rate
@@ -126,7 +126,8 @@ class DistillationStage(FrozenLMStage):
         self.kl = kl
         self.cross_entropy = cross_entropy
         self._student = Student(student, targets=targets, rank=rank, checkpointing=checkpointing)
-        self.learned = self._student.learned
+        self.learned = nn.ParameterDict(dict(self._student.learned))
+        self._whole: tuple[PreTrainedModel, ...] = ()  # both models, while sharded copies compute
         self.outliers = OutlierDetector()
         self._norm: Tensor | None = None  # gradient norm of the current step
         self._losses_of_step: list[float] = []  # losses of the batches of the current step
@@ -141,23 +142,35 @@ class DistillationStage(FrozenLMStage):
         return self._student.to_plain_model()
 
     def setup(self, stage: str) -> None:
-        """Move the teacher and the student to the Trainer's device. If they are sharded, `configure_model` does it."""
+        """Move the teacher and the student to the Trainer's device, unless `configure_model` shards them."""
         super().setup(stage)
-        if not self._is_sharded:
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.student.to(self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
-        """Shard the student's layers over processes, and so the optimizer's states."""
-        if self._is_sharded and not self._student.sharded:
-            self._student.shard(self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
-            self.learned = self._student.learned
+        """With Lightning's ModelParallelStrategy, use copies of both models whose layers are sharded."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self._whole:
+            return
+        device, mesh = self.trainer.strategy.root_device, self.device_mesh["data_parallel"]
+        self._whole = (self.lm.cpu(), self.student.cpu())
+        teacher, student = (with_sharded_layers(model, mesh).to(device) for model in self._whole)
+        names = {id(parameter): name for name, parameter in self.student.named_parameters()}
+        for key, parameter in self._student.learned.items():
+            self.learned[key] = student.get_parameter(names[id(parameter)])
+        self._frozen, self._student.model = (teacher,), student
 
     def teardown(self, stage: str) -> None:
-        """Gather a sharded student on the CPU, after the last forward pass of the fit."""
+        """Copy the weights of a sharded student to the whole one, after the last forward pass."""
         super().teardown(stage)
-        if self._student.sharded:
-            self._student.gather()
-            self.learned = self._student.learned
+        if not self._whole:
+            return
+        (teacher, student), sharded, self._whole = self._whole, self.student, ()
+        for parameter, part in zip(student.parameters(), sharded.parameters(), strict=True):
+            parameter.data.copy_(full_tensor(part))
+        self._frozen, self._student.model = (teacher,), student
+        self.learned = nn.ParameterDict(dict(self._student.learned))
+        for model in (teacher, student):
+            model.to(self.trainer.strategy.root_device)
 
     def on_train_end(self) -> None:
         """Warn of skipped steps, and free gradients and optimizer states, which the Trainer would keep."""
@@ -209,7 +222,7 @@ class DistillationStage(FrozenLMStage):
         if self._norm is None:
             pairs = zip(self.learned.values(), self.sizes, strict=True)
             norms = [rms * parameter.grad.norm() for parameter, rms in pairs if parameter.grad is not None]
-            self._norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
+            self._norm = full_tensor(torch.linalg.vector_norm(torch.stack(norms)))
         return self._norm
 
     def on_after_backward(self) -> None:
@@ -256,9 +269,7 @@ class DistillationStage(FrozenLMStage):
         """Return the loss of each window, (B, T) -> (B,) float32."""
         teacher_hidden = None
         if self.kl:
-            # Layers of a sharded teacher are gathered by all ranks together, so all of them compute, or none.
-            agree = self.trainer.strategy.reduce_boolean_decision if self._is_sharded else bool
-            states = self._teacher.hidden(self.lm, ids, agree=agree, in_float32=self.in_float32)
+            states = self._teacher.hidden(self.lm, ids, in_float32=self.in_float32)
             teacher_hidden = states.flatten(0, 1)
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head = self.student.get_output_embeddings()

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import Part, blocks_of, decoder_layers, fused_rows, fused_tensors
-from gprune.models.copies import has_own_head, share_hooks, without_weights
-from gprune.models.families import decoder_of
 from gprune.models.losses import final_hidden
-from gprune.models.offload import gathered
-
-if TYPE_CHECKING:  # not every build of torch has it
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 class TeacherStates:
@@ -39,18 +33,15 @@ class TeacherStates:
         self._states: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
-    def hidden(
-        self, model: PreTrainedModel, ids: Tensor, *, agree: Callable[[bool], bool] = bool, in_float32: bool = False
-    ) -> Tensor:
+    def hidden(self, model: PreTrainedModel, ids: Tensor, *, in_float32: bool = False) -> Tensor:
         """Return the states of token ids (B, T), (B, T - 1, H) in the model's dtype.
 
-        `agree` combines over processes whether each has stored the states; if not all have, all compute them. States of
-        calls with `in_float32`, which are computed without autocast, are stored separately.
+        States of calls with `in_float32`, which are computed without autocast, are stored separately.
         """
         if not self.keep:
             return final_hidden(model, ids)
         key = ids.cpu().numpy().tobytes() + (b"float32" if in_float32 else b"")
-        if not agree(key in self._states):
+        if key not in self._states:
             self._states[key] = final_hidden(model, ids).cpu()
         return self._states[key]
 
@@ -72,10 +63,8 @@ class Student:
         self.checkpointing = checkpointing
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}  # by name in `learned`: the RMS, to which learning rates are relative
-        self._paths: list[tuple[int, str]] = []  # of trained weights: number of the layer, and name in it
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._unsharded: PreTrainedModel | None = None  # copy without weights, while layers are sharded
         self._merge_adapters: Callable[[], PreTrainedModel] | None = None  # merges adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are below the resolution of bfloat16
             parameter.data = parameter.data.float()
@@ -90,11 +79,6 @@ class Student:
         self.sizes = dict(zip(self._sizes, stacked.tolist(), strict=True))
         if checkpointing:
             self._enable_checkpointing()
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process has only a part of every layer."""
-        return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
         """Add a parameter to `learned` and `sizes`."""
@@ -116,15 +100,6 @@ class Student:
                 is_tied = any(parameter is learned for learned in self.learned.values())  # to another layer
                 if not is_tied and (self.targets == "all" or module_name in ffn_modules):
                     self._learn(f"{block.layer_index}.{name}", parameter)
-                    self._paths.append((block.layer_index, name))
-
-    def _register_replaced_weights(self) -> None:
-        """Register weights that have replaced the trained ones, under the same names."""
-        layers = decoder_layers(self.model)
-        self.learned = nn.ParameterDict()
-        for index, name in self._paths:
-            weight = layers[index].get_parameter(name)
-            self.learned[f"{index}.{name}".replace(".", "_")] = weight.requires_grad_()
 
     def _split_fused_tensors(self) -> None:
         """Split fused tensors into their parts, which are trained separately until `to_plain_model`."""
@@ -173,34 +148,6 @@ class Student:
         for layer in decoder_layers(self.model):
             # `forward` and not `__call__`, so that hooks, such as those of sharding, run once.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Shard the decoder layers over processes by PyTorch's `fully_shard`. Not possible with adapters."""
-        from torch.distributed.fsdp import fully_shard  # not every build of torch has it
-
-        self._unsharded = without_weights(self.model)
-        for layer in decoder_layers(self.model):  # one at a time, so that no device has all of them in memory
-            # By default a root module stays gathered after its forward pass.
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        self.model.to(device)
-        self._register_replaced_weights()
-
-    def gather(self) -> None:
-        """Gather sharded layers on the CPU, in a model without sharding, which replaces `model`."""
-        unsharded = self._unsharded
-        for name, parameter in self.model.named_parameters():
-            path, _, leaf = name.rpartition(".")
-            value = gathered(parameter).detach().cpu()
-            unsharded.get_submodule(path)._parameters[leaf] = nn.Parameter(value)
-        for name, buffer in self.model.named_buffers():
-            path, _, leaf = name.rpartition(".")
-            unsharded.get_submodule(path)._buffers[leaf] = gathered(buffer).detach().cpu()
-        if not has_own_head(self.model):
-            unsharded.tie_weights()
-        share_hooks(decoder_of(unsharded), decoder_of(self.model))
-        self.model = unsharded.requires_grad_(False)
-        self._unsharded = None
-        self._register_replaced_weights()
 
     @torch.no_grad()
     def to_plain_model(self) -> PreTrainedModel:

@@ -53,7 +53,6 @@ class ThresholdLearning(FrozenLMStage):
         offset_learning_rate: learning rate of Adam for offsets, in logits.
         offset_limit: largest offset, in logits.
         centred: whether to subtract the mean gradient over units.
-        shard: whether to shard the model over processes.
     """
 
     purpose = "threshold learning"
@@ -63,10 +62,10 @@ class ThresholdLearning(FrozenLMStage):
         self, model: PreTrainedModel, ranks: ModuleRanks, start: Thresholds, budget: Budget, *,
         learn: Literal["thresholds", "offsets", "both"] = "thresholds",
         loss: Literal["cross_entropy", "kl"] = "cross_entropy", learning_rate: float = 0.1,
-        offset_learning_rate: float = 0.05, offset_limit: float = 1.2, centred: bool = True, shard: bool = False,
+        offset_learning_rate: float = 0.05, offset_limit: float = 1.2, centred: bool = True,
     ):  # fmt: skip
-        super().__init__(model, shard=shard)
-        self.save_hyperparameters(ignore=["model", "ranks", "start", "budget", "shard"], logger=False)
+        super().__init__(model)
+        self.save_hyperparameters(ignore=["model", "ranks", "start", "budget"], logger=False)
         self._ranks = ranks
         self.budget = budget
         self.loss = loss

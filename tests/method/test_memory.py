@@ -115,7 +115,7 @@ def test_a_dry_run_plans_lora_without_peft_which_a_run_needs(plan_of_8b, tiny_mo
     monkeypatch.setattr(distill_recovery, "find_spec", lambda _: None)
     flags = ("--trainer.accelerator=gpu", "--plan.memory=80GiB", "--distill.targets=lora")
     assert plan_of_8b(*flags)["memory"].endswith(": fits 80.0 GiB")
-    cfg = SimpleNamespace(dry_run=False, model=SimpleNamespace(shard=False), distill=DistillConfig(targets="lora"))
+    cfg = SimpleNamespace(dry_run=False, distill=DistillConfig(targets="lora"))
     with pytest.raises(UserError, match=r"lora needs peft, which is not installed\. Run pip install peft"):
         distill_recovery.Distill().refuse(SimpleNamespace(skeleton=tiny_model, cfg=cfg))
 

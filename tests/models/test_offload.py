@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +24,6 @@ from gprune.importance.scores import score_units
 from gprune.method.save import masked_logits
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, decoder_layers
-from gprune.models.copies import sharded_copy
 from gprune.models.experts import watch_experts
 from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
@@ -38,7 +35,6 @@ from gprune.models.offload import (
     resident,
 )
 from gprune.models.surgery import slice_model, slice_to_files
-from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
@@ -203,17 +199,6 @@ def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config
     assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
-def test_a_sharded_copy_has_the_head_of_the_model(ids, tmp_path):
-    """In a group of one process."""
-    model = load_with_own_head("llama", tmp_path / "dense")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        copied = sharded_copy(model, torch.device("cpu"), 1)
-        assert torch.equal(copied(ids).logits, model(ids).logits)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
 def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family, placed):
     whole, offloaded = placed(family)
@@ -306,22 +291,13 @@ TWO = "--trainer.devices=2"
         ([AUTO, "--model.max_memory={cpu: lots}"], ".cpu must be a size such as 2GiB or 500MB; got 'lots'"),
         ([AUTO, "--model.max_memory={cpu: 0GB}"], ".cpu must be more than 0; got '0GB'"),
         ([AUTO, "--model.max_memory={disk: 2GB}"], "cpu or a device number such as 0"),
-        (["--model.shard=true"], "--model.shard needs two or more processes"),
         ([AUTO, TWO], "--model.device_map auto needs one process"),
-        (
-            [AUTO, TWO, "--model.shard=true", "--model.max_memory={0: 2GiB, cpu: 2GiB}"],
-            "needs --model.max_memory for cpu alone",
-        ),
     ],
 )
 def test_invalid_placements_are_refused_in_one_line(flags, line, capsys):
     assert main(flags) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert line in error
-
-
-def test_a_sharded_model_can_be_loaded_by_device_map_with_a_memory_limit_for_cpu_alone():
-    parse([AUTO, TWO, "--model.shard=true", "--model.max_memory={cpu: 2GiB}"])
 
 
 def test_a_model_above_the_shard_size_is_saved_in_several_files(tmp_path, monkeypatch, ids):
@@ -398,105 +374,3 @@ def test_the_large_model_experiment_runs_on_a_small_model(monkeypatch, capsys):
     monkeypatch.setattr(large, "train", train)
     large.main(["--small"])
     assert capsys.readouterr().out.count("| the same in memory |") == 1
-
-
-TWO_GPUS = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two GPUs: on one, a process would hold the whole model"
-)
-
-
-# A run that records how many numbers of a sharded model this rank has, and writes all Gram matrices to files. Rank 0 is
-# late with `metrics.json`: rank 1 must ask rank 0 which steps are finished, instead of reading the disk.
-SHARDED = """
-import sys
-import time
-from pathlib import Path
-import torch
-import gprune.calibration.layerwise
-from gprune.cli import main
-from gprune.method import evaluate
-from gprune.stages import base
-
-def counted(*args):
-    copy = sharded_copy(*args)
-    numel = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in copy.parameters())
-    Path(sys.argv[1], f"{args[1]}.{torch.distributed.get_rank()}").write_text(str(numel))
-    return copy
-
-def late(*args, write=evaluate.write_json, **marks):
-    time.sleep(1 - torch.distributed.get_rank())
-    write(*args, **marks)
-
-evaluate.write_json = late
-sharded_copy, base.sharded_copy, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.sharded_copy, counted, 1
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=TWO_GPUS)])
-def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(accelerator, world, tmp_path):
-    """Sharded models are evaluated layer by layer. One rank has no window in the second batch."""
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    results = {}
-    for name, script, script_args in (
-        ("whole", ROOT / "train.py", []),
-        ("sharded", tmp_path / "sharded.py", [str(tmp_path)]),
-    ):
-        flags = ["--corpora.num_samples=5", "--sparsity.scope=attention+ffn", "--recovery=least_squares"]
-        flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5"]
-        flags += ["--evaluation.curve=[]"]
-        flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
-        if name == "sharded":
-            flags += ["--model.shard=true"]
-        (tmp_path / f"{name}-process").mkdir()
-        args = [*script_args, *world.args(tmp_path, *flags, name=name)]
-        if accelerator == "cpu":
-            process, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
-        else:  # CUDA cannot be used in a forked process
-            process = subprocess.run(
-                [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-                env=tiny_run.environment(tmp_path / f"{name}-process/cache", PYTHONPATH=str(ROOT)),
-            )  # fmt: skip
-        assert process.returncode == 0, process.stderr
-        results[name] = load_run(tmp_path / name)
-    whole, sharded = results["whole"], results["sharded"]
-    for corpus, statistics in whole.statistics.items():
-        assert_same_bits(sharded.statistics[corpus], statistics)
-    for mine, theirs in zip(sharded.thresholds, whole.thresholds, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    assert sharded.masks == whole.masks
-    for name in ("nll", "kl", "agreement"):  # recovered with Gram matrices from files
-        assert [r.get(name) for r in sharded.records] == [r.get(name) for r in whole.records]
-    whole, sharded = (read_json(tmp_path / name / "manifest.json") for name in results)
-    assert sharded["learning"] == whole["learning"]  # including learning curves
-    for step in ("thresholds", "evaluate"):  # tokens of rank 0, which has the larger part
-        assert sharded["steps"][step]["forward_tokens"] == whole["steps"][step]["forward_tokens"]
-        assert sharded["steps"][step]["forward_backward_tokens"] == whole["steps"][step]["forward_backward_tokens"]
-    model = AutoModelForCausalLM.from_pretrained(world.model)
-    # Each of two ranks has at most 60 % of the parameters in layers, about a half.
-    in_layers = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
-    numel_of_ranks = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]
-    assert len(numel_of_ranks) == 2
-    assert all(numel <= model.num_parameters() - 0.4 * in_layers for numel in numel_of_ranks)
-
-
-@pytest.mark.slow
-def test_a_sharded_run_recomputes_a_missing_recovery_and_metrics_to_the_same_bits(world, tmp_path):
-    """The recovery is then the only collective step, and a control is recovered during evaluation."""
-    flags = ["--recovery=[least_squares,distill]", "--distill.tokens=384", "--export=none", "--model.shard=true"]
-    flags += ["--evaluation.curve=[]", "--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    args = world.args(tmp_path, *flags, name="run")
-
-    def losses_of_run():
-        process, _ = tiny_run.train(args, tmp_path, processes=2)
-        assert process.returncode == 0, process.stderr
-        return [r["nll"] for r in load_run(tmp_path / "run").records]
-
-    first = losses_of_run()
-    learned = list((tmp_path / "run/recovery").iterdir())
-    assert len(learned) == 2
-    max(learned, key=lambda path: path.stat().st_mtime_ns).unlink()  # the recovery of the control
-    (tmp_path / "run/metrics.json").unlink()
-    assert losses_of_run() == first

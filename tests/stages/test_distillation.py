@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -30,7 +29,6 @@ from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recovery_learns, recovery_needs
 from gprune.runs import folder
 from gprune.runs.results import load_run
-from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage, OutlierDetector
 from gprune.stages.student import Student, TeacherStates
 from gprune.storage.files import read_tensors
@@ -243,30 +241,9 @@ def test_16_bit_weights_are_trained_in_float32(dtype, resolution, targets, probl
     assert any(not torch.equal(initial[name], t) for name, t in small.state_dict().items())
 
 
-def test_invalid_distillation_settings_are_refused(tiny_model):
-    cfg = SimpleNamespace(model=SimpleNamespace(shard=True), distill=DistillConfig(targets="lora"))
-    with pytest.raises(UserError, match=r"^--distill\.targets must be mlp or all with --model\.shard"):
-        Distill().refuse(SimpleNamespace(skeleton=tiny_model, cfg=cfg))
+def test_a_distillation_without_a_loss_is_refused():
     with pytest.raises(UserError, match=r"--distill\.kl or --distill\.cross_entropy must be more than 0"):
         DistillConfig(kl=0)
-
-
-def test_a_sharded_teacher_runs_on_all_ranks_if_one_of_them_lacks_its_states(problem, monkeypatch):
-    """Layers are gathered by all ranks together. The other rank is simulated: it never has the states."""
-    dense, student, tokens = problem
-    passes, decisions = [], []
-
-    def decide(mine):
-        decisions.append(mine)
-        return False
-
-    dense.model.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(DistillationStage, "_is_sharded", True)
-    stage = DistillationStage(dense, student, teacher=TeacherStates(keep=True))
-    stage.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=decide))
-    first, second = (stage._losses(tokens[:2]) for _ in range(2))
-    assert (len(passes), decisions) == (2, [False, True])
-    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("keep", "passes"), [(True, 1), (False, 2)])
@@ -774,13 +751,16 @@ def test_weights_shared_between_layers_remain_shared(tiny_model):
 KILLED_RUN = """
 import math, os, sys
 from gprune.cli import main
-from gprune.stages.distill_recovery import Distill
+from gprune.models.families import decoder_layers
 from gprune.stages.distillation import DistillationStage
-from gprune.stages.student import Student
 original_step, remaining_steps = DistillationStage.training_step, iter(range(int(sys.argv[1])))
 def training_step(self, batch, batch_idx):
     if next(remaining_steps, None) is None:
         os._exit(9)
+    if "--trainer.strategy=fsdp" in sys.argv:
+        for model in (self.lm, self.student):
+            parameters = [p for layer in decoder_layers(model) for p in layer.parameters()]
+            assert 2 * sum(p.to_local().numel() for p in parameters) == sum(p.numel() for p in parameters)
     loss = original_step(self, batch, batch_idx)
     return loss * float("nan") if batch_idx == 1 else loss
 DistillationStage.training_step = training_step
@@ -804,7 +784,7 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
     flags += ["--evaluation.development_samples=2", "--evaluation.controls=[]"]
     flags += [f"--corpora.evaluate={world.names('alpha')}"]
-    two, sharded, learned = [*TWO_PROCESSES], [*TWO_PROCESSES, "--model.shard=true"], {}
+    two, sharded, learned = [*TWO_PROCESSES], ["--trainer.devices=2", "--trainer.strategy=fsdp"], {}
     manifests = {}
     all_steps = 99  # more than there are
     # Sessions are numbers of steps before a kill.
@@ -847,13 +827,16 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "phi3"])
-def test_fused_matrices_can_be_sharded(family, world, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "flag"), [("gpt2", "--distill.checkpointing=true"), ("phi3", "--distill.targets=lora")]
+)
+def test_fused_matrices_and_adapters_can_be_sharded(family, flag, world, tmp_path):
     make_tiny(family).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     flags = (*FLAGS, *ONE_ROW, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001")
+    flags += (flag,)
     results = {}  # learned weights and losses
-    for name, more_flags in (("one", []), ("sharded", [*TWO_PROCESSES, "--model.shard=true"])):
+    for name, more_flags in (("one", []), ("sharded", ["--trainer.devices=2", "--trainer.strategy=fsdp"])):
         (tmp_path / name).mkdir()
         args = world.args(tmp_path / "runs", *flags, *more_flags, name=name)
         processes = tiny_run.train(args, tmp_path / name, processes=2 if more_flags else 1)
