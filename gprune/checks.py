@@ -132,6 +132,13 @@ def option_types(entry: Any) -> dict[str, Any]:
     return types
 
 
+def option_defaults(entry: Any) -> dict[str, float | bool]:
+    """Return the default values of the options of a function, in the form in which options are stored."""
+    keywords = [p for p in inspect.signature(entry).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    numbers = {p.name: p.default for p in keywords if isinstance(p.default, int | float)}
+    return {name: value if isinstance(value, bool) else float(value) for name, value in numbers.items()}
+
+
 def select_options(entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Select the settings that are keyword-only parameters of a function or class, by name."""
     return {name: settings[name] for name in option_types(entry) if name in settings}

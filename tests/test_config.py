@@ -332,6 +332,20 @@ def test_run_names_are_equal_only_for_equal_settings():
     assert config_from_mapping({"gprune": False}).run_name.startswith("smollm2-135m-base-")
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "options"),
+    [
+        ({}, {}), ({"allocation": "reconstruction"}, {"strength": 0.75}),
+        ({"start": "owl"}, {"multiple": 5, "spread": 0.08}),
+        ({"allocation": "owl", "options": {"multiple": 7}}, {"multiple": 7, "spread": 0.08}),
+    ],
+)  # fmt: skip
+def test_settings_have_all_options_of_the_allocation(sparsity, options):
+    settings = config_from_mapping({"sparsity": sparsity}).settings()
+    assert settings["sparsity"]["options"] == options
+    assert config_from_mapping({"sparsity": sparsity | {"options": options}}).settings() == settings
+
+
 def test_scopes_are_sorted_and_only_scopes_with_blocks_have_block_settings():
     """Older records have no block settings. They still match, because scopes without blocks have none either."""
     without_blocks, with_blocks = (

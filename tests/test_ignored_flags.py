@@ -23,6 +23,7 @@ from tests import tiny_run
          "--sparsity.learning_rate (--sparsity.learn offsets)"),
         ("--sparsity.offset_limit=9 --partition.method=initial --partition.steps=9 --partition.drift_weight=2",
          "--partition.steps (--partition.method initial); --sparsity.offset_limit (--sparsity.learn thresholds)"),
+        ("--sparsity.allocation=reconstruction --recovery=none --ridge=1", ""),
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ByteSize, Field
 
 from gprune.calibration import EXTRAS
-from gprune.checks import NonNegative, Text, check_options, whole_numbers
+from gprune.checks import NonNegative, Text, check_options, option_defaults, whole_numbers
 from gprune.config.groups import (
     IF_CHANGED,
     MULTI_CORPUS_METRICS,
@@ -452,6 +452,8 @@ class RunConfig(Group):
         """
         settings = _identifying(self, self.model_dump(), self.model_dump(exclude_defaults=True))
         settings["corpora"]["score"] = name_or_list(self.corpora.scored)
+        if self.base_allocation in ALLOCATION:
+            settings["sparsity"]["options"] = option_defaults(ALLOCATION[self.base_allocation]) | self.sparsity.options
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["trainer"]["world_size"] = self.processes
         for feature in self.features:

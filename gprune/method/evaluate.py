@@ -174,6 +174,7 @@ def as_record(
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol and its entry of `leaks`."""
     cfg = run.cfg
     variant, recovery = row
+    is_pruned = variant in PRUNED_VARIANTS
     chain = recovery.split("+")
     recovery_settings = {
         name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
@@ -182,9 +183,10 @@ def as_record(
         "stage": variant,
         **_pruning_settings(cfg, variant),
         "recovery": recovery,
-        "ridge": cfg.ridge if recovery_needs(recovery) else None,
+        # Errors of blocks, by which `reconstruction` allocates, assume least squares with this penalty.
+        "ridge": cfg.ridge if recovery_needs(recovery) or (is_pruned and cfg.measures_errors) else None,
         **recovery_settings,
-        "sparsity": run.budget.sparsity if variant in PRUNED_VARIANTS else 0.0,
+        "sparsity": run.budget.sparsity if is_pruned else 0.0,
         "scope": cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),

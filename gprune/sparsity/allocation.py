@@ -103,6 +103,7 @@ def allocation(
         function.errors = errors
         function.reads = frozenset([*(["sparsity.start"] if modules else []), *(LEARNING_FLAGS if learned else [])])
         function.needs = frozenset({"gram", "errors"} if errors else ())
+        function.also_reads = frozenset({"ridge"} if errors else ())
         if learned:
             function.refuse = refuse_curve
             function.planned_tokens = learning_tokens

@@ -27,6 +27,8 @@ from gprune.user_code import compare_code
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
 DEFAULTS = Path(__file__).with_name("defaults_0_1_0.json")  # never changed
+# Options of allocations, which records of version 0.1.0 do not have unless they were given; never changed.
+OPTIONS = {"owl": {"multiple": 5.0, "spread": 0.08}, "reconstruction": {"strength": 0.75}}
 
 
 @functools.cache
@@ -44,6 +46,12 @@ def _filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     """Return nested settings, in which missing ones have their default."""
     groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
     return {**defaults, **settings, **groups}
+
+
+def _default_options(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Return the options of version 0.1.0 for the allocation to blocks of complete settings."""
+    s = settings["sparsity"]
+    return OPTIONS.get(s["start"] if s["allocation"] in ("learned", "equal") else s["allocation"], {})
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if content is None:
         return None
     settings = _filled(content["settings"], stored_defaults())
+    options = _default_options(settings) | settings["sparsity"]["options"]
+    settings["sparsity"] = settings["sparsity"] | {"options": options}
     return unfold_records(content) | {"settings": settings, "path": path}
 
 
@@ -184,6 +194,9 @@ def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = flatten(stored_defaults())
     settings = {name: value for name, value in settings.items() if name != "code"}
+    of_default = _default_options(settings)
+    options = {name: value for name, value in settings["sparsity"]["options"].items() if value != of_default.get(name)}
+    settings["sparsity"] = settings["sparsity"] | {"options": options}
     settings = effective_settings(settings) | {"gprune": settings["gprune"]}
     return {name: value for name, value in settings.items() if value != defaults.get(name)}
 

@@ -531,6 +531,15 @@ def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_res
     assert world.run(tmp_path, *flags).masks == result.masks
 
 
+def test_records_of_reconstruction_have_the_ridge_of_its_errors_without_least_squares_too(world, tmp_path):
+    """The penalty changes the masks."""
+    flags = ["--gprune=false", "--sparsity.allocation=reconstruction", "--export=none"]
+    by_ridge = {ridge: world.run(tmp_path, *flags, f"--ridge={ridge}", name=f"ridge-{ridge}") for ridge in (0.01, 100)}
+    for ridge, result in by_ridge.items():
+        assert {r["stage"]: r["ridge"] for r in result.records} == {"dense": None, "base": ridge}
+    assert by_ridge[0.01].masks != by_ridge[100].masks
+
+
 @pytest.mark.slow
 def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world, tmp_path, monkeypatch):
     """The tokens of the dense model are counted in each case. The expected KL is computed here from logits."""

@@ -15,6 +15,7 @@ import gprune
 from gprune.config import flatten
 from gprune.errors import UserError
 from gprune.models.masks import Masks
+from gprune.sparsity.allocation import reconstruction
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies import archive, listing
 from gprune.studies.archive import finished_record
@@ -66,12 +67,29 @@ def test_a_changed_default_renames_no_record_and_changes_no_record_that_lacks_th
     settings = former.config.settings()
     stored = settings | {"sparsity": {n: v for n, v in settings["sparsity"].items() if n != "width_multiple"}}
     monkeypatch.setattr(archive, "read_json", lambda *_, **__: {"settings": stored, "records": [], "masks": None})
-    assert archive.read_record(former.records)["settings"] == settings != today.config.settings()
+    read = archive.read_record(former.records)["settings"]
+    assert read["sparsity"] == settings["sparsity"] != today.config.settings()["sparsity"]
     defaults = flatten(archive.stored_defaults())
     changed = {name: value for name, value in flatten(stored).items() if value != defaults.get(name)}
     key = key_of(format=archive.RECORD_FORMAT, settings=changed)[:10]
     assert name_of_former == f"x-seed0-{key}"
     assert not name_of_today.endswith(key)
+
+
+def test_a_record_without_options_is_that_of_the_options_of_its_time(bench, monkeypatch):
+    rows = {"x": {"sparsity.allocation": "reconstruction"}, "strong": {"sparsity.allocation": "reconstruction",
+            "sparsity.options.strength": 0.75}, "weak": {"sparsity.allocation": "reconstruction",
+            "sparsity.options.strength": 0.5}}  # fmt: skip
+    x, strong, weak = bench.rows(bench.write("former", rows))
+    settings = x.config.settings()
+    stored = settings | {"sparsity": settings["sparsity"] | {"options": {}}}
+    monkeypatch.setattr(archive, "read_json", lambda *_, **__: {"settings": stored, "records": [], "masks": None})
+    read = archive.read_record(x.records)["settings"]
+    assert read["sparsity"] == settings["sparsity"]
+    monkeypatch.setitem(reconstruction.__kwdefaults__, "strength", 0.5)
+    (today,) = bench.rows(bench.write("today", {"x": rows["x"]}))
+    identity = archive.identifying_settings
+    assert identity(read) == identity(strong.identity) != identity(today.identity) == identity(weak.identity)
 
 
 def test_a_setting_that_is_gone_stays_in_its_records_and_only_another_value_than_its_default_identifies_them(
