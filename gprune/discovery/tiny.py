@@ -172,6 +172,12 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig, *, all_layers: bo
             if isinstance(content.get(name), int):
                 content[name] = len(kept)
     _restore_relations(content, original)
+    for rope in _dicts_with(content, "partial_rotary_factor"):
+        if rope["partial_rotary_factor"]:  # channels are rotated in pairs
+            rope["partial_rotary_factor"] = max(1, int(rope["partial_rotary_factor"] * HEAD_DIM) // 2) * 2 / HEAD_DIM
+    for rope in _dicts_with(content, "long_factor"):  # longrope has a factor for each pair
+        pairs = int(rope.get("partial_rotary_factor", 1) * HEAD_DIM) // 2
+        rope |= {name: rope[name][:pairs] for name in ("short_factor", "long_factor")}
 
 
 def _keep_layers(content: dict[str, Any], depth: int, *, all_layers: bool) -> list[int]:
