@@ -65,7 +65,7 @@ class Student:
         self._sizes: dict[str, Tensor] = {}  # by name in `learned`: the RMS, to which learning rates are relative
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._merge_adapters: Callable[[], PreTrainedModel] | None = None  # merges adapters into the weights
+        self._merge_adapters: Callable[[], object] | None = None  # merges adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are below the resolution of bfloat16
             parameter.data = parameter.data.float()
         if targets == "lora":
@@ -111,7 +111,8 @@ class Student:
         """Add PEFT's LoRA adapters to the linear layers of blocks."""
         import peft
 
-        blocks = blocks_of(self.model)
+        self.model.requires_grad_(False)
+        blocks, layers = blocks_of(self.model), decoder_layers(self.model)
         parts = [part for block in blocks for part in block.parts.values() if isinstance(part, Part)]
         host_ids = {id(part.host) for part in parts}
         rows_of_host = {host: rows for block in blocks for host, rows in fused_rows(block).items()}
@@ -119,11 +120,12 @@ class Student:
             r=self.rank,
             lora_alpha=2 * self.rank,  # PEFT multiplies B A by lora_alpha / r, which is 2
             lora_dropout=0.0,
-            target_modules=[name for name, module in self.model.named_modules() if id(module) in host_ids],
+            target_modules=[name for name, module in layers.named_modules() if id(module) in host_ids],
             fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),
         )
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # from PEFT, about transformers
-            adapted = peft.get_peft_model(self.model, config)
+            # In a whole model with experts PEFT would replace targets in dense layers by the tensors of experts.
+            adapted = peft.get_peft_model(layers, config)
         sizes = {}
         for path, module in list(self.model.named_modules()):
             if not hasattr(module, "lora_B"):
@@ -137,7 +139,6 @@ class Student:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._learn(name, parameter, sizes.get(name))
-        self.model = adapted.get_base_model()
         self._merge_adapters = adapted.merge_and_unload
 
     def _enable_checkpointing(self) -> None:
@@ -159,7 +160,7 @@ class Student:
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
                 setattr(host, name, nn.Parameter(getattr(host, name)))  # PyTorch leaves a buffer for several parts
         if self._merge_adapters is not None:
-            self.model = self._merge_adapters()
+            self._merge_adapters()
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes[name])
         return self.model.eval().requires_grad_(False)

@@ -13,18 +13,19 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import gprune
-from experiments.architectures import default_config
+from experiments.architectures import DEFAULTS, default_config
 from gprune.config import RunConfig, parse
 from gprune.config.running import DistillConfig
 from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
 from gprune.method.run import TokenMeter
+from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
-from gprune.models.parts import ExpertPart
+from gprune.models.parts import ExpertPart, Part
 from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recovery_learns, recovery_needs
 from gprune.runs import folder
@@ -224,6 +225,27 @@ def test_distillation_of_other_families_reduces_the_kl_divergence_and_keeps_para
     assert divergence(dense, finished, tokens) < start
     names = {name for name, _ in pruned.named_parameters()}
     assert {name for name, _ in finished.named_parameters()} == names  # no fused weight became a buffer
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *[(family, {}) for family in ("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe")],
+        ("qwen3_moe", {"mlp_only_layers": [1]}),
+    ],
+)
+def test_adapters_of_a_mixture_with_dense_layers_are_in_exactly_the_targets(family, settings):
+    dense = tiny_of(tiny.shrunk(CONFIG_MAPPING[family](**DEFAULTS.get(family, {}) | settings))).requires_grad_(False)
+    blocks, tokens = blocks_of(dense), sampled_tokens(dense)
+    assert {block.has_experts for block in blocks} == {False, True}
+    hosts = {id(part.host) for block in blocks for part in block.parts.values() if isinstance(part, Part)}
+    expected = {f"{name}.lora_A" for name, module in dense.named_modules() if id(module) in hosts}
+    pruned = slice_model(dense, random_masks(dense, scope="ffn"))
+    start = divergence(dense, pruned, tokens)
+    stage = DistillationStage(dense, pruned, targets="lora", learning_rate=0.01)
+    assert {name for name, _ in stage._student.model.named_modules() if name.endswith("lora_A")} == expected
+    fit(stage, tokens, epochs=2)
+    assert divergence(dense, stage.finished(), tokens) < start
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -729,7 +751,7 @@ def test_frozen_layers_do_not_change_and_one_window_is_one_step(problem):
     dense, pruned, tokens = problem
     start, first_layer = divergence(dense, pruned, tokens[:1]), copy.deepcopy(pruned.model.layers[0].state_dict())
     stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
-    stage.student.model.layers[0].requires_grad_(False)
+    stage._student.model.layers[0].requires_grad_(False)
     assert fit(stage, tokens[:1]).global_step == 1
     assert_same_tensors(stage.finished().model.layers[0].state_dict(), first_layer)
     assert divergence(dense, stage.finished(), tokens[:1]) < start
