@@ -37,12 +37,13 @@ from tests.tiny_families import make_tiny, some_masks
 ROOT = Path(__file__).parent.parent
 # Content by path
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (
-    ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "experiments/README.md", *sorted((ROOT / "docs").glob("*.md"))
+    ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "experiments/README.md",
+    *sorted((ROOT / "experiments/pages").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))
 )}  # fmt: skip
 README = PAGES["README.md"]
 RECIPES = PAGES["docs/extend.md"]
 # Pages that describe only the current version
-USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")]
+USER_PAGES = [name for name in PAGES if name != "CHANGELOG.md" and not name.startswith("experiments/")]
 
 
 @pytest.fixture
@@ -154,11 +155,8 @@ def blocks_with_numbers() -> list[str]:
 
 @pytest.mark.parametrize("block", blocks_with_numbers())
 def test_every_number_of_quality_in_the_readme_and_configurations_is_on_a_page_that_is_named_beside_it(block):
-    """Numbers may be rounded. Tables of these pages, and the README's table of quality, are compared with records."""
-    pages = re.findall(r"\]\((experiments/[^)#]*\.md)", block)
-    pages += [
-        f"experiments/questions/{name}.md" for name in re.findall(r"experiments/(?:questions/)?(\w+)\.yaml", block)
-    ]
+    """Numbers may be rounded."""
+    pages = re.findall(r"experiments/[\w/]+\.md", block)
     source = " ".join([*((ROOT / page).read_text(encoding="utf-8") for page in pages), *QUALITY.findall(README)])
     for pattern, text in ((INTERVAL, block), (NUMBER, re.sub(INTERVAL, "", block))):
         published = re.findall(pattern, source)

@@ -35,12 +35,6 @@ def printed(listing: str) -> str:
     return output.getvalue()
 
 
-def results(listing: str) -> str:
-    """Return what `gprune study LIST --table` prints."""
-    _, title, rest = printed(listing).partition("\n**")
-    return (title + rest).strip()
-
-
 @functools.cache
 def read_tables(listing: str) -> Cells:
     """Return the cells of the tables that `printed` has. The first table is of files."""

@@ -1,20 +1,12 @@
-"""Every row of every list finds the same record, and every list prints the same cells, also on pages of questions."""
+"""Every row of every list finds the same record, and every list prints the same cells."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 
 from tests.snapshots import files, lists
 
 RECORDS, TABLES = files.read("records"), files.read("tables")
-OUTPUT = re.compile(r"<!-- gprune study (\S+) --table -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
-PASTED = [  # page, list, output
-    (path.name, *match.groups())
-    for path in sorted((files.ROOT / "experiments/questions").glob("*.md"))
-    for match in OUTPUT.finditer(path.read_text(encoding="utf-8"))
-]
 
 
 def fail_for(listing: str, lines: list[str]) -> None:
@@ -40,8 +32,3 @@ def test_every_row_finds_its_record(listing):
 @pytest.mark.parametrize("listing", lists.LISTS)
 def test_every_list_prints_the_same_cells(listing):
     fail_for(listing, lists.different_cells(TABLES.get(listing, []), lists.tables(listing)))
-
-
-@pytest.mark.parametrize(("page", "listing", "pasted"), PASTED, ids=[listing for _, listing, _ in PASTED])
-def test_every_table_on_a_page_is_the_output_of_its_list(page, listing, pasted):
-    assert lists.results(listing) == pasted, f"paste the output of `gprune study {listing} --table` into {page}"
