@@ -3,7 +3,7 @@
 If a module is sensitive to the text distribution *and* weakly activated, the importance order of its neurons depends
 more on the calibration text than on the neurons. Such a module is ranked by a fallback: a metric that does not use
 activations or, beyond the paper, the base metric over all drift corpora (`consensus`, `averaged`). Our reading of
-GPrune-LLM (arXiv 2603.13418). A weighted mean of both orders was not better (experiments/questions).
+GPrune-LLM (arXiv 2603.13418). A weighted mean of both orders was not better.
 """
 
 from __future__ import annotations
