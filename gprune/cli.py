@@ -60,10 +60,9 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     from gprune.runs.folder import RunFolder
     from gprune.runs.numbers import entries
     from gprune.runs.tracking import curves_hint
-    from gprune.sparsity.allocation import format_removed
 
     summary = result.summary
-    of_scope = format_removed(summary["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
+    of_scope = f"{summary['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}"
     forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
     results = f"Results: {result.path}"
     if (result.path / "report.html").exists():

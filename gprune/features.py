@@ -53,10 +53,6 @@ class Feature:
         """
         return make
 
-    def limit_budget(self, budget: Any) -> Any:
-        """Return the budget, limited to what this feature can remove. UserError if that is impossible."""
-        return budget
-
     def planned_tokens(self, plan: Any) -> Tokens:
         """Return the largest numbers of tokens that pass through the model because of this feature, by step."""
         return {}

@@ -198,7 +198,7 @@ def test_an_unknown_or_replaced_name_is_refused_however_it_is_set(name, message,
          "--reliability.everywhere true needs two or more --corpora.drift; got ['wiki']"),
         ({"corpora.drift": ["wiki"], "partition.method": "drift_only"}, "--partition.method drift_only needs two"),
         ({"sparsity.allocation": "bas"}, "Unknown allocation 'bas'. Available: learned, equal, uniform, global"),
-        ({"sparsity.start": "depth"}, "--sparsity.start must be an allocation by blocks such as uniform; got 'dept"),
+        ({"sparsity.start": "equal"}, "--sparsity.start must be an allocation by blocks such as uniform; got 'equa"),
         ({"sparsity": {"allocation": "owl", "options": {"spread": -0.1}}},
          "--sparsity.options.spread must be 0 or more; got -0.1"),
         ({"sparsity.start": "owl", "sparsity.options.multiple": 0.5},
@@ -206,9 +206,6 @@ def test_an_unknown_or_replaced_name_is_refused_however_it_is_set(name, message,
         ({"sparsity": {"allocation": "owl", "options": {"multiples": 5}}},
          "--sparsity.options must name options of 'owl' (multiple, spread); got 'multiples'"),
         ({"sparsity.options.spread": 0.1}, "--sparsity.options must name options of 'uniform' (none); got 'spread'"),
-        ({"sparsity.allocation": "depth"}, "--sparsity.allocation depth needs --gprune false"),
-        ({"sparsity": {"allocation": "depth", "scope": "blocks+ffn"}, "gprune": False},
-         "--sparsity.scope ffn+blocks cannot be combined with --sparsity.allocation depth"),
         ({"sparsity": {"uniform_width": True, "allocation": "reconstruction"}},
          "--sparsity.uniform_width true needs --sparsity.allocation uniform, because all blocks lose equally much; got "
          "reconstruction."),
@@ -232,10 +229,10 @@ def test_invalid_or_incompatible_settings_are_refused_with_the_reason(settings, 
 
 def test_validate_checks_combinations_of_assigned_values_and_changed_lists():
     cfg = RunConfig()
-    cfg.sparsity.allocation = "depth"
-    with pytest.raises(UserError, match=r"--sparsity\.allocation depth needs --gprune false"):
+    cfg.sparsity.limit = "worst"
+    with pytest.raises(UserError, match=r"--sparsity\.limit worst needs a --sparsity\.target in quality"):
         cfg.validate()
-    cfg.gprune = False
+    cfg.sparsity.target = "+5%"
     cfg.validate()
     cfg.corpora.drift.append(3)
     with pytest.raises(UserError, match=r"--corpora\.drift\[3\] must be a valid string; got 3"):

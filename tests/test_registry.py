@@ -212,24 +212,3 @@ def test_a_list_instead_of_masks_is_refused(tiny):
     """As the result of a registered learner. An allocation that returns lists returns margins."""
     with pytest.raises(UserError, match=r"^Allocation 'mine' must return Masks; got list\.$"):
         checked_masks(ALLOCATION, "mine", [], tiny[3])
-
-
-def test_masks_of_an_allocation_of_whole_blocks_must_remove_the_target(tiny):
-    """They may remove more, because a block has many units."""
-    model, statistics, scores, budget = tiny
-    blocks = blocks_of(model)
-
-    def masks_without(*layers):
-        """Return masks that remove some layers."""
-        keep = [[torch.full((n,), b not in layers) for b, n in enumerate(sizes)] for sizes in ([48] * 3, [2] * 3)]
-        return Masks(*keep)
-
-    results = iter(
-        [masks_without(), replace(masks_without(0), attention=masks_without().attention), masks_without(0, 1)]
-    )
-    allocation("mine", whole_blocks=True)(lambda *_: next(results))
-    for removed in ("0", "4,608"):
-        message = f"^Allocation 'mine' must return masks on budget, which remove at least 6,912; got {removed}.$"
-        with pytest.raises(UserError, match=message):
-            allocate("mine", scores, statistics, blocks, budget)
-    assert allocate("mine", scores, statistics, blocks, budget).blocks == [False, False, True]

@@ -128,6 +128,7 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "plan.tflops": "the FLOPs of --dry_run true, divided by the speed of your device",
     "distill.points": "--trainer.val_check_interval",
     "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
+    "sparsity.allocation=depth": "--sparsity.scope ffn+blocks with --sparsity.block_choice influence",
     "trainer.default_root_dir": "--run.dir",
     "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
@@ -399,12 +400,11 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Remove the same number of experts in every layer, chosen per layer, so that the result can be a stock model.
     False: rank the experts of all layers together, by scores relative to the mean of their layer."""
     allocation: Annotated[Text, Reads(ALLOCATION)] = "learned"
-    """How sparsity is allocated: learned, equal, uniform, global, owl, reconstruction or depth. learned: one threshold
+    """How sparsity is allocated: learned, equal, uniform, global, owl or reconstruction. learned: one threshold
     per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and
     each module loses what the base metric ranks lowest in its block: uniform (the same sparsity in every block), global
     (scores standardised per block, one threshold: FLAP), owl (blocks with more outliers lose less), reconstruction
-    (blocks lose more where gradients on a little text predict the smallest rise of the loss after least squares), depth
-    (whole blocks by influence: ShortGPT; needs --gprune false)."""
+    (blocks lose more where gradients on a little text predict the smallest rise of the loss after least squares)."""
     start: Text = "uniform"
     """Allocation of the base metric if --sparsity.allocation is learned or equal; learning starts from it."""
     options: dict[Text, NumberOrBool] = Field({})
@@ -455,21 +455,20 @@ class SparsityConfig(Group, prefix="sparsity."):
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""
-        allocation, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
-        if start.modules or start.whole_blocks:
+        for allocation in (self.allocation, self.start):
+            if replacement := REPLACEMENTS.get(f"sparsity.allocation={allocation}"):
+                raise UserError(f"--sparsity.allocation {allocation} was removed. Use {replacement}.")
+            ALLOCATION.check(allocation)
+        if ALLOCATION[self.start].modules:
             raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")
-        if self.uniform_width and (self.protect or allocation.whole_blocks):
-            other = "--sparsity.protect" if self.protect else f"--sparsity.allocation {self.allocation}"
-            raise UserError(f"--sparsity.uniform_width cannot be combined with {other}.")
-        flag, base = ("start", self.start) if allocation.modules else ("allocation", self.allocation)
+        if self.uniform_width and self.protect:
+            raise UserError("--sparsity.uniform_width cannot be combined with --sparsity.protect.")
+        flag, base = ("start", self.start) if ALLOCATION[self.allocation].modules else ("allocation", self.allocation)
         if self.uniform_width and base in ("global", "owl", "reconstruction"):
             raise UserError(
                 f"--sparsity.uniform_width true needs --sparsity.{flag} uniform, because all blocks lose equally much; "
                 f"got {base}."
             )
-        if "blocks" in self.scope and allocation.whole_blocks:
-            flag = f"--sparsity.allocation {self.allocation}"
-            raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {flag}. Remove blocks from it.")
         if self.limit == "worst" and not Target.of(self.target).is_searched:
             raise UserError(
                 f"--sparsity.limit worst needs a --sparsity.target in quality such as +5%; got {self.target}."

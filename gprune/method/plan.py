@@ -297,8 +297,6 @@ def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, togethe
     cfg, why_precision = resolve_precision(cfg, device, together=together)
     pricing = Pricing(cfg, dense, device)
     budget = pricing.budget()
-    for feature in cfg.features:
-        budget = attribute(feature, "limit_budget")(budget)
     plan = Plan(pricing, budget, why_precision)
     check_blocks(cfg, blocks, config)
     for feature in plan.features:

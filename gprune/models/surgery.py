@@ -253,7 +253,7 @@ def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list
     something else after saving and loading. Others have an embedding table for every layer in one weight, such as
     Gemma 3n, which would not fit.
     """
-    remedy = "Use --sparsity.scope without blocks, and another --sparsity.allocation than depth."
+    remedy = "Use --sparsity.scope without blocks."
     for new, old in enumerate(kept):
         old_values = _shapes_and_attributes(decoder_layers(before)[old])
         new_values = _shapes_and_attributes(decoder_layers(after)[new])

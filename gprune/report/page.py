@@ -69,7 +69,6 @@ from gprune.report.task_tables import compare_records, evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, entries, row_name
 from gprune.runs.results import FinishedRun, config_of, read_run
-from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import write_text
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import to_yaml
@@ -368,15 +367,14 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
     if other is not None:
         about = f"Made elsewhere, recovery {settings['recovery']}, seed {run.seed}."
         return f"{model_label(other)} beside {label}", [about, cost]
-    sparsity = summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
+    share, scope = summary["sparsity_of_scope"], settings["sparsity"]["scope"]
     method = "gprune" if settings["gprune"] else "the base metric alone"
     importance, recovery = run.records[-1]["importance"], settings["recovery"]
     about = (
-        f"{format_removed(*sparsity, digits=2)} removed by {method}, importance {importance}, recovery {recovery}, "
-        f"seed {run.seed}."
+        f"{share:.2%} of {scope} removed by {method}, importance {importance}, recovery {recovery}, seed {run.seed}."
     )
     lines = [about, cost, _describe_sizes(run), _describe_controls(run)]
-    return f"{format_removed(*sparsity, digits=0)} removed from {label}", [line for line in lines if line]
+    return f"{share:.0%} of {scope} removed from {label}", [line for line in lines if line]
 
 
 def _describe_sizes(run: FinishedRun) -> str:

@@ -29,7 +29,6 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
 from gprune.runs.numbers import Record, by_row, line_frame, number_frame, on_same_windows, row_lines
-from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
 from gprune.storage.paths import expanded
@@ -128,8 +127,7 @@ class PruningResult:
         if summary := self.summary:
             removed = "made elsewhere"
             if "sparsity_of_scope" in summary:
-                scope, allocation = self.config.sparsity.scope, self.config.sparsity.allocation
-                of_scope = format_removed(summary["sparsity_of_scope"], scope, allocation)
+                of_scope = f"{summary['sparsity_of_scope']:.2%} of {self.config.sparsity.scope}"
                 removed = f"{of_scope} removed, {summary['sparsity_of_model']:.2%} of the model"
             lines.append(f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,}")
         if self.records:

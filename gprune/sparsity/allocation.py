@@ -1,7 +1,7 @@
 """Allocation rules, one function each: they determine the sparsity of every block or module.
 
 A rule computes a margin for every unit from scores and statistics. Units with the lowest margins in the whole model are
-then removed until the budget is met. A rule may return keep masks instead of margins (`depth`). Rules for modules
+then removed until the budget is met. A rule may return keep masks instead of margins. Rules for modules
 (`learned`, `equal`) compute a threshold for each module from such masks and the ranks inside modules.
 """
 
@@ -15,7 +15,6 @@ from gprune.checks import AtLeast1Float, NonNegative
 from gprune.errors import UserError
 from gprune.features import Tokens
 from gprune.registry import Registry, UserCode
-from gprune.sparsity.whole_blocks import depth, limit_to_depth, refuse_layers, refuse_modules
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
@@ -58,7 +57,7 @@ def learning_tokens(plan: Any) -> Tokens:
 
 
 def allocation(
-    name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False, errors: bool = False
+    name: str, *, modules: bool = False, learned: bool = False, errors: bool = False
 ) -> Callable[[Rule], Rule]:
     """Register a rule that distributes the sparsity over blocks, as the value `name` of `--sparsity.allocation`.
 
@@ -85,7 +84,6 @@ def allocation(
         modules: whether the rule is instead a `function(masks, ranks)` that returns thresholds of modules, from the
             masks of `--sparsity.start`.
         learned: whether thresholds are learned, starting from the returned ones.
-        whole_blocks: whether the rule removes whole blocks; then there are no modules.
         errors: whether the rule reads `statistics.errors`, which are measured by a forward and backward pass over a
             few tokens.
 
@@ -99,7 +97,6 @@ def allocation(
         ALLOCATION.register(name)(function)
         function.modules = modules
         function.learned = learned
-        function.whole_blocks = whole_blocks
         function.errors = errors
         function.reads = frozenset([*(["sparsity.start"] if modules else []), *(LEARNING_FLAGS if learned else [])])
         function.needs = frozenset({"gram", "errors"} if errors else ())
@@ -107,11 +104,6 @@ def allocation(
         if learned:
             function.refuse = refuse_curve
             function.planned_tokens = learning_tokens
-        if whole_blocks:
-            function.refuse_settings = refuse_modules
-            function.refuse = refuse_layers
-            function.limit_budget = limit_to_depth
-            function.lines = lambda plan: {"widths": "whole blocks are removed, and part of one"}
         return function
 
     return decorate
@@ -127,7 +119,7 @@ def allocate(
     rule = ALLOCATION[name]
     result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
     if isinstance(result, Masks):
-        return checked_masks(ALLOCATION, name, result, budget, exact=not rule.whole_blocks)
+        return checked_masks(ALLOCATION, name, result, budget)
     sizes = [len(s) for s in scores.ffn], [len(s) for s in scores.attention]
     neuron_margins, group_margins = checked_pair(ALLOCATION, name, "Masks, or margins", result, sizes)
     return keep_masks(budget, neuron_margins, group_margins)
@@ -145,10 +137,10 @@ def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds
     return checked_pair(ALLOCATION, name, "thresholds", result, sizes)
 
 
-def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
+def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget) -> Masks:
     """Check that a registered function or stage has returned masks that fit a budget's units and meet it.
 
-    With `exact` they must exceed the budget by less than one step.
+    They must exceed the budget by less than one step.
     """
     from gprune.models.masks import Masks
 
@@ -160,8 +152,8 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, 
     step = budget.largest_step
     removed = budget.removed_by(masks)
     target = budget.target
-    if removed < target or (exact and removed >= target + step):
-        needed = f"at least {target:,}" + (f", and less than {target + step:,}" if exact else "")
+    if not target <= removed < target + step:
+        needed = f"at least {target:,}, and less than {target + step:,}"
         raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed:,}.")
     return masks
 
@@ -191,17 +183,6 @@ def checked_pair(
             f"{registry.kind.capitalize()} '{name}' must return {what} as (neurons, KV groups), each a list with a "
             f"tensor for each of {len(sizes[0])} blocks; got {type(value).__name__}."
         ) from error
-
-
-def format_removed(share: float, scope: str, rule: str, digits: int = 2) -> str:
-    """Format the removed share of a scope, such as '50.00% of ffn'.
-
-    For a rule that removes whole blocks the text is 'as many parameters as 50.00% of ffn'.
-    """
-    removed = f"{share:.{digits}%} of {scope}"
-    if rule in ALLOCATION and ALLOCATION[rule].whole_blocks:
-        return f"as many parameters as {removed}"
-    return removed
 
 
 @allocation("learned", modules=True, learned=True)
@@ -373,6 +354,3 @@ def _error_per_neuron(errors: Tensor, neurons: int) -> Tensor:
     log_slopes = numpy.log(numpy.maximum(slopes, 1e-300))  # the logarithm of 0 is not finite
     logs = numpy.interp(neuron_middles, step_middles, log_slopes)
     return torch.from_numpy(numpy.exp(logs)).flip(0)
-
-
-allocation("depth", whole_blocks=True)(depth)

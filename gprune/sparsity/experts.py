@@ -40,8 +40,6 @@ class WholeExperts(Feature):
         s, flag = cfg.sparsity, f"--sparsity.scope {cfg.sparsity.scope}"
         if cfg.gprune and "ffn" not in s.scope:
             raise UserError(f"{flag} needs --gprune false, because experts have no modules.")
-        if s.allocation == "depth":
-            raise UserError(f"{flag} cannot be combined with --sparsity.allocation depth.")
         if s.currency in ("seconds", "kv_cache"):
             raise UserError(f"{flag} needs a target in parameters or bytes; got {s.target}, which counts {s.currency}.")
 

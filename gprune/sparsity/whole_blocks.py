@@ -1,25 +1,19 @@
-"""Whole blocks as a feature of a run: in the scope (`WholeBlocks`), or by an allocation that removes little else.
+"""Whole blocks in scope, as a feature of a run.
 
-Blocks are removed by whole layers. With the scope `blocks` they are chosen before sparsity is allocated, and make up at
-most `--sparsity.block_share` of the target (`Budget.removed`). With the allocation `depth` they make up all of it.
+Blocks are removed by whole layers. They are chosen before sparsity is allocated, and make up at most
+`--sparsity.block_share` of the target (`Budget.removed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
 from gprune.features import Feature, Tokens
-from gprune.sparsity.target import Target
 
-if TYPE_CHECKING:  # allocations are imported to check flags, which should not wait for PyTorch
-    from gprune.calibration.statistics import CorpusStatistics
-    from gprune.importance.scores import Scores
-    from gprune.models.blocks import Block
-    from gprune.models.masks import Masks
+if TYPE_CHECKING:  # settings import this module, and should not wait for PyTorch
     from gprune.sparsity.budget import Budget
 
 
@@ -81,74 +75,6 @@ def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[in
         chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))
 
 
-def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
-    """Remove whole blocks, least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
-
-    Blocks are removed until the next one would exceed the target. The next block only loses its lowest-scoring neurons,
-    so that the baseline removes as many parameters as other methods. If its FFN is too small for that, the block is
-    removed too. A removed block includes attention and norms, whatever the scope. A width that changes becomes a
-    multiple of the budget's `width_multiple`. `limit_to_depth` rejects targets that would leave no block.
-    """
-    import torch
-
-    from gprune.models.masks import Masks
-    from gprune.sparsity.cut import keep_top_neurons
-
-    masks = Masks([torch.ones(b.all_neurons, dtype=torch.bool) for b in blocks],
-                  [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    remaining = budget.target  # the cost that is still to be removed
-    influence = statistics.influence.tolist()
-    for layer in sorted(budget.by_layer, key=lambda blocks: min(influence[b] for b in blocks)):
-        units = {b: budget.units[b] for b in layer}
-        if remaining <= 0 or any(of_block.protected for of_block in units.values()):
-            continue
-        largest = max(layer, key=lambda b: budget.units[b].costs.neurons[-1])  # the block with the largest FFN
-        by_width = units[largest].costs.neurons
-        widths = range(0, units[largest].neurons, budget.width_multiple)
-        wide_enough = [width for width in widths if by_width[-1] - by_width[width] >= remaining]
-        kept_width = max(wide_enough, default=0)
-        whole_cost = sum(of_block.costs.whole for of_block in units.values())
-        if remaining < whole_cost and kept_width > 0:
-            masks.ffn[largest] = keep_top_neurons(units[largest], scores.ffn[largest], kept_width)
-            break
-        for b in layer:
-            masks.ffn[b][:] = False
-            masks.attention[b][:] = False
-        remaining -= whole_cost
-    return masks
-
-
-def refuse_modules(cfg: Any) -> None:
-    """Raise UserError for an allocation that removes whole blocks if the run has modules."""
-    if cfg.gprune:
-        raise UserError(f"--sparsity.allocation {cfg.base_allocation} needs --gprune false, because it has no modules.")
-
-
-def refuse_layers(plan: Any) -> None:
-    """Raise UserError if a layer cannot be removed, or all layers with attention would be."""
-    check_attention_remains(plan)
-    check_renumbering(plan)
-
-
-def limit_to_depth(budget: Budget) -> Budget:
-    """Limit a quality target to the cost of all layers except one. UserError for another target above this cost.
-
-    The exception is the largest layer, or the protected ones if there are any.
-    """
-    layers = [layer for layer in budget.by_layer if budget.protected.isdisjoint(layer)]
-    layer_costs = [sum(budget.units[block].costs.whole for block in layer) for layer in layers]
-    kept = 0 if budget.protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
-    removable = sum(layer_costs) - kept
-    if Target.of(budget.setting).is_searched:
-        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
-    if budget.target > removable:
-        raise UserError(
-            f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "
-            "one block is kept. Use a lower --sparsity.target."
-        )
-    return budget
-
-
 def check_attention_remains(plan: Any) -> None:
     """Raise UserError if a budget allows removing all layers with attention of a model that has others too.
 
@@ -163,13 +89,8 @@ def check_attention_remains(plan: Any) -> None:
     layers = [blocks for blocks, has in zip(budget.by_layer, has_attention, strict=True) if has]
     if any(blocks not in budget.removable_layers for blocks in layers):
         return
-    if budget.block_share:
-        in_order = [block for blocks in layers for block in blocks]
-        fit = set(in_order) <= set(budget.blocks_that_fit(in_order, budget.target))
-    else:  # of `depth`, whose last removed layer may exceed the target
-        layer_costs = [sum(budget.units[block].costs.whole for block in blocks) for blocks in layers]
-        fit = sum(layer_costs) - max(layer_costs) < budget.target
-    if fit:
+    in_order = [block for blocks in layers for block in blocks]
+    if set(in_order) <= set(budget.blocks_that_fit(in_order, budget.target)):
         numbers = [layer for layer, has in enumerate(has_attention) if has]
         raise UserError(
             f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "

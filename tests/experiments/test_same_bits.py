@@ -107,7 +107,7 @@ def test_the_configurations_have_every_allocation_recovery_scope_without_experts
     tiny = [cfg for cfg in known.values() if cfg.model.name == "tiny-random"]
     used = {cfg.sparsity.allocation for cfg in tiny} | {cfg.base_allocation for cfg in tiny}
     built_in = {name for name in ALLOCATION if ALLOCATION[name].__module__.startswith("gprune.")}
-    assert used == built_in - {"depth"}  # leaves
+    assert used == built_in
     recoveries = {name for cfg in tiny for name in cfg.recovery.split("+")}
     assert recoveries == {"none", "bias", "least_squares", "distill"}
     assert {cfg.distill.targets for cfg in tiny if "distill" in cfg.recovery} == {"mlp", "all", "lora"}

@@ -60,7 +60,7 @@ FLAGS = {  # flags -> words of the message; types and ranges are tested in `test
     "--sparsity=3": ("sparsity", "3"),
     "--nonsense=1": ("nonsense", "model, "),
     "--sparsity.width_multiple=161": ("sparsity.width_multiple", "160", "161"),
-    "--sparsity.target=0.85 --sparsity.allocation=depth --gprune=false": ("39,168", "depth", "at most 36,992"),
+    "--sparsity.allocation=depth": ("allocation depth was removed", "Use --sparsity.scope ffn+blocks"),
     "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),
     "--sparsity.protect=[0,-1]": ("sparsity.target", "2 blocks keep everything", "at most 0.33"),
     "--reliability.everywhere=true --reliability.switch=false": ("reliability.everywhere", "reliability.switch"),
@@ -72,13 +72,11 @@ FLAGS = {  # flags -> words of the message; types and ranges are tested in `test
 }
 
 
-@pytest.mark.parametrize(
-    "flags", ["--sparsity.scope=ffn+blocks --sparsity.block_share=0.8", "--sparsity.allocation=depth --gprune=false"]
-)
-def test_block_pruning_is_refused_if_the_forward_pass_depends_on_the_block_index(flags, refused, tmp_path):
+def test_block_pruning_is_refused_if_the_forward_pass_depends_on_the_block_index(refused, tmp_path):
     make_tiny("gpt2", neurons=tiny_run.NEURONS, scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path / "gpt2")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    line = refused(f"--model.name={tmp_path / 'gpt2'}", *flags.split())
+    flags = ["--sparsity.scope=ffn+blocks", "--sparsity.block_share=0.8"]
+    line = refused(f"--model.name={tmp_path / 'gpt2'}", *flags)
     assert "Model type 'gpt2' cannot lose whole blocks" in line
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 from contextlib import contextmanager
@@ -395,7 +394,7 @@ PRESETS = {
     "Wanda-sp": ("--importance=wanda_sp", "--sparsity.scope=attention+ffn"),
     "LLM-Pruner": ("--importance=taylor", "--sparsity.scope=attention+ffn", "--sparsity.protect=[0]"),
     "OWL": ("--sparsity.allocation=owl",),
-    "ShortGPT": ("--sparsity.allocation=depth",),
+    "ShortGPT": ("--sparsity.scope=ffn+blocks", "--sparsity.block_choice=influence", "--sparsity.block_share=1"),
 }  # fmt: skip
 
 
@@ -406,7 +405,7 @@ def preset(world, tmp_path_factory, shared_cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_meet_the_budget_and_compute_the_masked_model(name, preset, dense, token_batch):
     result = preset(name)
     check_budget(result, dense)
@@ -425,26 +424,6 @@ def test_flap_adds_a_bias_to_every_projection_that_lost_inputs(preset):
         assert (block.down.bias is not None) == (not neurons.all())
         assert (block.output.bias is not None) == (not groups.all())
     assert not all(bool(m.all()) for m in result.masks.ffn)
-
-
-def test_shortgpt_removes_blocks_and_narrows_one_to_reach_the_parameter_count(preset, dense, token_batch):
-    result = preset("ShortGPT")
-    blocks = blocks_of(dense)
-    neuron_cost, total = blocks[0].unit_cost("ffn"), Budget(block_units(blocks, scope="ffn"), 0).total
-    influence = next(iter(result.statistics.values())).influence
-    first, second, third = influence.argsort().tolist()
-    assert [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept] == [first]
-    removed_neurons = math.ceil((total // 2 - blocks[first].cost) / neuron_cost)
-    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - removed_neurons
-    assert bool(result.masks.ffn[third].all())
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    assert before - after == blocks[first].cost + removed_neurons * neuron_cost
-    assert result.summary["sparsity_of_scope"] == (before - after) / total >= 0.5
-    assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
-    assert {r["allocation"] for r in result.records} == {None, "depth"}
-    assert "\nas many parameters as 50." in repr(result)  # in units of the FFN: attention and norms were removed too
-    with masked(dense, result.masks), torch.inference_mode():
-        assert torch.allclose(dense(token_batch).logits, result.model(token_batch).logits, atol=1e-4)
 
 
 # --- one calibration pass for many runs -------------------------------------------------------------------------

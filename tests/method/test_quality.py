@@ -263,7 +263,6 @@ def assert_tokens_are_planned(result) -> None:
         ["--sparsity.scope=ffn+blocks"],
         ["--sparsity.uniform_width=true"],
         ["--sparsity.allocation=global", "--sparsity.protect=[0,-1]"],
-        ["--gprune=false", "--sparsity.allocation=depth"],
     ],
     ids=lambda flags: flags[-1],
 )

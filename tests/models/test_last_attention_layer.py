@@ -72,15 +72,13 @@ def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept(
     assert attention_by_layer(default_config("blt")) == []
 
 
-@pytest.mark.parametrize(
-    "flags", [["--sparsity.scope=ffn+blocks", "--sparsity.block_share=1"], ["--sparsity.allocation=depth"]]
-)
-def test_a_run_that_may_remove_the_last_attention_layer_is_refused_in_one_line(flags, tmp_path, capsys):
+def test_a_run_that_may_remove_the_last_attention_layer_is_refused_in_one_line(tmp_path, capsys):
     corpora = tiny_run.make_world(tmp_path).corpora
     example("qwen3_next").save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     world = tiny_run.World(tmp_path / "model", corpora)
-    flags = [*flags, "--gprune=false", "--sparsity.target=0.4", "--dry_run=true"]
+    flags = ["--sparsity.scope=ffn+blocks", "--sparsity.block_share=1", "--gprune=false", "--sparsity.target=0.4"]
+    flags += ["--dry_run=true"]
     with tiny_run.isolated(tmp_path / "cache"):
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "--sparsity.protect" in line]

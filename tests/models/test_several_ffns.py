@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,22 +270,6 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
     masks = allocate(rule, scores, statistics, blocks, budget)
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert 0 <= removed - budget.target < budget.largest_step
-
-
-@pytest.mark.parametrize("extra", [0, 2000])
-def test_depth_allocation_removes_layers_and_narrows_the_largest_ffn_of_one(extra, shared_expert_model):
-    statistics, blocks = statistics_of(shared_expert_model), blocks_of(shared_expert_model)
-    tokens = float(statistics.ffn[1].total.count)
-    influence = torch.tensor([0.5, 0.5, 0.1, 0.1, 0.9, 0.9], dtype=torch.float64)
-    statistics = replace(statistics, turned=influence * tokens)
-    target = blocks[2].cost + blocks[3].cost + extra
-    budget = Budget(block_units(blocks, scope="ffn"), target)
-    scores = score_units("wanda_sp", blocks, statistics, attention=False)
-    masks = allocate("depth", scores, statistics, blocks, budget)
-    assert masks.blocks == [True, True, False, False, True, True]
-    assert bool(masks.ffn[0].all()) == (extra == 0)
-    assert all(masks.ffn[b].all() for b in (1, 4, 5))
-    assert target <= budget.removed_by(masks) < target + blocks[0].unit_cost("ffn")
 
 
 def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_model):

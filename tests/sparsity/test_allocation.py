@@ -23,7 +23,7 @@ from tests.calibration.test_collector import batches, projection_inputs
 from tests.models.test_surgery import masks_without
 from tests.tiny_llama import collect, make_tiny_llama
 
-BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
+BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules]
 
 
 def make_model_with_outliers(**overrides):
@@ -267,64 +267,8 @@ def uneven():
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=False)
 
 
-def depth(model, scores, statistics, target: int, protected=frozenset(), width_multiple: int = 1) -> Masks:
-    blocks = blocks_of(model)
-    units = block_units(blocks, scope="ffn", protect=sorted(protected))
-    return allocate("depth", scores, statistics, blocks, Budget(units, target, width_multiple))
-
-
 def removed_parameters(model, masks: Masks) -> int:
     return Budget(block_units(blocks_of(model), scope="ffn"), 0).removed_by(masks)
-
-
-@pytest.mark.parametrize("protected", [frozenset(), frozenset({0}), frozenset({2, 1})])
-def test_depth_removes_blocks_in_order_of_influence_and_meets_the_budget(protected, uneven):
-    model, statistics, scores = uneven
-    blocks = blocks_of(model)
-    order = [b for b in (2, 0, 3, 1) if b not in protected]
-    # Without protected blocks, the last block in the order must remain.
-    max_target = sum(blocks[b].cost for b in order) - (0 if protected else blocks[order[-1]].cost)
-    outcomes = set()  # (number of removed blocks, whether another block was narrowed)
-    for target in range(1, max_target + 1, 311):
-        masks = depth(model, scores, statistics, target, protected)
-        removed = [b for b, kept in enumerate(masks.blocks) if not kept]
-        assert removed == sorted(order[: len(removed)])
-        narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
-        excess = removed_parameters(model, masks) - target
-        assert excess >= 0
-        if narrowed:
-            (b,) = narrowed
-            assert b == order[len(removed)]
-            assert excess < blocks[b].unit_cost("ffn")
-            assert bool(masks.attention[b].all())
-            removed_scores, kept_scores = scores.ffn[b][~masks.ffn[b]], scores.ffn[b][masks.ffn[b]]
-            assert removed_scores.max() <= kept_scores.min()
-        else:  # without the last block, narrowing its FFN to one neuron would not meet the target
-            last = blocks[order[len(removed) - 1]]
-            assert excess < last.cost - last.unit_cost("ffn") * (last.neurons - 1)
-        for b in protected:
-            assert bool(masks.ffn[b].all())
-            assert bool(masks.attention[b].all())
-        outcomes.add((len(removed), bool(narrowed)))
-    max_removed = len(order) if protected else len(order) - 1
-    assert max_removed in {num_removed for num_removed, _ in outcomes}
-    assert {was_narrowed for _, was_narrowed in outcomes} == {True, False}
-
-
-@pytest.mark.parametrize(
-    ("influence", "removed", "kept"),
-    [
-        ([0.2, 0.9, 0.1, 0.5], (2, 0), [False, True, False, True]),
-        ([0.5] * 4, (0,), [False, True, True, True]),  # ties are resolved by position
-        ([0.5] * 4, (), [True] * 4),
-    ],
-)
-def test_depth_removes_only_whole_blocks_if_they_meet_the_target_exactly(influence, removed, kept, uneven):
-    model, statistics, scores = uneven
-    cost = sum(blocks_of(model)[b].cost for b in removed)
-    masks = depth(model, scores, with_influence(statistics, influence), cost)
-    assert masks.blocks == kept
-    assert removed_parameters(model, masks) == cost
 
 
 @pytest.mark.parametrize(("share", "protect"), [(0.9, []), (0.6, [-1]), (0.1, [])])
@@ -347,14 +291,3 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
         remaining -= blocks[expected[-1]].cost
     assert choose_blocks(budget, bypassing) == expected
     assert bool(expected) == (share > 0.1)  # no block fits into a tenth of the target
-
-
-def test_depth_narrows_its_last_block_to_the_width_multiple(tiny_model, token_batch):
-    blocks = blocks_of(tiny_model)
-    statistics = collect(tiny_model, batches(token_batch, 6))
-    scores = score_units("wanda_sp", blocks, statistics)
-    cost, neuron = blocks[0].cost, blocks[0].unit_cost("ffn")
-    masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
-    assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
-    removed = tiny_model.num_parameters() - slice_model(tiny_model, masks).num_parameters()
-    assert removed == removed_parameters(tiny_model, masks) == cost + 16 * neuron

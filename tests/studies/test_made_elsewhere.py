@@ -549,7 +549,7 @@ def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):
     assert with_settings.config.model.dtype == "bfloat16"
     assert with_settings.made_elsewhere is None
     assert "made_elsewhere" not in with_settings.identity["model"]
-    pruning = {"importance": "taylor", "gprune": True, "sparsity.allocation": "depth"}
+    pruning = {"importance": "taylor", "gprune": True, "sparsity.allocation": "global"}
     rows = {"a": {"model": "there"}, "b": {"model": "there", "recovery": "none", **pruning}}
     with_path, with_pruning = bench.rows(bench.write("two ways", rows))
     assert with_path.identity == with_pruning.identity
