@@ -140,7 +140,7 @@ def _exit_on_signals() -> Iterator[None]:
     def exit_process(number: int, _: object) -> None:
         if signal.getsignal(number) is not exit_process:
             return  # Lightning is training: its own handler, which has called this one, stops after the step
-        if not _is_ending(sys.exception()):
+        if not is_ending(sys.exception()):
             raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
@@ -155,7 +155,7 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_ending(error: BaseException | None) -> bool:
+def is_ending(error: BaseException | None) -> bool:
     """Return whether the exception that is being handled, if any, or one of its causes ends the process."""
     while error is not None and not isinstance(error, (SystemExit, KeyboardInterrupt)):
         error = error.__context__

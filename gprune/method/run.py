@@ -37,6 +37,7 @@ from gprune.runs.trainer import (
     PROFILERS,
     CallbackChecks,
     StageBar,
+    StopTogether,
     UserCallbacks,
     matmul_precision,
     plain_interrupts,
@@ -165,7 +166,7 @@ class Run:
         t = self.cfg.trainer
         user_callbacks = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
         checks = CallbackChecks(self.folder, name, self.check_weights)
-        callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what)]
+        callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what), StopTogether()]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
         strategy = t.lightning_strategy

@@ -101,13 +101,13 @@ class Checkpoints(Checkpoint):
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        """Save a checkpoint if a step is complete and `seconds` have passed on any rank.
+        """Save a checkpoint if a step is complete and `seconds` have passed on any rank, or the run was terminated.
 
         Nothing is saved if the stage was told to stop, because a resumed Trainer would continue the stage.
         """
         if not self._step_completed or trainer.should_stop or trainer.is_last_batch or trainer.fast_dev_run:
             return
-        due = time.monotonic() - self._last_saved >= self.seconds
+        due = trainer.received_sigterm or time.monotonic() - self._last_saved >= self.seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks of processes differ
             self._save(trainer)
             self._last_saved = time.monotonic()

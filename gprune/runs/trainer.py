@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import signal
+import sys
 import traceback
 import warnings
 import weakref
@@ -29,7 +30,7 @@ from pydantic import ValidationError, validate_call
 from gprune.checks import require, validation_message
 from gprune.config import RunConfig
 from gprune.config.running import ClassPath, TrainerConfig
-from gprune.console import quieted
+from gprune.console import is_ending, quieted
 from gprune.errors import UserError, first_line
 from gprune.models.products import float32_by_onednn, multiplies_bfloat16
 from gprune.runs.folder import RunFolder
@@ -274,6 +275,40 @@ def matmul_precision(precision: str, fastest_on: torch.device | None = None) -> 
     finally:
         torch.set_float32_matmul_precision(before)
         torch.use_deterministic_algorithms(deterministic)
+
+
+class StopTogether(L.Callback):
+    """Callback that ends all processes after the same training step if SIGTERM has reached one of them.
+
+    Lightning's own handler broadcasts inside the handler. That waits forever if the signal reaches the processes at
+    different points, because another process then waits for the reduction of gradients. Here the handler only notes the
+    signal while a stage trains, and the processes agree after each step. At other times it ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.noted = self.trains = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer._signal_connector._sigterm_notifier_fn = self._note
+
+    def _note(self, number: int, _: object) -> None:
+        self.noted = True
+        if not (self.trains or is_ending(sys.exception())):
+            raise SystemExit(128 + number)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trains = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Set Lightning's flag in all processes. Lightning then stops, after callbacks have saved checkpoints."""
+        if trainer.strategy.reduce_boolean_decision(self.noted, all=False):
+            trainer._signal_connector.received_sigterm = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the process if the signal came after the last step."""
+        self.trains = False
+        if self.noted:
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager

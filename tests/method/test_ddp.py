@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -260,3 +263,46 @@ def test_if_only_rank_0_fails_the_other_rank_exits_without_output(world, tmp_pat
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "Cannot write" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("Refining modules", ["--partition.steps=1000000"]),
+        ("Learning", ["--sparsity.epochs=1000000"]),
+        ("Distilling", ["--recovery=distill", "--distill.tokens=10000000", "--distill.repeat=true"]),
+    ],
+)
+def test_sigterm_ends_both_processes_in_any_stage(line, flags, world, tmp_path):
+    """The signal reaches the ranks at different points of a step, perhaps in different steps."""
+    children = tiny_run.start(world.args(tmp_path, *flags, *TWO), tmp_path, processes=2)
+    wait_until(lambda: line in children[0].output[0].read_text())
+    time.sleep(1)  # until training has begun
+    if line == "Distilling":
+        files = (tmp_path / "run/csv").rglob
+        wait_until(lambda: any("gradient_norm" in file.read_text() for file in files("metrics.csv")))
+    try:
+        for child in children:
+            os.kill(child.id, signal.SIGTERM)
+            time.sleep(0.013)
+        wait_until(lambda: not any(map(is_running, children)), seconds=60)
+    finally:
+        for child in filter(is_running, children):
+            os.kill(child.id, signal.SIGKILL)
+    ended = [child.wait() for child in children]
+    assert [done.returncode for done in ended] == [143, 143], ended[0].stderr + ended[1].stderr
+    assert [done.stderr.count("\n") for done in ended] == [1, 0]
+    if line == "Distilling":  # its epoch has many batches
+        assert len(list((tmp_path / "run/checkpoints/recovery").iterdir())) == 1
+
+
+def is_running(child):
+    """Return whether a forked process has not ended, without reaping it."""
+    return os.waitid(os.P_PID, child.id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def wait_until(condition, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
