@@ -2,6 +2,8 @@
 
     pip install llama-cpp-py-sync        # without it, only the sizes of GGUF files are known
     python -m experiments.trade_off experiments/questions/trade_off.yaml FOLDER
+    python -m experiments.engines runs/A runs/B --dense --batch 1  # then, for runs of your own:
+    python -m experiments.trade_off runs/A runs/B FOLDER
 
 Prints a table, and writes trade-off.png and .svg to FOLDER. Speed is the speedup of a prompt of 128 tokens and 32
 generated tokens: of rows relative to the dense model, measured alternately in transformers, and of GGUF files relative
@@ -22,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from transformers import AutoTokenizer
 
 from experiments.after_pruning import GGUF_TYPES, in_llama_cpp
+from experiments.engines import NEW_TOKENS
 from experiments.summary import DENSE, Lines, draw_curves, runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.corpora.load import load_corpus
@@ -33,9 +36,9 @@ from gprune.models.loading import locate_model
 from gprune.report.figures import FORMATS, add_title, save, style
 from gprune.report.tables import Cell, Estimate, Table
 from gprune.runs.numbers import by_row, unseen_ratio
-from gprune.runs.results import FinishedRun
+from gprune.runs.results import FinishedRun, read_run
 
-PROMPT, GENERATE = 128, 32
+PROMPT, GENERATE = 128, NEW_TOKENS
 COLUMNS = ["", "unseen / dense", "times as fast", "MiB"]
 NOTE = (
     "Pruned models: timed in transformers in the dtype of the list; MiB of their weights in 16 bits. "
@@ -49,12 +52,13 @@ LABELS = {  # of a prefix of rows' names
 
 
 def pruned(run: FinishedRun) -> list[Cell]:
-    """Cells of a row of the list, by `COLUMNS`."""
+    """Cells of a row of the list or of a run, by `COLUMNS`."""
     timed = [r for r in run.evaluation if r.get("batch") == 1 and r.get("prompt") == PROMPT]
-    seconds = {(r["stage"] == "dense", r["task"]): r["seconds"] for r in timed}
+    # The records of the list were written by a former task of gprune evaluate, without the name of the engine.
+    seconds = {(r["stage"] == "dense", r["task"].removeprefix("transformers ")): r["seconds"] for r in timed}
     if any((of, task) not in seconds for of in (True, False) for task in ("prefill", "decode")):
-        needed = f"tasks: {{names: [speed], speed_batch: [1], speed_prompt: {PROMPT}}}"
-        raise UserError(f"The list needs {needed}; got no such timing of '{run.name}'.")
+        needed = f"python -m experiments.engines RUN --dense --batch 1 --prompt {PROMPT}"
+        raise UserError(f"The table needs timings of `{needed}`; got none of '{run.name}'.")
     dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
     ratio = unseen_ratio(run.records, list(by_row(run.records, "window_nll"))[-1], run.records, DENSE)
     return [run.name, ratio, dense / own, run.summary["parameters_after"] * 2 / 2**20]
@@ -128,12 +132,15 @@ def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
 def work(arguments: Sequence[str] | None = None) -> str:
     """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.trade_off", description=__doc__)
-    parser.add_argument("list", metavar="LIST", help="YAML list with records")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a YAML list with records, or folders of runs")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the figure")
     options = parser.parse_args(arguments)
     quiet()
-    if not (runs := runs_of(str(Path(options.list).resolve()))):
-        raise UserError(f"List '{options.list}' needs records of its rows. Run `gprune study {options.list}`.")
+    runs: list[FinishedRun] = []
+    for name in options.runs:
+        runs += runs_of(str(Path(name).resolve())) if name.endswith(".yaml") else [read_run(name)]
+    if not runs:
+        raise UserError(f"List '{options.runs[0]}' needs records of its rows. Run `gprune study {options.runs[0]}`.")
     with tempfile.TemporaryDirectory(prefix="trade-off-") as scratch:
         rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
     table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE)

@@ -13,7 +13,7 @@ COMMANDS = {
     "prune": ("gprune.cli", "prune a model, configured by flags and --config files"),
     "report": ("gprune.studies.report_command", "make tables and figures of finished runs"),
     "export": ("gprune.export.convert", "convert the pruned model of a run for another program"),
-    "evaluate": ("gprune.benchmarks.evaluate_command", "measure tasks, perplexity and speed of a run or a model"),
+    "evaluate": ("gprune.benchmarks.evaluate_command", "measure tasks and perplexity of a run or a model"),
     "study": ("gprune.studies.study_command", "run a list of configurations and tabulate the results"),
 }
 

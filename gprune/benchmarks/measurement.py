@@ -12,8 +12,7 @@ import torch
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.placement import Placement, placement
-from gprune.benchmarks.serving import time_in_alternation
-from gprune.benchmarks.settings import TEXTS, Benchmarks
+from gprune.benchmarks.settings import REMOVED, TEXTS, Benchmarks
 from gprune.benchmarks.subjects import Loaded, find_evaluation
 from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
 from gprune.benchmarks.tasks import measure_tasks
@@ -37,7 +36,10 @@ class UnmeasuredTasksError(UserError):
 
 def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
     """Raise UserError if the tasks need lm_eval and it is not installed. With `rows`, load each task too."""
-    names = [name for name in benchmarks.tasks_by_model if name not in TEXTS]
+    for name in benchmarks.tasks:
+        if replacement := REMOVED.get(f"tasks={name}"):
+            raise UserError(f"The task {name} was removed. Use {replacement}.")
+    names = [name for name in benchmarks.tasks if name not in TEXTS]
     if names:
         require_lm_eval()
     with quieted("lm_eval", stderr=not sys.stderr.isatty()):
@@ -65,9 +67,9 @@ def _evaluate(
     evaluation = find_evaluation(model, benchmarks, dense=dense, output=output, loading=placed.loading)
     subjects = evaluation.subjects if pruned else evaluation.subjects[:1]
     records: list[dict[str, Any]] = []
-    tasks = with_groups(benchmarks.tasks_by_model)
+    tasks = with_groups(benchmarks.tasks)
     unmeasured: dict[str, TaskError] = {}
-    for subject in subjects if tasks else ():
+    for subject in subjects:
         loaded_model, tokenizer = subject.load()
         loaded_model = placed.place(loaded_model)
         for task, groups in tasks.items():
@@ -84,11 +86,6 @@ def _evaluate(
             records += [r | about for r in measured]
             if placed.writes:
                 evaluation.store(records)
-    if benchmarks.alternates:
-        models = [placed.place(subject.load()[0]) for subject in subjects]  # together, to be timed in alternation
-        for subject, measured in zip(subjects, time_in_alternation(models, benchmarks), strict=True):
-            records += [r | subject.about | evaluation.origin for r in measured]
-        evaluation.store(records)
     if placed.writes:
         evaluation.publish(records)
     if unmeasured:

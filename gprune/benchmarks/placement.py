@@ -66,13 +66,10 @@ def placement(benchmarks: Benchmarks, run: Path) -> Iterator[Placement]:
 
 
 def _loading(benchmarks: Benchmarks, run: Path) -> dict[str, Any]:
-    """Return the arguments for loading: those of the flags or, without them, of the run's own settings.
-
-    Speed is measured without offloading.
-    """
+    """Return the arguments for loading: those of the flags or, without them, of the run's own settings."""
     if benchmarks.device_map is not None:
         return {"device_map": benchmarks.device_map, "max_memory": benchmarks.max_memory}
-    if benchmarks.alternates or not (run / "manifest.json").is_file():
+    if not (run / "manifest.json").is_file():
         return {}
     numbers = read_numbers(run)
     if numbers.settings["model"].get("device_map") is None:

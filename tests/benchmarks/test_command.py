@@ -203,11 +203,8 @@ def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_ins
         (["{run}", "--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len must be from 2 to"),
         (["{run}", "--seq_len", "32,many"], "--seq_len[1] must be a valid integer"),
         (["{run}", "--seq_len", "32,1"], "--seq_len[1] must be 2 or more"),
-        (
-            ["{run}", "--tasks", "speed", "--speed_prompt", "249"],
-            "--speed_prompt must be 248 tokens or less; got 249.",
-        ),
-        (["{run}", "--tasks", "speed", "--speed_batch", "1,0"], "--speed_batch[1] must be 1"),
+        (["{run}", "--tasks", "wikitext2,speed"], "The task speed was removed. Use python -m experiments.engines."),
+        (["{run}", "--engine", "vllm"], "unrecognized arguments: --engine vllm. Use python -m experiments.engines."),
         (["{run}", "--colour", "red"], "unrecognized arguments"),
         ([], "required: model"),
         (["{tmp}", "--tasks", "wikitext2"], "not a gprune run"),
@@ -255,7 +252,7 @@ def test_an_offloaded_model_has_the_results_of_the_model_in_memory(offline_runs,
     assert numbers_of(offloaded) == numbers_of(in_memory)
 
 
-def test_an_evaluation_offloads_as_its_run_did_except_for_speed(offline_runs, tmp_path):
+def test_an_evaluation_offloads_as_its_run_did(offline_runs, tmp_path):
     run = shutil.copytree(offline_runs.runs / "kept", tmp_path / "run")
     edit_settings(run, lambda settings: settings["model"].update(device_map="auto"))
     config = (run / "config.yaml").read_text()
@@ -266,8 +263,6 @@ def test_an_evaluation_offloads_as_its_run_did_except_for_speed(offline_runs, tm
         assert placed.loading == {"device_map": "auto", "max_memory": {"cpu": "100KB"}}
     with placement(Benchmarks(("wikitext2",), device_map="auto"), run) as placed:
         assert placed.loading == {"device_map": "auto", "max_memory": None}
-    with placement(Benchmarks(("speed",)), run) as placed:
-        assert placed.loading == {}
 
 
 @pytest.mark.slow
@@ -303,7 +298,6 @@ def test_a_missing_folder_is_refused_before_the_hub_is_asked(offline_runs, capsy
         ),
         (["--device_map", "auto", "--max_memory", "{cpu: x}"], "--max_memory.cpu must be a size such as 2GiB or 500MB"),
         (["--device_map", "auto", "--shard"], "--shard cannot be combined with --device_map."),
-        (["--device_map", "auto", "--tasks", "speed"], "cannot be combined with --tasks speed"),
     ],
 )
 def test_invalid_placements_are_refused_in_one_line(flags, line, offline_runs, capsys):

@@ -6,24 +6,21 @@ import math
 from dataclasses import replace
 
 import pytest
-import yaml
 
-from experiments import trade_off
-from gprune.__main__ import main
+import gprune
+from experiments import engines, trade_off
+from gprune.config import parse
 from gprune.errors import UserError
-from gprune.evaluation import speed
 from gprune.export.gguf import has_llama_cpp
 from gprune.report.tables import Estimate
+from tests.experiments.test_engines import fork
 from tests.studies.workbench import fake_run
 
-LIST = {
-    "common": {
-        "model.name": "tiny-random", "gprune": False, "recovery": "none", "logging.mode": "disabled",
-        "corpora": {"score": "python_docs", "evaluate": ["python_code"], "num_samples": 4, "seq_len": 64},
-        "evaluation": {"num_samples": 3, "seq_len": 64},
-    },
-    "tasks": {"names": ["speed"]}, "rows": {f"share, {n} %": {"sparsity.target": n / 100} for n in (20, 50)},
-}  # fmt: skip
+FLAGS = [
+    "--model.name=tiny-random", "--gprune=false", "--recovery=none", "--logging.mode=disabled",
+    "--corpora.score=python_docs", "--corpora.evaluate=[python_code]", "--corpora.num_samples=4",
+    "--corpora.seq_len=64", "--evaluation.num_samples=3", "--evaluation.seq_len=64",
+]  # fmt: skip
 
 
 def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_the_size_in_bfloat16():
@@ -39,7 +36,7 @@ def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_
     # The loss rises by 2 and 3 nats in windows of 10 predicted tokens each, so by 0.25 nats per token.
     assert (name, ratio.value, speedup, mib) == ("share, 20 %", pytest.approx(math.exp(0.25)), 2.0, 2.0)
     for missing in ({"prompt": 512}, {"batch": 8}):  # files are timed with one prompt of 128 tokens
-        with pytest.raises(UserError, match=r"needs tasks: .*speed_prompt: 128.*; got no such timing of 'share, 20 %'"):
+        with pytest.raises(UserError, match=r"needs timings of .*--prompt 128`; got none of 'share, 20 %'"):
             trade_off.pruned(replace(run, evaluation=[r | missing for r in records]))
 
 
@@ -54,16 +51,19 @@ def test_each_panel_has_the_points_of_all_measured_rows_and_files():
 
 
 @pytest.mark.slow
-def test_a_list_is_compared_with_quantized_files_of_its_dense_model(tmp_path, monkeypatch):
+def test_runs_are_compared_with_quantized_files_of_their_dense_model(tmp_path, monkeypatch):
     """Without llama.cpp, GGUF files have only a size. With llama.cpp, f16 has the perplexity and speed of the model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
-    path = tmp_path / "list.yaml"
-    path.write_text(yaml.safe_dump(LIST, sort_keys=False))
-    assert main(["study", str(path)]) == 0
+    monkeypatch.setattr(engines, "MAX_SECONDS", 0.1)
+    fork(monkeypatch)
+    names = ["share, 20 %", "share, 50 %"]
+    for name, target in zip(names, ("0.2", "0.5"), strict=True):
+        gprune.prune(parse([*FLAGS, f"--run.name={name}", f"--sparsity.target={target}"]))
+    runs = [str(tmp_path / "runs" / name) for name in names]
+    assert engines.main([*runs, "--dense", "--batch", "1"]) == 0
     cells = {}  # {first cell: other cells} of each row
-    for line in trade_off.work([str(path), str(tmp_path)]).splitlines():
+    for line in trade_off.work([*runs, str(tmp_path)]).splitlines():
         if line.startswith("| "):
             name, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
             cells[name] = numbers

@@ -101,7 +101,7 @@ def test_the_page_of_a_run_compares_its_model_with_each_control_and_has_the_size
     weights = (finished.path / "model/model.safetensors").stat().st_size
     (megabytes,) = re.findall(r"Weights in float32: ([\d.]+) MB", text_of_page)
     assert float(megabytes) == pytest.approx(weights / 1e6, abs=0.06)
-    assert "--dense --tasks speed" in text_of_page
+    assert "experiments.engines" in text_of_page
 
 
 def test_figures_use_the_text_colour_of_the_page_and_pages_are_reproducible(finished, tmp_path):

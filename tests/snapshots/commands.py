@@ -88,7 +88,7 @@ def settings_of(command: str) -> Settings:
             parse_arguments = getattr(module, "parse_arguments", None) or module.parser().parse_args
             settings = vars(parse_arguments(arguments))
             if name == "evaluate":  # its texts become numbers and lists
-                own = {setting: settings.pop(setting) for setting in ("model", "dense", "output", "engine")}
+                own = {setting: settings.pop(setting) for setting in ("model", "dense", "output")}
                 settings = own | asdict(parse_benchmarks(**settings))
     plain = json.loads(json.dumps(settings, default=str))
     return {name: value for name, value in plain.items() if not is_exempt(name)}

