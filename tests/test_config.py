@@ -125,7 +125,7 @@ def ways_to_set(name: str, value: object, folder: Path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("sparsity.target", 0.25), ("sparsity.protect", [0, 1, -1]), ("corpora.collect", ["gram", "saliency"]),
+        ("sparsity.target", 0.25), ("sparsity.protect", [0, 1, -1]), ("evaluation.controls", ["base", "unrecovered"]),
         ("corpora.drift", ["wiki", "code"]), ("corpora.learn_samples", None), ("importance", "wifv"), ("ridge", 1),
         ("gprune", False), ("run.seed", 7), ("run.name", "null and # void"), ("logging.mode", None),
         ("model.device_map", "cuda:0"), ("evaluation.curve", []), ("recovery", "bias"),
@@ -154,7 +154,7 @@ def test_a_setting_has_the_same_value_however_it_is_set(name, value, tmp_path):
         ("sparsity.options", {"spread": "wide"}, "--sparsity.options.spread must be a valid number; got 'wide'."),
         ("distill.tokens", 10**13, "--distill.tokens must be 1000000000000 or less; got 10000000000000."),
         ("corpora.drift", "wiki", "--corpora.drift must be a valid list; got 'wiki'."),
-        ("corpora.collect", ["gram", "x"], "--corpora.collect[1] must be 'gram', 'routing' or 'saliency'; got 'x'."),
+        ("logging.artifacts", ["masks", "x"], "--logging.artifacts[1] must be 'masks' or 'model'; got 'x'."),
         ("gprune", 1, "--gprune must be a valid boolean; got 1."),
         ("run.seed", 2**32, "--run.seed must be less than 4294967296; got 4294967296."),
         ("run.dir", ["runs"], "--run.dir must be a valid string; got ['runs']."),
@@ -298,7 +298,7 @@ def test_settings_and_generated_run_names_exclude_the_run_folder_logging_and_exp
     plain = RunConfig()
     with_other_output = RunConfig(
         run=RunFolderConfig(dir="/somewhere", name="mine"), logging=LoggingConfig(mode="disabled", tags=["x"]),
-        corpora=CorporaConfig(collect=["gram", "saliency"]), export="none", dry_run=True,
+        export="none", dry_run=True,
     )  # fmt: skip
     assert "logging" not in plain.settings()
     assert plain.settings() == with_other_output.settings()
@@ -362,10 +362,8 @@ def test_scopes_are_sorted_and_only_scopes_with_blocks_have_block_settings():
         ("taylor", "none", {"saliency"}), ("taylor", "least_squares", {"gram", "saliency"}),
     ],
 )  # fmt: skip
-def test_needed_statistics_are_those_of_the_metric_and_the_recovery_whatever_is_collected(importance, recovery, needs):
-    collects_all = CorporaConfig(collect=["gram", "saliency"])
-    for corpora in (CorporaConfig(), collects_all):
-        assert RunConfig(importance=importance, recovery=recovery, corpora=corpora).needs == needs
+def test_needed_statistics_are_those_of_the_metric_and_the_recovery(importance, recovery, needs):
+    assert RunConfig(importance=importance, recovery=recovery).needs == needs
 
 
 def test_calibration_corpora_are_refused_for_evaluation_on_train_text():

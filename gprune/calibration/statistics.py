@@ -191,6 +191,10 @@ class CorpusStatistics:
                 flat |= {f"{scope}.{block}.{name}": tensor for name, tensor in channels.tensors().items()}
         return flat
 
+    def only(self, kinds: Collection[str]) -> CorpusStatistics:
+        """Return the statistics of some kinds (`kind_of`), which include `moments`."""
+        return self.from_tensors({name: t for name, t in self.tensors().items() if kind_of(name) in kinds})
+
     def copy(self) -> CorpusStatistics:
         """Return a copy that may be changed. Gram matrices are shared."""
         return copy.deepcopy(self, {id(c.gram): c.gram for c in (*self.ffn, *self.attention)})

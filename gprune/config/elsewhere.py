@@ -32,7 +32,6 @@ def without_pruning(cfg: RunConfig, recovery: str, subject: str = "A model made 
     if cfg.dry_run or cfg.export.format == "gguf":
         raise UserError(f"{subject} cannot be combined with --dry_run true or --export gguf.")
     settings = cfg.model_dump(exclude=set(PRUNING_SETTINGS), warnings=False)
-    settings["corpora"]["collect"] = []  # there is no calibration
     return RunConfig(**settings | {"gprune": False, "recovery": recovery})
 
 

@@ -126,6 +126,7 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "trainer.limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
     "model.made_elsewhere": "gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER` of a list",
     "plan.tflops": "the FLOPs of --dry_run true, divided by the speed of your device",
+    "corpora.collect": "`gprune study`, which collects what all rows of a list need in one pass",
     "distill.points": "--trainer.val_check_interval",
     "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
     "sparsity.allocation=depth": "--sparsity.scope ffn+blocks with --sparsity.block_choice influence",
@@ -277,9 +278,6 @@ class CorporaConfig(Group, prefix="corpora."):
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
-    collect: Annotated[list[Literal["gram", "routing", "saliency"]], NEVER] = Field([])
-    """Additional statistics to cache for later runs: gram (for least_squares), routing (for whole experts), saliency
-    (for taylor)."""
     calibrator: Annotated[Text, IF_CHANGED] = "streaming"
     """Stage that collects statistics. streaming: one pass over each corpus. Or the path of your own class, such as
     my_module.MyCalibrator, with --import my_module."""

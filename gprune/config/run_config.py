@@ -265,7 +265,7 @@ class RunConfig(Group):
         """The flag that needs a backward pass of the frozen model, or an empty string."""
         if self.learns:
             return f"--sparsity.allocation {self.sparsity.allocation}"
-        if "saliency" in self.collects:
+        if "saliency" in self.needs:
             return f"--importance {self.importance}"
         return f"--sparsity.allocation {self.base_allocation}" if self.measures_errors else ""
 
@@ -333,11 +333,6 @@ class RunConfig(Group):
         """Extra statistics that the run reads; without neurons in scope not gram, as no projection is solved again."""
         read = set(EXTRAS) if "ffn" in self.sparsity.scope else set(EXTRAS) - {"gram"}
         return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in read)
-
-    @property
-    def collects(self) -> frozenset[str]:
-        """Extra statistics that calibration collects: those of `needs`, and `--corpora.collect` for later runs."""
-        return self.needs | set(self.corpora.collect)
 
     @property
     def rows(self) -> list[tuple[str, str]]:

@@ -132,7 +132,7 @@ def estimated_flops(plan: Plan) -> float:
     if cfg.evaluation.seq_len > cfg.corpora.seq_len:  # windows of evaluation are longer
         evaluated = sum(plan.evaluated_models) * cfg.evaluated_tokens
         total += evaluated * (cfg.evaluation.seq_len - cfg.corpora.seq_len) * per_attended_token
-    if "gram" in cfg.collects:
+    if "gram" in cfg.needs:
         total += plan.calibration_tokens * grams_per_token
     return total
 
@@ -223,7 +223,7 @@ class MemoryEstimate:
     @property
     def grams(self) -> float:
         """Gram matrices in memory: of all corpora on the CPU, of one corpus on a GPU, or of one layer and corpus."""
-        if "gram" not in self.cfg.collects:
+        if "gram" not in self.cfg.needs:
             return 0
         of_one_corpus, corpora = gram_bytes(blocks_of(self.plan.skeleton)), max(1, len(self.cfg.calibration_corpora))
         if needs_walk(self.plan.skeleton, corpora=corpora, gram=True):
@@ -253,7 +253,7 @@ class MemoryEstimate:
     def calibrate(self) -> Memory:
         """Collecting statistics: one layer at a time or, for gradients, all layers."""
         cfg, tokens = self.cfg, self.tokens_of(self.cfg.corpora.batch_size)
-        with_gradients = "saliency" in cfg.collects or cfg.measures_errors
+        with_gradients = "saliency" in cfg.needs or cfg.measures_errors
         activations = self.learn().activations if with_gradients else self.layer(tokens, activation=self.weight)
         if cfg.measures_errors:  # inputs of all output projections of FFNs, in bfloat16
             tokens = max(error_tokens(cfg, name) for name in error_corpora(cfg))
@@ -261,7 +261,7 @@ class MemoryEstimate:
         return Memory(
             weights=self.weight * self.parameters,
             # float32 sums of both halves of a corpus
-            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.collects),
+            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.needs),
             gram_matrices=self.grams,
             activations=activations,
         )

@@ -171,7 +171,7 @@ class Plan:
     @property
     def features(self) -> list[Any]:
         """The features of the run (`RunConfig.features`), and the statistics that they need."""
-        needs = {need for feature in self.cfg.features for need in attribute(feature, "needs")} | self.cfg.collects
+        needs = {need for feature in self.cfg.features for need in attribute(feature, "needs")} | self.cfg.needs
         return [*self.cfg.features, *(STATISTICS[name] for name in sorted(needs & STATISTICS.keys()))]
 
     @cached_property

@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ from gprune.method.save import check_discovered_structure, save
 from gprune.method.summary import summarise
 from gprune.models.blocks import Block
 from gprune.models.masks import Masks, bypassed
-from gprune.models.offload import device_of
+from gprune.models.offload import device_of, is_offloaded
 from gprune.models.products import has_fast_products
 from gprune.partition.drift import half_agreement, kendall_agreement, module_agreements, noise_floor, rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
@@ -108,6 +109,7 @@ BLOCK_SEED_STEP = 7919  # distance of the seeds of neighbouring blocks, a prime,
 def prune(
     cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | Sequence[Logger] = (), *,
     refiner: type | None = None, learner: type | None = None, calibrator: type | None = None,
+    collect: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> PruningResult:  # fmt: skip
     """Run the whole method, or resume an earlier run of the same settings.
 
@@ -124,6 +126,8 @@ def prune(
         refiner: class of your own (docs/extend.md) instead of `--partition.refiner`.
         learner: class of your own instead of `--sparsity.learner`.
         calibrator: class of your own instead of `--corpora.calibrator`.
+        collect: corpus -> statistics (`gram`, `routing`, `saliency`) that later runs need. If this run has to calibrate
+            on the corpus, they are cached in the same pass. `gprune study` gives what the other rows of a list need.
 
     Returns:
         Masks, modules, thresholds, statistics, records and the pruned model.
@@ -139,7 +143,7 @@ def prune(
     with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         modules = None
         check_discovered_structure(run)
-        statistics = calibrate(run)  # 1
+        statistics = calibrate(run, collect)  # 1
         scores = score(run, statistics)  # 2
         if "blocks" in cfg.sparsity.scope:
             run = remove_blocks(run, statistics)
@@ -174,22 +178,29 @@ def prune(
 # Step 1: statistics
 
 
-def calibrate(run: Run) -> dict[str, CorpusStatistics]:
+def calibrate(run: Run, collect: Mapping[str, Collection[str]]) -> dict[str, CorpusStatistics]:
     """Step 1: return statistics by corpus, and write them to the run's folder without Gram matrices.
 
-    Statistics are read from the cache. Those that the cache does not have for this model, text and kind are collected.
+    Statistics are read from the cache. Those that the cache does not have for this model, text and kind are collected,
+    together with those in `collect` (see `prune`) unless weights are offloaded, which may have no memory for them.
     """
     run.step(1, "Calibrating")
     cfg = run.cfg
     cache = statistics_cache(run)
-    kinds = ["moments", *sorted(cfg.collects)]
+    kinds = ["moments", *sorted(cfg.needs)]
     statistics = {corpus: cache.read(corpus, kinds) for corpus in cfg.calibration_corpora}
     missing = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.processes > 1:  # another run may write to the cache at the same time
         missing = missing_on_any_rank(run, missing)
     to_collect = [corpus for corpus, is_missing in zip(statistics, missing, strict=True) if is_missing]
     if to_collect:
-        statistics |= collect_statistics(run, to_collect, kinds, cache)
+        corpora_by_kinds: dict[tuple[str, ...], list[str]] = {}
+        for corpus in to_collect:
+            others = () if is_offloaded(run.model) else collect.get(corpus, ())
+            corpora_by_kinds.setdefault(("moments", *sorted({*cfg.needs, *others})), []).append(corpus)
+        for all_kinds, corpora in corpora_by_kinds.items():
+            collected = collect_statistics(run, corpora, all_kinds, cache)
+            statistics |= {corpus: of_corpus.only(kinds) for corpus, of_corpus in collected.items()}
     else:
         log.info("Statistics of %s are in the cache", ", ".join(statistics))
     for corpus in cfg.calibration_corpora:
@@ -222,8 +233,8 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
 def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
-    by_block = "saliency" not in cfg.collects and needs_walk(
-        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects
+    by_block = "saliency" not in cfg.needs and needs_walk(
+        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.needs
     )
     if by_block:
         check_walk(run.model.config)
@@ -252,7 +263,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
 
 
 def collect_statistics(
-    run: Run, corpora: list[str], kinds: list[str], cache: StatisticsCache
+    run: Run, corpora: list[str], kinds: Sequence[str], cache: StatisticsCache
 ) -> dict[str, CorpusStatistics]:
     """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
     cfg = run.cfg

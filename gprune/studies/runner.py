@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
         if is_rank_0:
             place = f"row {num_rows - len(pending) + done + 1} of {num_rows}"
             write_stdout(f"{place}: {row.name}, seed {row.seed}{time_left(started, done, pending)}\n")
-        folder_and_record = run_row(row)
+        folder_and_record = run_row(row, needs_of_list(row.config, pending[done:]))
         if rank_and_world_size()[1] > 1:  # all processes need the record for the next list
             torch.distributed.barrier()
         if is_rank_0:
@@ -132,10 +132,29 @@ def _plan_of(row: Row) -> Plan:
     return check_models(row.made_elsewhere, row.config)
 
 
-def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
+def needs_of_list(cfg: RunConfig, rows: Sequence[Row]) -> dict[str, set[str]]:
+    """Return corpus -> extra statistics that rows of a list need, of those that share the statistics of `cfg`."""
+    needs: dict[str, set[str]] = {}
+    for other in (row.config for row in rows if row.made_elsewhere is None):
+        if _settings_of_statistics(other) == _settings_of_statistics(cfg):
+            # Saliency is cached by scope.
+            kinds = other.needs if other.attention == cfg.attention else other.needs - {"saliency"}
+            for corpus in other.calibration_corpora:
+                needs.setdefault(corpus, set()).update(kinds)
+    return needs
+
+
+def _settings_of_statistics(cfg: RunConfig) -> list[Any]:
+    """Return the settings that determine the statistics of a corpus."""
+    corpora = cfg.corpora.model_dump(include={"num_samples", "seq_len", "bos", "batch_size", "calibrator"})
+    options = cfg.options.get(cfg.corpora.calibrator)
+    return [cfg.model.model_dump(), corpora, options, cfg.run.seed, cfg.processes, cfg.matmul_settings]
+
+
+def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record. Return the run folder and the record, which other ranks lack ({}).
 
-    Tasks and their results in an existing record are kept.
+    Tasks and their results in an existing record are kept. `collect` is as for `gprune.prune`.
     """
     cfg = with_wandb_names(row)
     if row.tasks and cfg.recovery != "none":
@@ -144,7 +163,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     existing = find_record(row)[1] or {"masks": None}
     with wandb_beside_records(row):
         if row.made_elsewhere is None:
-            result = gprune.prune(cfg)
+            result = gprune.prune(cfg, collect=collect)
         else:
             function = gprune.evaluate if cfg.recovery == "none" else gprune.recover
             result = function(row.made_elsewhere, cfg.model.name, cfg)

@@ -54,7 +54,7 @@ def calibration(cfg) -> str:
     corpora = cfg.corpora
     text = (sorted(cfg.calibration_corpora), corpora.num_samples, corpora.seq_len, cfg.run.seed)
     rounding = (cfg.model.name, cfg.model.dtype, corpora.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes)
-    return repr((text, rounding, sorted(cfg.collects), cfg.sparsity.scope))
+    return repr((text, rounding, sorted(cfg.needs), cfg.sparsity.scope))
 
 
 def test_budgets_and_ablations_exist_and_budgets_has_ten_targets():

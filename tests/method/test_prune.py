@@ -436,44 +436,6 @@ def calibration_tokens(result):
 
 
 @pytest.mark.slow
-def test_several_metrics_share_one_calibration_pass_with_identical_results(world, tmp_path, monkeypatch):
-    """Runs that load the statistics of an earlier run equal runs that collect their own."""
-    tokens = 4 * 32  # of one corpus
-    shared = tmp_path / "shared"
-    monkeypatch.setenv("GPRUNE_CACHE", str(shared))
-    fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
-    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="first")
-    # Three corpora, each once. Saliency needs gradients, so no token passes forward only.
-    assert calibration_tokens(first) == (0, 3 * tokens)
-    collected = digests(shared / "statistics", "*.safetensors")
-    assert len(collected) == 3 * 3  # moments, Gram matrices and saliency of three corpora
-    for metric in ("wanda_sp", "taylor"):
-        flags = ("--gprune=false", "--export=none", f"--importance={metric}", "--recovery=least_squares")
-        with counted_forwards() as forwards:
-            from_shared_cache = world.run(tmp_path, *flags, name=metric)
-        assert calibration_tokens(from_shared_cache) == (0, 0)
-        assert forwards  # of the evaluation
-        own_cache = tmp_path / f"{metric}-cache"
-        with monkeypatch.context() as patch:
-            patch.setenv("GPRUNE_CACHE", str(own_cache))
-            alone = world.run(tmp_path, *flags, name=f"{metric}-alone")
-        assert sum(calibration_tokens(alone)) == 3 * tokens
-        assert digests(own_cache / "statistics", "*.safetensors").items() <= collected.items()
-        assert from_shared_cache.masks == alone.masks
-        assert [r["nll"] for r in from_shared_cache.records] == [r["nll"] for r in alone.records]
-    assert digests(shared / "statistics", "*.safetensors") == collected  # no file was written again
-
-
-@pytest.mark.slow
-def test_additional_statistics_are_collected_if_the_cache_has_only_those_of_the_metric(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
-    world.run(tmp_path, *fast, name="moments")
-    world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="second")
-    assert len(digests(tmp_path / "cache/statistics", "*.safetensors")) == 3 * 3  # three kinds of three corpora
-
-
-@pytest.mark.slow
 def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags = ("--importance=taylor", "--export=none")

@@ -159,7 +159,7 @@ def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
 
     monkeypatch.setattr("gprune.method.prune.with_quality_budget", recorded)
     scored = ",".join(str(trained.corpora[corpus]) for corpus in tiny_run.SEEN)
-    flags = with_target("+20%", "--gprune=false", f"--corpora.score=[{scored}]", "--corpora.collect=[gram]")
+    flags = with_target("+20%", "--gprune=false", f"--corpora.score=[{scored}]")
     result = trained.run(tmp_path, *flags, "--sparsity.limit=worst", name="worst")
     texts = output_and_pages(result, capsys)
     (masks_at,) = calls

@@ -212,7 +212,7 @@ def test_a_row_that_is_not_trained_has_learned_from_no_tokens(bench, tmp_path):
     """Errors of blocks are measured by backward passes, but nothing is trained."""
     settings = {"gprune": False, "sparsity.allocation": "reconstruction", "recovery": "least_squares"}
     (row,) = bench.rows(bench.write("errors", {"errors": settings}), records=tmp_path)
-    _, record = run_row(row)
+    _, record = run_row(row, {})
     assert record["summary"]["forward_backward_tokens"] > 0
     assert record["summary"]["learned_tokens"] == 0
 

@@ -13,6 +13,7 @@ from gprune.errors import UserError
 from gprune.report.tables import caption
 from gprune.studies import archive, runner
 from gprune.studies.archive import finished_record
+from tests import tiny_run
 from tests.studies.workbench import ROWS, cells
 
 
@@ -24,7 +25,7 @@ def test_a_study_runs_all_rows_writes_records_and_prints_tables(bench, first):
         record = finished_record(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
         assert archive.unpack_masks(record["masks"]) == result.masks
-        assert record["settings"] == row.config.settings()
+        assert archive.identifying_settings(record["settings"]) == archive.identifying_settings(row.config.settings())
         rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
         assert record["records"] == rounded
         assert record["inputs"]["model"] and record["environment"]["packages"]["torch"]  # noqa: PT018
@@ -48,7 +49,7 @@ def test_a_finished_study_runs_nothing_and_prints_the_same_tables(bench, first, 
 def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(bench, first, capsys, monkeypatch):
     path, _ = first
     ran = []  # (row, seed, target)
-    monkeypatch.setattr(runner, "run_row", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
+    monkeypatch.setattr(runner, "run_row", lambda row, _: ran.append((row.name, row.seed, row.config.sparsity.target)))
     monkeypatch.setattr(runner, "largest_costs", lambda pending: f"{len(pending)} pending")
     assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
     assert ran == [(name, 0, 0.4) for name in ROWS]
@@ -78,7 +79,7 @@ def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, be
     ran = []
     records = set()  # paths of simulated records
 
-    def run_row(row):
+    def run_row(row, _collect):
         ran.append((row.name, row.seed))
         records.add(archive.find_record(row)[0])
 
@@ -96,6 +97,45 @@ def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, be
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------
+
+
+STATISTICS = {  # rows that need moments; Gram matrices of three corpora; saliency of the scoring corpus
+    "plain": {}, "least squares": {"recovery": "least_squares"}, "taylor": {"importance": "taylor"},
+}  # fmt: skip
+
+
+def test_the_first_row_collects_the_statistics_that_other_rows_of_a_list_need(bench, capsys, monkeypatch, tmp_path):
+    """A later row reads text again only if no earlier row has read it, and has the results of a run alone."""
+    tokens = 4 * 32  # of one corpus
+    scored = {"corpora.score": [str(bench.world.corpora[name]) for name in tiny_run.SEEN]}
+    common = {"gprune": False, "ridge": 0.7, **scored}  # other settings than in other tests, so that no record exists
+    together = bench.write("one pass", STATISTICS, common=common)
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "together"))
+    bench(capsys, together, "--records", tmp_path / "records")
+    costs, results = {}, {}
+    for row in bench.rows(together, records=tmp_path / "records"):
+        record = archive.finished_record(row)
+        step = record["steps"].get("calibrate", {})
+        costs[row.name] = [step.get(f"{kind}_tokens", 0) for kind in ("forward", "forward_backward")]
+        results[row.name] = [record["masks"], *(r["nll"] for r in record["records"])]
+    assert costs == {"plain": [0, 3 * tokens], "least squares": [0, 0], "taylor": [0, 0]}
+    for name, settings in STATISTICS.items():
+        alone = bench.write(f"alone {name}", {name: settings}, common=common | {"run.dir": str(tmp_path / name)})
+        monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / f"cache of {name}"))
+        bench(capsys, alone, "--records", tmp_path / f"records of {name}")
+        (row,) = bench.rows(alone, records=tmp_path / f"records of {name}")
+        record = archive.finished_record(row)
+        assert sum(record["steps"]["calibrate"].get(f"{kind}_tokens", 0) for kind in ("forward", "forward_backward"))
+        assert [record["masks"], *(r["nll"] for r in record["records"])] == results[name]
+
+
+def test_rows_with_other_text_or_another_model_share_no_statistics(bench):
+    rows = STATISTICS | {"more": {"recovery": "least_squares", "corpora.num_samples": 6}}
+    plain, *others = bench.rows(bench.write("shared", rows, common={"gprune": False}))
+    needs = runner.needs_of_list(plain.config, others)
+    scored, *recovered = (str(bench.world.corpora[name]) for name in tiny_run.SEEN)
+    assert needs == {scored: {"gram", "saliency"}, **{name: {"gram"} for name in recovered}}
+    assert runner.needs_of_list(plain.config, others[-1:]) == {}
 
 
 @pytest.fixture
@@ -120,13 +160,13 @@ def measured(monkeypatch, bench):
 
     monkeypatch.setattr(measurement, "evaluate", evaluate)
     monkeypatch.setattr(measurement, "require_lm_eval", lambda: "0")
-    monkeypatch.setattr(gprune, "prune", lambda cfg: configs.append(cfg) or prune(cfg))
+    monkeypatch.setattr(gprune, "prune", lambda cfg, **options: configs.append(cfg) or prune(cfg, **options))
     return calls, configs
 
 
 def run_with_tasks(row):
     """Run a row, measure its tasks, and return the record."""
-    folder, record = runner.run_row(row)
+    folder, record = runner.run_row(row, {})
     return runner.measure_tasks(row, folder, record) if row.tasks else record
 
 
@@ -170,7 +210,7 @@ def test_a_row_with_a_byte_budget_keeps_its_settings_in_the_record_with_tasks(be
     rows = {"with bias": WITH_BIAS["with bias"] | {"sparsity.target": "80KiB"}}
     (row,) = bench.rows(bench.write("bytes", rows, tasks={"names": ["piqa"], "limit": 4}))
     record = run_with_tasks(row)
-    assert record["settings"] == row.config.settings()
+    assert archive.identifying_settings(record["settings"]) == archive.identifying_settings(row.config.settings())
     assert finished_record(row) is not None
     assert {r.get("cost") for r in record["records"]} == {"bytes"}
     assert "of the bytes of ffn removed" in caption(record["records"])
