@@ -1,4 +1,4 @@
-"""Code of users: functions that are registered by name, stages that are named by the path of their class, and checks.
+"""Code of users: functions that are registered by name, and checks of what they return.
 
 IMPORTANCE = Registry("importance metric")
 
@@ -8,21 +8,20 @@ def my_metric(...): ...
 IMPORTANCE["my_metric"]     # for an unknown name the error lists all names
 with IMPORTANCE.unchanged("my_metric", weight):
     scores = IMPORTANCE.checked("my_metric", "scores", my_metric(weight), (48,))
-
-LEARNER["my_module.MyLearner"]     # a class in a module that is already imported
 """
 
 from __future__ import annotations
 
-import importlib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from gprune.checks import check_options
 from gprune.errors import UnregisteredError, UserError, closest_name
-from gprune.user_code import code_at, code_of, find_loaded, path_of
+from gprune.user_code import code_of
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
@@ -32,13 +31,16 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 # Word for the content of a tensor in messages -> dtypes that are allowed.
 DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEGERS, "bool": ("bool",)}
+Stage = Any  # a LightningModule class, or a functools.partial of one with keyword arguments
+STAGES = {"calibrator": "test_step", "refiner": "labels", "learner": "masks"}  # kind -> method that its class must have
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 class UserCode:
     """Checks of functions and classes of users. Errors name them by their kind, such as "Corpus 'mine'"."""
 
-    kind: str
+    def __init__(self, kind: str):
+        self.kind = kind  # the word for an entry in messages, such as "corpus"
 
     @contextmanager
     def unchanged(self, name: str, *inputs: Tensor) -> Iterator[None]:
@@ -75,7 +77,7 @@ class Registry(UserCode, Generic[T]):
     """Map names to registered functions or classes."""
 
     def __init__(self, kind: str):
-        self.kind = kind  # the word for an entry in messages, such as "corpus"
+        super().__init__(kind)
         self._entries: dict[str, T] = {}
         self._registered_in: dict[str, str] = {}  # name -> the module that registers it
 
@@ -130,51 +132,31 @@ class Registry(UserCode, Generic[T]):
         return iter(self._entries)
 
 
-class StageClass(UserCode):
-    """The class of a stage, which a flag names: the built-in one, or the path of a class of the user.
+def stages_of(module: str) -> dict[str, Stage]:
+    """Return the stages that a module of `--import` names, by kind. Raise UserError if there are none."""
+    if module not in sys.modules:
+        raise UnregisteredError(f"--stages must be a module of --import; got '{module}'. Add --import {module}.")
+    names = vars(sys.modules[module])
+    if not (stages := {kind: names[kind] for kind in STAGES if kind in names}):
+        raise UserError(f"--stages must be a module that sets {', '.join(STAGES)}, or some of them; got '{module}'.")
+    return stages
 
-    As for `--trainer.callbacks`, the path names a class in a module that is already imported (`--import`), because it
-    may come from a file of somebody else.
 
-    Args:
-        flag: the flag, such as "--sparsity.learner".
-        method: a method that every class must have.
-        built_in: name of the built-in class, and its path.
-    """
+def class_and_arguments(stage: Stage) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a stage and the keyword arguments of its partial."""
+    return (stage.func, stage.keywords) if isinstance(stage, functools.partial) else (stage, {})
 
-    def __init__(self, flag: str, method: str, built_in: tuple[str, str]):
-        self.flag, self.method, self.built_in = flag, method, built_in
-        self.kind = flag.rpartition(".")[2]
 
-    def check(self, name: str) -> None:
-        """Raise UserError unless the name is the built-in one, or the path of a loaded class with the method."""
-        if name != self.built_in[0]:  # its file imports PyTorch
-            _ = self[name]
-
-    def __getitem__(self, name: str) -> type:
-        """Return the class of a name. Raise UserError for a name that `check` refuses."""
-        if name == self.built_in[0]:
-            module, _, attribute = self.built_in[1].rpartition(".")
-            return getattr(importlib.import_module(module), attribute)
-        if "." not in name:
-            known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
-            raise UnregisteredError(f"Unknown {self.kind} '{name}'. Available: {known}.")
-        found = find_loaded(name, self.flag)
-        # By name, because this module must not import Lightning.
-        is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
-        if not (is_stage and callable(getattr(found, self.method, None))):
-            needed = f"the path of a LightningModule with the method {self.method}"
-            raise UserError(f"{self.flag} must be {needed}; got '{name}'.")
-        return found
-
-    def name_of(self, cls: type) -> str:
-        """Return the name of a class: the built-in name, or its path."""
-        path = path_of(cls)
-        return self.built_in[0] if path == self.built_in[1] else path
-
-    def code(self, name: str) -> dict[str, str | None]:
-        """Return the hashes of the user's code of a class, by module; empty for the built-in one."""
-        return {} if name == self.built_in[0] else code_at(name)
+def check_stage(kind: str, stage: Stage) -> dict[str, Any]:
+    """Return the path of a stage's class and its arguments, as plain data for the settings. UserError if invalid."""
+    cls, arguments = class_and_arguments(stage)
+    # By name, because this module must not import Lightning.
+    is_module = isinstance(cls, type) and any(base.__name__ == "LightningModule" for base in cls.__mro__)
+    if not (is_module and callable(getattr(cls, STAGES[kind], None))) or getattr(stage, "args", ()):
+        needed = f"a LightningModule class with the method {STAGES[kind]}, or a functools.partial with keywords"
+        raise UserError(f"A {kind} must be {needed}; got {stage!r:.100}.")
+    check_options(f"The arguments of {kind}", cls.__qualname__, cls, arguments)
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "arguments": dict(arguments)}
 
 
 def _calling_module() -> str:
@@ -188,14 +170,3 @@ def _calling_module() -> str:
 def _origin(entry: object) -> tuple[str, str]:
     """Return the module and the name of an object, which are the same after a notebook cell has been run again."""
     return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))
-
-
-REFINER = StageClass(
-    "--partition.refiner", "labels", ("soft_assignment", "gprune.stages.refinement.AssignmentRefinement")
-)
-LEARNER = StageClass(
-    "--sparsity.learner", "masks", ("straight_through", "gprune.stages.threshold_learning.ThresholdLearning")
-)
-CALIBRATOR = StageClass(
-    "--corpora.calibrator", "test_step", ("streaming", "gprune.stages.calibration.CalibrationStage")
-)

@@ -73,16 +73,6 @@ def find_loaded(path: str, flag: str = "") -> Any:
     return names[name]
 
 
-def path_of(cls: type) -> str:
-    """Return the path by which `find_loaded` finds a class. UserError unless it is a top-level class of a module."""
-    if not isinstance(cls, type):
-        raise UserError(f"A stage must be a class; got {cls!r:.100}.")
-    path = f"{cls.__module__}.{cls.__qualname__}"
-    if "." in cls.__qualname__ or find_loaded(path) is not cls:
-        raise UserError(f"Class {path} must be defined at the top level of a module or a notebook, to have a path.")
-    return path
-
-
 def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:
     """Return the hashes of the user's code of a function, a class or another object, by module.
 
@@ -102,6 +92,13 @@ def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:
     if MAIN in (registered_in, definition.__module__):
         code[MAIN] = _hash(_source(definition))
     return code
+
+
+def code_of_module(name: str) -> dict[str, str | None]:
+    """Return the hashes of a loaded module of the user and of the modules that it imports; {name: None} if missing."""
+    code: dict[str, str | None] = {}
+    _add_module(name, code)
+    return code or {name: None}
 
 
 def code_at(path: str) -> dict[str, str | None]:

@@ -105,8 +105,7 @@ FLAGS_OF_SCOPES = {
     scope: [flag for part, flags in FLAGS_OF_PARTS.items() if part in scope for flag in flags] for scope in SCOPES
 }
 REFINEMENT_FLAGS = tuple(
-    f"partition.{name}"
-    for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight", "refiner")
+    f"partition.{name}" for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight")
 )
 SWITCHING_FLAGS = tuple(
     f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile")
@@ -131,6 +130,9 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
     "sparsity.allocation=depth": "--sparsity.scope ffn+blocks with --sparsity.block_choice influence",
     "trainer.default_root_dir": "--run.dir",
+    "corpora.calibrator": "--stages MODULE, whose `calibrator` is the class (docs/extend.md)",
+    "partition.refiner": "--stages MODULE, whose `refiner` is the class (docs/extend.md)",
+    "sparsity.learner": "--stages MODULE, whose `learner` is the class (docs/extend.md)",
     "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
     "recovery=least_squares_sequential": "--recovery least_squares",
@@ -163,6 +165,8 @@ class Group(
             super().__init__(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):  # a private attribute, which is no setting
+            return super().__setattr__(name, value)
         with self._user_errors(name):
             super().__setattr__(name, value)
 
@@ -278,9 +282,6 @@ class CorporaConfig(Group, prefix="corpora."):
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
-    calibrator: Annotated[Text, IF_CHANGED] = "streaming"
-    """Stage that collects statistics. streaming: one pass over each corpus. Or the path of your own class, such as
-    my_module.MyCalibrator, with --import my_module."""
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError if a role has no corpora, or has a corpus twice."""
@@ -324,9 +325,6 @@ class PartitionConfig(Group, prefix="partition."):
     """Weight of the term for equal module sizes."""
     entropy_weight: NonNegative = 0.1
     """Weight of the entropy of assignments, which makes them hard."""
-    refiner: Annotated[Text, IF_CHANGED] = "soft_assignment"
-    """Stage that refines the partition. soft_assignment: gradient descent on soft assignments. Or the path of your own
-    class, such as my_module.MyRefiner, with --import my_module."""
 
 
 class ReliabilityConfig(Group, prefix="reliability."):
@@ -451,9 +449,6 @@ class SparsityConfig(Group, prefix="sparsity."):
     because gradients underestimate what their removal costs."""
     centred: bool = True
     """Subtract the mean gradient over all units. Without it Adam raises all gates together, which changes no mask."""
-    learner: Annotated[Text, IF_CHANGED] = "straight_through"
-    """Stage that learns. straight_through: gates that are hard in the forward and soft in the backward pass. Or the
-    path of your own class, such as my_module.MyLearner, with --import my_module."""
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""

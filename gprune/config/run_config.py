@@ -7,7 +7,7 @@ import json
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field, JsonValue, PrivateAttr
 
 from gprune.calibration import EXTRAS
 from gprune.checks import NonNegative, Text, check_options, option_defaults, whole_numbers
@@ -38,10 +38,11 @@ from gprune.errors import UserError
 from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
-from gprune.registry import CALIBRATOR, LEARNER, REFINER, Registry
+from gprune.registry import Registry, Stage, check_stage, stages_of
 from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Target
+from gprune.user_code import code_of, code_of_module
 
 
 class ExportConfig(Group, prefix="export.", plain_setting="format"):
@@ -104,7 +105,11 @@ class RunConfig(Group):
     """Ridge penalty of least_squares, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
     options: Annotated[dict[Text, dict[Text, bool | int | float | Text]], IF_CHANGED] = Field({})
-    """Options of your own recoveries and stages by name or class path: --options.mine.power 2."""
+    """Options of your own recoveries by name: --options.mine.power 2."""
+    stages: Annotated[Text | dict[Text, JsonValue] | None, IF_CHANGED] = None
+    """Module of --import with your own stages: its `learner`, `refiner` or `calibrator`, a LightningModule class or a
+    functools.partial of one with arguments. Default: the built-in stages."""
+    _given_stages: dict[str, Stage] = PrivateAttr({})  # those of `gprune.prune`, by kind
     gprune: Annotated[bool, Reads({True: ("partition", "reliability", "corpora.drift", *LEARNING_FLAGS)})] = True
     """False: prune by the base metric only, with --sparsity.start instead of --sparsity.allocation learned."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -139,21 +144,17 @@ class RunConfig(Group):
         for registry, name in self.entries:
             registry.check(name)
         check_chain(self.recovery)
-        # Name -> its registry, and its parameters that are set by flags instead of options.
-        with_options: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
-        with_options |= {
-            self.partition.refiner: (REFINER, type(self.partition).model_fields),
-            self.sparsity.learner: (LEARNER, type(self.sparsity).model_fields),
-            self.corpora.calibrator: (CALIBRATOR, ()),
-        }
+        recoveries = self.recovery.split("+")
         for name, options in self.options.items():
-            if name not in with_options:
+            if name not in recoveries:
                 raise UserError(
-                    f"--options must name stages that the run uses ({', '.join(with_options)}); got '{name}'."
+                    f"--options must name recoveries that the run uses ({', '.join(recoveries)}); got '{name}'."
                 )
-            registry, settings = with_options[name]
-            entry = getattr(registry[name], "registered", registry[name])
-            check_options(f"--options.{name}", name, entry, options, settings=settings)
+            entry = getattr(RECOVERY[name], "registered", RECOVERY[name])
+            check_options(f"--options.{name}", name, entry, options)
+        if isinstance(self.stages, str):
+            for kind, stage in stages_of(self.stages).items():
+                check_stage(kind, stage)
 
     def _check_text_and_gradients(self) -> None:
         """Raise UserError if the method needs several corpora, text or gradients that the settings rule out."""
@@ -186,7 +187,6 @@ class RunConfig(Group):
             currencies.append("seconds")
         return [
             *((IMPORTANCE, name) for name in dict.fromkeys(metrics)),
-            (CALIBRATOR, self.corpora.calibrator), (REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner),
             *((COST, name) for name in dict.fromkeys(currencies)),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
@@ -201,9 +201,8 @@ class RunConfig(Group):
         """
         features: list[Any] = self.sparsity.features
         for registry, name in self.entries:
-            is_stage = registry in (CALIBRATOR, REFINER, LEARNER)  # these import PyTorch
             has_no_modules = registry is ALLOCATION and not self.gprune and name != self.base_allocation
-            if not is_stage and not has_no_modules and name in registry:
+            if not has_no_modules and name in registry:
                 features.append(registry[name])
         return features
 
@@ -223,14 +222,26 @@ class RunConfig(Group):
                     unread = dict.fromkeys(marker.unread(named or [value]) - read, reason) | unread
         return unread
 
-    def with_stages(self, **classes: type | None) -> RunConfig:
-        """Return a copy with classes in place of some of `refiner`, `learner` and `calibrator`."""
-        cfg = self.model_copy(deep=True)
-        for stage in (REFINER, LEARNER, CALIBRATOR):
-            if (cls := classes[stage.kind]) is not None:
-                group, _, setting = stage.flag.removeprefix("--").partition(".")
-                setattr(getattr(cfg, group), setting, stage.name_of(cls))
+    def with_stages(self, **stages: Stage | None) -> RunConfig:
+        """Return a copy with stages given from Python, by kind: some of `refiner`, `learner` and `calibrator`.
+
+        Raise UserError for an invalid stage, and if the settings are those of a run whose stages are not given again.
+        """
+        given = {kind: stage for kind, stage in stages.items() if stage is not None}
+        if isinstance(self.stages, str) and given:
+            raise UserError("Stages must be given to gprune.prune or by --stages; got both.")
+        if isinstance(self.stages, dict) and (missing := sorted(self.stages.keys() - given)):
+            raise UserError(f"Stages of these settings must be given again: gprune.prune(cfg, {missing[0]}=...).")
+        if not given:
+            return self
+        described = {kind: check_stage(kind, stage) for kind, stage in given.items()}
+        cfg = self.model_copy(deep=True, update={"stages": described})
+        cfg._given_stages = given
         return cfg
+
+    def user_stage(self, kind: str) -> Stage | None:
+        """Return the user's stage of a kind, such as `learner`, or None for the built-in one."""
+        return stages_of(self.stages).get(kind) if isinstance(self.stages, str) else self._given_stages.get(kind)
 
     @property
     def main_variant(self) -> str:
@@ -431,11 +442,15 @@ class RunConfig(Group):
     def code(self) -> dict[str, str | None]:
         """Hashes of the user's code that the run uses, by module (`gprune.user_code`); empty without such code.
 
-        It is the code of registered functions and classes, and of `--trainer.callbacks`.
+        It is the code of registered functions and classes, of stages, and of `--trainer.callbacks`.
         """
         code = code_of_corpora([*self.train_corpora, *self.corpora.evaluate])
         for registry, name in self.entries:
             code |= registry.code(name)
+        if isinstance(self.stages, str):
+            code |= code_of_module(self.stages)
+        for stage in self._given_stages.values():
+            code |= code_of(stage)
         for callback in self.trainer.callbacks:
             code |= callback.code()
         return code

@@ -32,7 +32,7 @@ from gprune.storage.environment import model_versions
 from gprune.storage.files import Cache, key_of, write_json
 
 log = logging.getLogger("gprune")
-LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred", "learner")  # of `--sparsity`, in records of learned masks
+LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred")  # of `--sparsity`, in records of learned masks
 SEEN_ABOVE = 0.01  # leaked share above which a corpus counts as seen
 
 
@@ -225,6 +225,8 @@ def _pruning_settings(cfg: RunConfig, variant: str) -> dict[str, Any]:
         sparsity_settings = cfg.settings()["sparsity"]
         settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
         settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
+    if variant == "gprune" and cfg.stages:
+        settings["stages"] = cfg.stages
     return settings
 
 

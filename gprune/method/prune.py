@@ -90,7 +90,7 @@ from gprune.partition.modules import (
     within_module_ranks,
 )
 from gprune.partition.objective import refinement_inputs
-from gprune.registry import CALIBRATOR, LEARNER, REFINER
+from gprune.registry import Stage, UserCode, check_stage, class_and_arguments
 from gprune.runs.results import PruningResult, corpus_file
 from gprune.runs.tracking import log_scalars
 from gprune.runs.trainer import launch_processes
@@ -99,16 +99,21 @@ from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import VariantMasks
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
+from gprune.stages.calibration import CalibrationStage
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
+from gprune.stages.refinement import AssignmentRefinement
+from gprune.stages.threshold_learning import ThresholdLearning
 from gprune.storage.environment import model_versions
+from gprune.user_code import code_of
 
 log = logging.getLogger("gprune")
+LEARNER, REFINER = UserCode("learner"), UserCode("refiner")
 BLOCK_SEED_STEP = 7919  # distance of the seeds of neighbouring blocks, a prime, so that seeds of runs do not overlap
 
 
 def prune(
     cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | Sequence[Logger] = (), *,
-    refiner: type | None = None, learner: type | None = None, calibrator: type | None = None,
+    refiner: Stage | None = None, learner: Stage | None = None, calibrator: Stage | None = None,
     collect: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> PruningResult:  # fmt: skip
     """Run the whole method, or resume an earlier run of the same settings.
@@ -123,9 +128,10 @@ def prune(
             copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
             in the last stage of the run's own model; stages of controls do not count.
         logger: Lightning loggers for all stages, in addition to CSV and W&B.
-        refiner: class of your own (docs/extend.md) instead of `--partition.refiner`.
-        learner: class of your own instead of `--sparsity.learner`.
-        calibrator: class of your own instead of `--corpora.calibrator`.
+        refiner: stage of your own (docs/extend.md) instead of `stages.refinement.AssignmentRefinement`: a class, or a
+            `functools.partial` of one, whose arguments are part of the settings.
+        learner: stage of your own instead of `stages.threshold_learning.ThresholdLearning`.
+        calibrator: stage of your own instead of `stages.calibration.CalibrationStage`.
         collect: corpus -> statistics (`gram`, `routing`, `saliency`) that later runs need. If this run has to calibrate
             on the corpus, they are cached in the same pass. `gprune study` gives what the other rows of a list need.
 
@@ -238,11 +244,10 @@ def statistics_cache(run: Run) -> StatisticsCache:
     )
     if by_block:
         check_walk(run.model.config)
-    calibrator = cfg.settings()["corpora"].get("calibrator")  # None for the built-in one
-    user_calibrator = {}
-    if calibrator:
-        code = CALIBRATOR.code(calibrator)
-        user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {}), "code": code}
+    user_calibrator: dict[str, Any] = {}
+    if calibrator := cfg.user_stage("calibrator"):
+        code = code_of(calibrator)
+        user_calibrator = {"calibrator": check_stage("calibrator", calibrator), "code": code}
         if None in code.values():  # the code may have changed, so only this run may use its statistics again
             user_calibrator["run"] = str(run.folder.path.resolve())
     device = device_of(run.model)
@@ -271,16 +276,12 @@ def collect_statistics(
 
     def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
         """Move the Gram matrices of a block to the cache."""
-        if block.index == 0:  # once per corpus, before anything is cached
-            run.check_weights(f"calibration on {corpus}")
         return cache.store(corpus, block, grams)
 
     with run.folder.step("calibrate"):
-        name, extras = cfg.corpora.calibrator, {"routing": True} if "routing" in kinds else {}
-        stage = CALIBRATOR[name](
-            run.model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
-            store=store, **extras, **cfg.options.get(name, {}),
-        )  # fmt: skip
+        arguments = {"gram": "gram" in kinds, "saliency": saliency, "walk": cache.walked_blocks is not None}
+        arguments |= {"store": store} | ({"routing": True} if "routing" in kinds else {})
+        stage = make_stage(run, "calibrator", CalibrationStage, run.model, corpora, **arguments)
         data = CorpusDataModule(
             test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
@@ -291,6 +292,15 @@ def collect_statistics(
     for corpus in corpora:
         cache.write(corpus, stage.statistics[corpus], kinds)
     return stage.statistics
+
+
+def make_stage(
+    run: Run, kind: str, built_in: type[LightningModule], *inputs: Any, settings: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> LightningModule:  # fmt: skip
+    """Construct the user's stage of a kind, or the built-in one, with those settings that its constructor names."""
+    cls, own_arguments = class_and_arguments(run.cfg.user_stage(kind) or built_in)
+    return cls(*inputs, **select_options(cls, settings or {}) | arguments | own_arguments)
 
 
 # Step 2: importance
@@ -486,16 +496,14 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
-    refiner = REFINER[p.refiner]  # by default stages/refinement.py
-    options = run.cfg.options.get(p.refiner, {})
-    stage = refiner(inputs, labels, **select_options(refiner, dict(p)) | options)
+    stage = make_stage(run, "refiner", AssignmentRefinement, inputs, labels, settings=dict(p))
     validation = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
     trainer = run.trainer(
         "refining", "Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation
     )
     trainer.fit(stage)
     run.callbacks.keep_state()
-    refined = checked_labels(p.refiner, stage.labels(), labels)
+    refined = checked_labels(type(stage).__name__, stage.labels(), labels)
     moved = sum(int((new != initial).sum()) for new, initial in zip(refined, labels, strict=True))
     neurons = sum(map(len, labels))
     log.info("Refinement moved %d of %d neurons", moved, neurons)
@@ -550,7 +558,8 @@ def assess(
     count, share = sum(int(of_block.sum()) for of_block in switched), switched_share(reliability)
     log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
     level = logging.WARNING if switch != "off" and count == 0 else logging.INFO
-    log.log(level, "%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
+    same = ", which is --importance, so the switch changes nothing" if r.metric == run.cfg.importance else ""
+    log.log(level, "%d modules with %.1f%% of the neurons switch to %s%s", count, 100 * share, r.metric, same)
     return modules
 
 
@@ -614,13 +623,12 @@ def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
     ranks, start = masks.modules.ranks, masks.module_sparsity(run.budget).thresholds
     cfg, s = run.cfg, run.cfg.sparsity
     _set_removed_to_mean(start, run.budget)  # `start` is a new object, which nobody else reads
-    learner = LEARNER[s.learner]  # by default stages/threshold_learning.py
-    options = cfg.options.get(s.learner, {})
-    stage = learner(run.model, ranks, start, run.budget, **select_options(learner, dict(s)) | options)
+    stage = make_stage(run, "learner", ThresholdLearning, run.model, ranks, start, run.budget, settings=dict(s))
+    name = type(stage).__name__
 
     def masks_at(budget: Budget) -> Masks:
         """Return the learner's masks for a budget. Raise UserError if they are invalid."""
-        return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)
+        return checked_masks(LEARNER, name, stage.masks(budget), budget)
 
     curve = PerplexityCurve()
     callbacks = [curve, ApplyMasks(lambda: masks_at(run.budget))]
@@ -643,7 +651,7 @@ def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
             "development_perplexity_by_sparsity": {f"{x:g}": values for x, values in by_sparsity.items()},
         }
     )
-    return _learned_sparsity(stage, s.learner, ranks, masks_at(run.budget), run.budget)
+    return _learned_sparsity(stage, ranks, masks_at(run.budget), run.budget)
 
 
 def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
@@ -654,9 +662,7 @@ def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
             by_block[b] = torch.full_like(by_block[b], mean)
 
 
-def _learned_sparsity(
-    stage: LightningModule, learner: str, ranks: ModuleRanks, masks: Masks, budget: Budget
-) -> ModuleSparsity:
+def _learned_sparsity(stage: LightningModule, ranks: ModuleRanks, masks: Masks, budget: Budget) -> ModuleSparsity:
     """Return a learner's thresholds and offsets, if it has them, and also its masks unless these follow from them."""
     thresholds = getattr(stage, "thresholds", None)
     if thresholds is None:
@@ -664,7 +670,7 @@ def _learned_sparsity(
     sizes = [ranks.modules, [1] * len(ranks.ffn)]
     offsets = getattr(stage, "offsets", None)
     learned = ModuleSparsity(
-        checked_pair(LEARNER, learner, "thresholds", thresholds, sizes),
+        checked_pair(LEARNER, type(stage).__name__, "thresholds", thresholds, sizes),
         [of_block.detach().cpu() for of_block in offsets] if offsets else None,
     )
     return learned if learned.masks(ranks, budget) == masks else replace(learned, fixed_masks=masks)

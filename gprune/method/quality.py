@@ -202,7 +202,7 @@ def with_quality_budget(
     masks_at = masks_of[cfg.main_variant]
     if masks_at.for_one_budget:
         reason = "the masks of a quality target must follow from its thresholds"
-        raise UserError(f"--sparsity.learner {s.learner} needs a share such as 0.3 as target: {reason}.")
+        raise UserError(f"--sparsity.target must be a share such as 0.3 for this learner; got {s.target}: {reason}.")
     trials = Trials(run, statistics)
     untrained_row = (cfg.main_variant, cfg.training_free_recovery)
     search = trials.search(untrained_row, masks_at)

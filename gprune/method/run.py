@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
-from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
 from gprune.features import attribute
 from gprune.method.inputs import Text, load_dense, prepare_text
@@ -35,7 +34,7 @@ from gprune.runs.tracking import loggers_of_user, row_metrics, tracking
 from gprune.runs.trainer import (
     GIVEN,
     PROFILERS,
-    CallbackChecks,
+    RecordStop,
     StageBar,
     StopTogether,
     UserCallbacks,
@@ -143,17 +142,6 @@ class Run:
         """Log the beginning of a step of the method, and show it in the progress bar."""
         log.info("%s", self.screen.step(number, what))
 
-    def check_weights(self, stage: str) -> None:
-        """Raise UserError if a callback has changed the frozen model in this stage.
-
-        Cached results of the model are shared with other runs by its fingerprint at the start of the run.
-        """
-        if self.callbacks.names and fingerprint(self.model) != self.fingerprint:
-            raise UserError(
-                f"Callbacks must not change the frozen model, because other runs use its statistics; it changed during "
-                f"{stage} by one of {len(self.callbacks.made)} callbacks ({self.callbacks.names}). Change a copy."
-            )
-
     def trainer(
         self, name: str, what: str, stage: L.LightningModule, *, role: str = "",
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
@@ -165,8 +153,8 @@ class Run:
         log.info("%s", what)
         t = self.cfg.trainer
         user_callbacks = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
-        checks = CallbackChecks(self.folder, name, self.check_weights)
-        callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what), StopTogether()]
+        record_stop = RecordStop(self.folder, name)
+        callbacks = [*user_callbacks, record_stop, *callbacks, StageBar(self.screen, what), StopTogether()]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
         strategy = t.lightning_strategy

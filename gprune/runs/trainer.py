@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
@@ -75,12 +75,6 @@ class UserCallbacks:
         self._last_used: list[tuple[L.Callback, L.Callback]] = []  # (given object, object used in the last stage)
         self.stage = ""  # class of the last stage
         self.made = self.of_stage(None)  # also raises for callbacks that cannot be constructed
-
-    @property
-    def names(self) -> str:
-        """Names of all callbacks, for errors; empty if there are none."""
-        from_flags = [f"--trainer.callbacks {path.class_path}" for path in self.paths]
-        return ", ".join([*from_flags, *(type(callback).__name__ for callback in self.given)])
 
     def of_stage(self, stage: L.LightningModule | None, role: str = "", folder: Path = Path()) -> list[L.Callback]:
         """Return the callbacks for one stage.
@@ -167,11 +161,11 @@ def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: t
         raise UserError(f"{subject}: Cannot construct it: {type(error).__name__}: {first_line(error)}.") from error
 
 
-class CallbackChecks(L.Callback):
-    """Callback after the user's callbacks that records early stopping, and checks that weights are unchanged."""
+class RecordStop(L.Callback):
+    """Callback after the user's callbacks that records early stopping."""
 
-    def __init__(self, folder: RunFolder, name: str, check_weights: Callable[[str], None]):
-        self.folder, self.name, self.check_weights = folder, name, check_weights
+    def __init__(self, folder: RunFolder, name: str):
+        self.folder, self.name = folder, name
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record that a callback has stopped the stage before its last batch."""
@@ -179,9 +173,6 @@ class CallbackChecks(L.Callback):
         if trainer.should_stop and done < planned:
             log.info("%s was stopped after %d of %d batches", type(pl_module).__name__, done, planned)
             self.folder.update_manifest(stopped={self.name: {"batches": done, "planned": planned}})
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.check_weights(type(pl_module).__name__)
 
 
 def raise_as_user_error(error: Exception, callbacks: UserCallbacks) -> None:

@@ -34,7 +34,7 @@ ALLOCATION: Registry[Rule] = Registry("allocation")
 
 LEARNING_FLAGS = (  # flags of threshold learning
     "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
-    "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
+    "sparsity.centred", "sparsity.learning_rate", "sparsity.offset_learning_rate",
     "sparsity.offset_limit",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import linecache
 import re
@@ -10,9 +11,11 @@ import sys
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
 import gprune
+from gprune.__main__ import main as gprune_main
 from gprune.checks import Positive
 from gprune.config import RunConfig, config_from_mapping
 from gprune.errors import UserError
@@ -83,9 +86,6 @@ class Masked:
     masks = ()
 
 
-PLAIN, SWAPPED, DOUBLED = (f"{__name__}.{cls.__name__}" for cls in (GateLearner, Swapped, Doubled))
-
-
 @pytest.fixture
 def own_recoveries():
     """Register two recoveries, and remove them afterwards."""
@@ -108,39 +108,47 @@ def own_recoveries():
 
 
 @pytest.mark.slow
-def test_a_run_uses_stages_of_the_user_with_their_options_and_records_them(
+def test_a_run_uses_stages_of_the_user_with_their_arguments_and_records_them(
     own_recoveries, world, cache, tmp_path, monkeypatch
 ):
     CALLS.clear()
     monkeypatch.setattr(GateLearner, "instances", ())
-    flags = [f"--partition.refiner={SWAPPED}", f"--sparsity.learner={PLAIN}", f"--corpora.calibrator={DOUBLED}",
-             "--recovery=[scaled,heal]", f"--options.{PLAIN}.rate=30", f"--options={{{PLAIN}: {{rate: 50, kind: b}}}}",
-             f"--options.{DOUBLED}.times=3", "--options.heal.factor=2", "--options.scaled.by=1.5",
-             f"--options.{SWAPPED}.final_tau=0.5", "--evaluation.controls=[]"]  # fmt: skip
+    flags = ["--recovery=[scaled,heal]", "--options.heal.factor=2", "--options.scaled.by=1.5",
+             "--evaluation.controls=[]"]  # fmt: skip
+
+    def run(rate, name="run"):
+        stages = {
+            "refiner": functools.partial(Swapped, final_tau=0.5),
+            "learner": functools.partial(GateLearner, rate=rate, kind="b"),
+            "calibrator": functools.partial(Doubled, times=3),
+        }
+        return gprune.prune(gprune.config.parse(world.args(tmp_path, *flags, name=name)), **stages)
+
     with tiny_run.isolated(cache):
-        first = world.run(tmp_path, *flags)
+        first = run(50)
         assert GateLearner.instances[-1] == (50, "b", 1)
         assert {("times", 3), ("factor", 2), ("steps", 10, 0.5)} == set(CALLS)
-        resumed = world.run(tmp_path, *flags)
+        resumed = run(50)
         assert (len(GateLearner.instances), resumed.masks) == (1, first.masks)  # loaded instead of trained again
-        cfg = gprune.config.parse(world.args(tmp_path, "--recovery=[scaled,heal]", "--evaluation.controls=[]"))
-        cfg.options = first.config.options
-        from_python = gprune.prune(cfg, refiner=Swapped, learner=GateLearner, calibrator=Doubled)
-        assert (len(GateLearner.instances), from_python.masks) == (1, first.masks)  # the same run
-        unlearned = world.run(tmp_path, *flags, f"--options.{PLAIN}.rate=1e-9", name="unlearned")
+        with pytest.raises(UserError, match=r"other settings: stages\.learner\.arguments\.rate: 50 there, 1e-09 here"):
+            run(1e-9)
+        unlearned = run(1e-9, name="unlearned")
         built_in = world.run(tmp_path, "--evaluation.controls=[]", name="built-in")
     assert first.thresholds is None
     assert built_in.thresholds is not None
     assert first.masks != unlearned.masks  # with a rate of 50 the masks change
     assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in built_in.modules.labels]
     row = next(r for r in first.records if r["recovery"] == "scaled+heal")
-    assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, PLAIN)
-    settings = first.config.settings()
-    assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == (PLAIN, {"factor": 2})
+    learner = {"class": f"{__name__}.GateLearner", "arguments": {"rate": 50, "kind": "b"}}
+    assert (row["scaled"], row["heal"], row["stages"]["learner"]) == ({"by": 1.5}, {"factor": 2}, learner)
+    with pytest.raises(UserError, match=r"must be given again: gprune\.prune\(cfg, calibrator=\.\.\.\)"):
+        gprune.prune(first.config)
 
 
-CALIBRATOR_FILE = """
+MODULE = """
+import functools
 from gprune.stages.calibration import CalibrationStage
+from gprune.stages.threshold_learning import ThresholdLearning
 
 steps = []
 
@@ -148,75 +156,97 @@ class Mine(CalibrationStage):
     def test_step(self, *args):
         steps.append({number})
         super().test_step(*args)
+
+{kind} = {value}
 """
 
 
-def test_an_edited_calibrator_collects_its_statistics_again(world, cache, tmp_path, monkeypatch):
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+    """Return a function that writes a module with a stage, and imports it as in a new process."""
     monkeypatch.syspath_prepend(tmp_path)
-    flags = ["--corpora.calibrator=my_calibrator.Mine", "--recovery=none", "--gprune=false", "--export=none"]
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    written = []
+
+    def write(name, *, kind, value, number=1):
+        (tmp_path / f"{name}.py").write_text(MODULE.format(number=number, kind=kind, value=value))
+        linecache.checkcache()
+        sys.modules.pop(name, None)
+        written.append(name)
+        return importlib.import_module(name)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def test_an_edited_calibrator_collects_its_statistics_again(world, cache, tmp_path, write_module):
+    flags = ["--stages=my_calibrator", "--recovery=none", "--gprune=false", "--export=none"]
     collected = []
     for name, number in (("first", 1), ("same", 1), ("edited", 2)):
-        (tmp_path / "my_calibrator.py").write_text(CALIBRATOR_FILE.format(number=number))
-        linecache.checkcache()
-        sys.modules.pop("my_calibrator", None)
-        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+        module = write_module("my_calibrator", kind="calibrator", value="Mine", number=number)
         with tiny_run.isolated(cache):
-            module = importlib.import_module("my_calibrator")
             world.run(tmp_path, *flags, name=name)
-        sys.dont_write_bytecode = before
         collected.append(bool(module.steps))
     assert collected == [True, False, True]
 
 
+def test_a_list_compares_two_learners(world, cache, tmp_path, write_module):
+    for name, rate in (("slow_learner", 1e-9), ("fast_learner", 30.0)):
+        value = f"functools.partial(ThresholdLearning, learning_rate={rate})"
+        write_module(name, kind="learner", value=value)
+    common = {flag.removeprefix("--").partition("=")[0]: yaml.safe_load(flag.partition("=")[2])
+              for flag in world.args(tmp_path, "--recovery=none", "--evaluation.controls=[]")
+              if not flag.startswith(("--run.name", "--export", "--run.seed"))}  # fmt: skip
+    rows = {"slow": {"stages": "slow_learner"}, "fast": {"stages": "fast_learner"}}
+    (tmp_path / "learners.yaml").write_text(yaml.safe_dump({"common": common, "rows": rows, "tables": ["final"]}))
+    with tiny_run.isolated(cache):
+        assert gprune_main(["study", str(tmp_path / "learners.yaml"), "--records", str(tmp_path / "records")]) == 0
+        frame = gprune.load_study(tmp_path / "learners.yaml", records=tmp_path / "records").to_frame()
+    assert set(frame["row"]) == {"slow", "fast"}
+    slow, fast = (set(frame[frame["row"] == row]["unseen"]) for row in ("slow", "fast"))
+    assert slow != fast
+
+
 def test_default_settings_have_no_keys_of_stages():
     settings = RunConfig().settings()
-    names = {*settings, *settings["corpora"], *settings["partition"], *settings["sparsity"].keys() - {"options"}}
-    assert not names & {"options", "calibrator", "refiner", "learner"}
+    assert not {"options", "stages"} & {*settings}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity.learner": "plain"}, "Unknown learner 'plain'. Available: straight_through, or the path of a class"),
-        ({"partition.refiner": "x.Y"}, "--partition.refiner: x.Y: Cannot find it: module 'x' is not imported."),
-        ({"corpora.calibrator": f"{__name__}.X"}, f"--corpora.calibrator: Unknown class '{__name__}.X'"),
-        ({"sparsity.learner": f"{__name__}.WithoutMasks"},
-         "--sparsity.learner must be the path of a LightningModule with the method masks; got 'tests."),
-        ({"sparsity.learner": f"{__name__}.Masked"}, "--sparsity.learner must be the path of a LightningModule"),
-        ({f"options.{PLAIN}.rate": 1}, "--options must name stages that the run uses"),
-        ({"sparsity.learner": PLAIN, f"options.{PLAIN}.rat": 1},
-         f"--options.{PLAIN} must name options of '{PLAIN}' (rate, kind); got 'rat'."),
-        ({"sparsity.learner": PLAIN, f"options.{PLAIN}.rate": 0},
-         f"--options.{PLAIN}.rate must be more than 0; got 0."),
-        ({"sparsity.learner": PLAIN, f"options.{PLAIN}.kind": 1}, f"--options.{PLAIN}.kind must be a valid string"),
-        ({"options.soft_assignment.tau": 1},
-         "--options.soft_assignment must name options of 'soft_assignment' (final_tau); got 'tau'."),
+        ({"stages": "not_there"}, "--stages must be a module of --import; got 'not_there'. Add --import not_there."),
+        ({"stages": "json"}, "--stages must be a module that sets calibrator, refiner, learner, or some of them; got"),
+        ({"sparsity.learner": "x"}, "Settings: Unknown setting 'sparsity.learner'. Use --stages MODULE"),
+        ({"partition.refiner": "x"}, "Settings: Unknown setting 'partition.refiner'. Use --stages MODULE"),
+        ({"corpora.calibrator": "x"}, "Settings: Unknown setting 'corpora.calibrator'. Use --stages MODULE"),
+        ({"options.soft_assignment.tau": 1}, "--options must name recoveries that the run uses"),
         ({"options": {"x": 1}}, "--options.x must be a mapping of names to values; got 1."),
     ],
-)  # fmt: skip
+)
 def test_invalid_stages_and_options_are_refused_by_name(settings, message):
     with pytest.raises(UserError, match="^" + re.escape(message)):
         config_from_mapping(settings)
 
 
-def test_a_class_from_python_is_named_by_its_path():
-    cfg = RunConfig()
-    assert cfg.with_stages(refiner=None, learner=GateLearner, calibrator=None).sparsity.learner == PLAIN
-    assert cfg.sparsity.learner == "straight_through"  # unchanged
-
-
 @pytest.mark.parametrize(
     ("learner", "message"),
     [
-        (PLAIN, f"A stage must be a class; got '{PLAIN}'."),
+        ("GateLearner", "A learner must be a LightningModule class with the method masks, or a functools.partial"),
+        (WithoutMasks, "A learner must be a LightningModule class with the method masks"),
+        (Masked, "A learner must be a LightningModule class with the method masks"),
+        (functools.partial(GateLearner, 1), "A learner must be a LightningModule class"),
         (
-            type("Inner", (GateLearner,), {"__qualname__": "outer.<locals>.Inner"}),
-            "Class .*Inner must be defined at the top level of a module or a notebook, to have a path.",
+            functools.partial(GateLearner, rat=1),
+            "The arguments of learner must name options of 'GateLearner' (epoc",
         ),
+        (functools.partial(GateLearner, rate=0), "The arguments of learner.rate must be more than 0; got 0."),
+        (functools.partial(GateLearner, kind=1), "The arguments of learner.kind must be a valid string"),
     ],
 )
-def test_a_stage_from_python_must_be_a_class_with_a_path(learner, message):
-    with pytest.raises(UserError, match=f"^{message}$"):
+def test_an_invalid_stage_from_python_is_refused_before_anything_is_loaded(learner, message):
+    with pytest.raises(UserError, match="^" + re.escape(message)):
         gprune.prune(RunConfig(), learner=learner)
 
 
@@ -264,22 +294,18 @@ class Invalid(GateLearner):
 
 
 @pytest.mark.parametrize(("change", "message"), INVALID.values(), ids=INVALID)
-def test_invalid_masks_and_thresholds_of_a_learner_are_refused(
-    change, message, world, cache, tmp_path, capsys, monkeypatch
-):
+def test_invalid_masks_and_thresholds_of_a_learner_are_refused(change, message, world, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(Invalid, "change", change)
-    with tiny_run.isolated(cache):
-        assert tiny_run.main(world.args(tmp_path, f"--sparsity.learner={__name__}.Invalid")) == 2
-    assert re.search(f"Learner '{__name__}.Invalid'.*{message}", capsys.readouterr().err)
+    cfg = gprune.config.parse(world.args(tmp_path))
+    with tiny_run.isolated(cache), pytest.raises(UserError, match=f"Learner 'Invalid'.*{message}"):
+        gprune.prune(cfg, learner=Invalid)
 
 
-def test_a_learner_with_masks_for_one_budget_is_refused_for_a_quality_target(world, cache, tmp_path, capsys):
-    flags = [f"--sparsity.learner={PLAIN}", "--sparsity.target=+20%", "--evaluation.development_samples=2"]
-    with tiny_run.isolated(cache):
-        assert tiny_run.main(world.args(tmp_path, *flags)) == 2
-    error = capsys.readouterr().err
-    assert f"--sparsity.learner {PLAIN} needs a share such as 0.3 as target" in error
-    assert error.count("\n") == 1
+def test_a_learner_with_masks_for_one_budget_is_refused_for_a_quality_target(world, cache, tmp_path):
+    cfg = gprune.config.parse(world.args(tmp_path, "--sparsity.target=+20%", "--evaluation.development_samples=2"))
+    message = "--sparsity.target must be a share such as 0.3 for this learner; got +20%"
+    with tiny_run.isolated(cache), pytest.raises(UserError, match=re.escape(message)):
+        gprune.prune(cfg, learner=GateLearner)
 
 
 # --- built-in stages with any Trainer
