@@ -149,7 +149,8 @@ class DistillationStage(FrozenLMStage):
 
     def configure_model(self) -> None:
         """With Lightning's ModelParallelStrategy, use copies of both models whose layers are sharded."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self._whole:
+        is_attached = self._trainer is not None  # not while a checkpoint is loaded
+        if not is_attached or not isinstance(self.trainer.strategy, ModelParallelStrategy) or self._whole:
             return
         device, mesh = self.trainer.strategy.root_device, self.device_mesh["data_parallel"]
         self._whole = (self.lm.cpu(), self.student.cpu())

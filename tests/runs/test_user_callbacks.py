@@ -57,19 +57,6 @@ class Steps(L.Callback):
         self.steps = state["steps"]
 
 
-class ChangesModel(L.Callback):
-    """Multiply all weights of the frozen model in a hook of a stage. Version counters of tensors do not detect it."""
-
-    def __init__(self, hook: str, stage: str = "CalibrationStage"):
-        setattr(self, hook, self.change)
-        self.stage = stage
-
-    def change(self, trainer, pl_module, *_, **__):
-        if type(pl_module).__name__ == self.stage:
-            for p in pl_module.lm.parameters():
-                p.data.mul_(2.0)
-
-
 def flags(world, folder, *more, callbacks=(), name="run"):
     """Return the flags of a run without export and controls. `callbacks` are dictionaries with class paths."""
     callback_flags = [f"--trainer.callbacks={json.dumps(callbacks)}"] if callbacks else []
@@ -245,35 +232,6 @@ def test_callbacks_may_change_training_batches(world, tmp_path):
     path = prune(cfg, callbacks=[LambdaCallback(on_train_batch_start=shorten)]).path
     steps = json.loads((path / "manifest.json").read_text())["steps"]
     assert steps["thresholds"]["forward_backward_tokens"] == 8 * 8  # windows of two corpora, tokens
-
-
-@pytest.mark.parametrize("hook", ["on_test_start", "on_test_batch_end", "teardown"])
-def test_statistics_of_a_model_that_a_callback_has_changed_are_not_cached(hook, world, tmp_path):
-    with tiny_run.isolated(tmp_path / "cache"):
-        message = r"^Callbacks must not change the frozen model.*CalibrationStage.*\(Steps, ChangesModel\)"
-        cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))
-        with pytest.raises(UserError, match=message):
-            prune(cfg, callbacks=[Steps(), ChangesModel(hook)])
-        assert not list((tmp_path / "cache").rglob("statistics/*"))
-        assert not list((tmp_path / "cache").rglob("evaluations/*"))
-
-
-def test_gram_matrices_of_a_model_that_a_callback_has_changed_are_not_cached(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("gprune.method.prune.needs_walk", lambda *_, **__: True)
-    with tiny_run.isolated(tmp_path / "cache"):
-        more = ("--recovery=least_squares", "--gprune=false", f"--corpora.recover={world.names('alpha')}")
-        cfg = parse(flags(world, tmp_path, *more))
-        with pytest.raises(UserError, match=r"changed during calibration on .*alpha"):
-            prune(cfg, callbacks=[ChangesModel("on_test_batch_end")])
-        assert not list((tmp_path / "cache").rglob("statistics/*"))
-
-
-def test_a_change_of_frozen_weights_in_training_is_reported_with_the_callbacks(world, tmp_path):
-    with tiny_run.isolated(tmp_path / "cache"):
-        cfg = parse(flags(world, tmp_path))
-        with pytest.raises(UserError, match=r"changed during ThresholdLearning by one of .*\(ChangesModel\)"):
-            prune(cfg, callbacks=[ChangesModel("on_train_batch_end", "ThresholdLearning")])
-        assert not list((tmp_path / "cache").rglob("evaluations/*"))
 
 
 def test_a_class_path_imports_no_module_of_the_working_folder(world, tmp_path, monkeypatch, capfd):
