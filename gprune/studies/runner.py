@@ -146,9 +146,9 @@ def needs_of_list(cfg: RunConfig, rows: Sequence[Row]) -> dict[str, set[str]]:
 
 def _settings_of_statistics(cfg: RunConfig) -> list[Any]:
     """Return the settings that determine the statistics of a corpus."""
-    corpora = cfg.corpora.model_dump(include={"num_samples", "seq_len", "bos", "batch_size", "calibrator"})
-    options = cfg.options.get(cfg.corpora.calibrator)
-    return [cfg.model.model_dump(), corpora, options, cfg.run.seed, cfg.processes, cfg.matmul_settings]
+    corpora = cfg.corpora.model_dump(include={"num_samples", "seq_len", "bos", "batch_size"})
+    calibrator = cfg.user_stage("calibrator")
+    return [cfg.model.model_dump(), corpora, calibrator, cfg.run.seed, cfg.processes, cfg.matmul_settings]
 
 
 def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dict[str, Any]]:
