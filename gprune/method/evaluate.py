@@ -59,7 +59,7 @@ def evaluate(
     finished_rows = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
     rank_evaluates = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
-    leaked = leaks(run) if rank_evaluates else {}
+    leaked = leaks(run, records) if rank_evaluates else {}
     with run.folder.step("evaluate_unrecovered" if before_recovery else "evaluate"):
         for row in rows:
             # All processes are needed for a recovery that trains.
@@ -98,15 +98,19 @@ def measurement_of(run: Run, row: ResultRow, model: PreTrainedModel) -> Callable
     return measure_with_distance if same_head(model, run.model) else measure_perplexity
 
 
-def leaks(run: Run, also_used: Collection[str] = ()) -> dict[str, tuple[bool, float]]:
+def leaks(
+    run: Run, records: Sequence[Mapping[str, Any]] = (), also_used: Collection[str] = ()
+) -> dict[str, tuple[bool, float]]:
     """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text.
 
     A corpus counts as seen if the run uses its train split, if it is in `also_used`, or if the share is above
-    `SEEN_ABOVE`. If the share is the only reason, a warning is logged.
+    `SEEN_ABOVE`. If the share is the only reason, a warning is logged. Corpora of `records` are not measured again.
     """
     used_corpora = {identity(name) for name in (*run.cfg.train_corpora, *also_used)}
-    by_corpus = {}
+    by_corpus = {r["corpus"]: (r["seen"], r["leaked_13grams"]) for r in records}
     for windows in run.text.test:
+        if windows.corpus in by_corpus:
+            continue
         corpus, is_used = windows.corpus, identity(windows.corpus) in used_corpora
         share = leaked_share_of_windows([windows], run.text.used, run.tokenizer)
         by_corpus[corpus] = (is_used or share > SEEN_ABOVE, share)

@@ -91,6 +91,7 @@ from gprune.partition.modules import (
 )
 from gprune.partition.objective import refinement_inputs
 from gprune.registry import Stage, UserCode, check_stage, class_and_arguments
+from gprune.runs.folder import broadcast
 from gprune.runs.results import PruningResult, corpus_file
 from gprune.runs.tracking import log_scalars
 from gprune.runs.trainer import launch_processes
@@ -155,9 +156,7 @@ def prune(
             run = remove_blocks(run, statistics)
         masks_of = base_masks(run, statistics, scores)  # variant -> masks as a function of the budget
         if cfg.gprune:
-            drift = measure_drift(run, statistics)  # 3
-            labels = partition(run, drift)  # 4, 5
-            modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
+            modules = find_modules(run, statistics, scores["gprune"])  # 3, 4, 5, 6
             masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
         if cfg.trials:  # the target is a quality
             run = with_quality_budget(run, statistics, masks_of)
@@ -400,6 +399,18 @@ def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStati
         return {"errors": errors}
 
     return run.folder.tensors(f"errors_{name}", compute)["errors"]
+
+
+# Steps 3 to 6: modules
+
+
+def find_modules(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> Modules:
+    """Steps 3 to 6: return modules with their measurements, from the run's folder if an earlier session found them."""
+    if (tensors := broadcast(run.folder.read("modules"))) is not None:
+        return Modules.from_tensors(tensors)
+    drift = measure_drift(run, statistics)  # 3
+    labels = partition(run, drift)  # 4, 5
+    return assess(run, statistics, scores, drift, labels)  # 6
 
 
 # Step 3: drift
@@ -689,7 +700,9 @@ def meet_budget(run: Run, masks_of: Mapping[str, VariantMasks]) -> tuple[Thresho
     of_modules = masks_of["gprune"]
     budget = run.budget.ranked_by(of_modules.scores)
     tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(budget).tensors())
-    log_modules(run.loggers, of_modules.modules, masks["gprune"])
+    if not (run.folder.finished or run.folder.manifest.get("logged_modules")):  # once, also if the run is resumed
+        log_modules(run.loggers, of_modules.modules, masks["gprune"])
+        run.folder.update_manifest(logged_modules=True)
     return ModuleSparsity.from_tensors(tensors).thresholds, masks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import json
@@ -470,6 +471,29 @@ def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_res
     assert {path.stem for path in result.path.glob("errors_*")} == {"errors_base", "errors_averaged", "errors_modules"}
     (result.path / "metrics.json").unlink()
     assert world.run(tmp_path, *flags).masks == result.masks
+
+
+def test_drift_and_leaks_are_measured_and_logged_once_by_a_run_that_is_resumed(world, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        "gprune.method.evaluate.leaked_share_of_windows", lambda evaluated, *_: calls.append(evaluated) or 0.5
+    )
+    flags = ["--recovery=bias", "--evaluation.controls=[unrecovered]", "--export=none"]
+    with monkeypatch.context() as patch:
+        patch.setattr("gprune.method.prune.prune_and_recover", interrupt)
+        assert tiny_run.main(world.args(tmp_path, *flags)) == 130
+    result = world.run(tmp_path, *flags)
+    assert len(calls) == len(tiny_run.UNSEEN) + 1  # the evaluated corpora
+    log = capsys.readouterr().out
+    assert log.count("so it counts as seen") == len(tiny_run.UNSEEN)
+    assert log.count("Mean rank drift") == 1
+    rows = [row for file in tmp_path.rglob("metrics.csv") for row in csv.DictReader(file.open())]
+    for name, times in (("modules/sensitivity", len(result.modules.rows())), ("partition/switched_share", 1)):
+        assert sum(bool(row.get(name)) for row in rows) == times
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_records_of_reconstruction_have_the_ridge_of_its_errors_without_least_squares_too(world, tmp_path):
