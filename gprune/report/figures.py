@@ -106,7 +106,7 @@ def add_title(figure: Figure, title: str, size: float = 7) -> Figure:
 
 def interval_lengths(estimates: Sequence[Estimate]) -> np.ndarray:
     """Return the lengths of intervals below and above n values, (2, n) float64; 0 without an interval."""
-    # With a single window the interval has width 0, and rounding may put the value outside.
+    # If all windows have equal values the interval has length 0, and rounding may put the value outside.
     below = [0.0 if e.low is None else max(e.value - e.low, 0.0) for e in estimates]
     above = [0.0 if e.high is None else max(e.high - e.value, 0.0) for e in estimates]
     return np.array([below, above])
