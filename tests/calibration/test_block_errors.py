@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 
 from gprune.calibration import block_errors as errors_module
 from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
-from gprune.importance.scores import score_units
+from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.cost import BlockCosts
 from tests.calibration.test_collector import batches
 from tests.tiny_llama import collect, hooks_of, make_tiny_llama
 
@@ -199,6 +201,59 @@ def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(stre
     if strength == 1:
         assert widths[0] == 1
         assert masks.ffn[1][1::3].all()  # block 1 loses only idle neurons
+
+
+def reconstruction_shares(errors, costs, protected, target, strength) -> list[float]:
+    """S_b of each block by plain loops, from convex errors (blocks, LEVELS + 1) and the costs of a neuron."""
+    N = 48
+    share = target / sum(cost * N for cost in costs)
+    open_blocks = [b for b in range(len(costs)) if b not in protected]
+    prices = []
+    for b in open_blocks:
+        logs = [math.log(errors[b][level] - errors[b][level + 1]) for level in range(LEVELS)]
+        for neuron in range(N):  # in order of width
+            log_slope = np.interp((neuron + 0.5) / N, [(level + 0.5) / LEVELS for level in range(LEVELS)], logs)
+            prices.append((math.exp(log_slope) / costs[b], b))
+    cheapest, total = dict.fromkeys(open_blocks, 0), 0.0
+    for _, b in sorted(prices):
+        if total + costs[b] / 2 >= target:
+            break
+        cheapest[b] += 1
+        total += costs[b]
+    mean = target / sum(costs[b] * N for b in open_blocks)
+    return [share if b in protected else mean + strength * (cheapest[b] / N - mean) for b in range(len(costs))]
+
+
+@pytest.mark.parametrize("protected", [[], [0]])
+@pytest.mark.parametrize("strength", [0.0, 0.3, None, 1.0])
+def test_reconstruction_equals_its_formula_in_plain_loops(strength, protected, measured):
+    """Neurons of the blocks cost 3, 1 and 2. The default strength is 0.75."""
+    model, _, statistics, scores = measured
+    blocks, costs = blocks_of(model), [3, 1, 2]
+    steps = torch.rand(3, LEVELS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    errors = convex_errors((0.1 + steps).sort(1, descending=True).values)
+    tables = [BlockCosts.by_unit(cost, 1, 999, neurons=48, groups=2) for cost in costs]
+    budget = Budget.of(block_units(blocks, scope="ffn", protect=protected, costs=tables), 0.4)
+    options = {} if strength is None else {"strength": strength}
+    margins, _ = ALLOCATION["reconstruction"](scores, replace(statistics, errors=errors), blocks, budget, **options)
+    strength = 0.75 if strength is None else strength
+    expected = reconstruction_shares(errors.tolist(), costs, protected, budget.target, strength)
+    for block, of_block, share in zip(scores.ffn, margins, expected, strict=True):
+        torch.testing.assert_close(of_block, fractional_ranks(block) - share, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_errors_are_those_of_removing_the_lowest_scores_first(sign, measured):
+    model, tokens, statistics, scores = measured
+    given = [sign * s for s in scores.ffn]
+    errors = block_errors(model, given, statistics, tokens.split(2), ridge=0.01)
+    inputs = tokens_with_gradients(model, tokens.split(2))
+    for block, of_block, block_errors_ in zip(blocks_of(model), given, errors, strict=True):
+        kept_longest_first = [i for _, i in sorted((-score, i) for i, score in enumerate(of_block.tolist()))]
+        x, energy = (tensor.double() for tensor in inputs[block.index])
+        weight = block.down.weight.detach().double()
+        expected = reference(weight[:, kept_longest_first], x[:, kept_longest_first], energy, 0.01, 0.0)
+        torch.testing.assert_close(block_errors_, expected, rtol=0.03, atol=1e-12)
 
 
 def test_protected_blocks_are_not_pruned_by_reconstruction_allocation(measured):

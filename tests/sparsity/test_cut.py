@@ -430,3 +430,13 @@ def test_equal_widths_of_unequal_blocks_need_a_target_that_the_common_width_does
     smallest_budget = Budget.of(units, "+5%", uniform=True).removing(1)
     removed = smallest_budget.removed_by(keep_masks(smallest_budget, *margins))
     assert smallest_budget.target == removed < 0.334 * smallest_budget.total
+
+
+def test_equal_groups_are_kept_if_the_narrowest_ffns_make_up_exactly_the_rest():
+    """Blocks of different widths would keep 5 groups, so 2 each; with 3 each, one neuron each reaches the target."""
+    units = units_of([1, 1], [5, 5], group=[6, 6], groups=[4, 4])
+    budget = Budget(units, 20, uniform=True)
+    margins = [torch.arange(5.0) + 10] * 2, [torch.arange(4.0)] * 2  # groups are removed first
+    masks = keep_masks(budget, *margins)
+    assert [int(m.sum()) for m in [*masks.ffn, *masks.attention]] == [1, 1, 3, 3]
+    assert budget.removed_by(masks) == 20
