@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
-from transformers import PreTrainedConfig
 
 from gprune.calibration.statistics import SUMS, ChannelStatistics, Moments
 from gprune.errors import require_finite
-from gprune.models.blocks import Block
-from gprune.models.experts import active_experts
 from gprune.models.products import fast_products
 
 PANEL_WIDTH = 192  # channels in a panel of a Gram matrix: narrow, so that little below the diagonal is computed
@@ -169,18 +166,3 @@ def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
     if gram is not None and gram.dim() == 0:  # torchmetrics squeezes tensors with one element
         gram = gram.reshape(1, 1)
     return ChannelStatistics(halves, gram)
-
-
-def panel_flops(channels: int) -> float:
-    """FLOPs per token of `add_gram` for C channels: at most C (C + 192).
-
-    `add_gram` multiplies panels of 192 columns with all columns from the diagonal on.
-    """
-    return channels * (channels + min(channels, PANEL_WIDTH))
-
-
-def gram_flops(config: PreTrainedConfig, block: Block) -> float:
-    """FLOPs per token of a block's Gram matrices; each of a token's active experts needs a full product of 2 N^2."""
-    active = active_experts(config, block)
-    of_neurons = 2 * block.neurons**2 * active if block.has_experts else panel_flops(block.neurons)
-    return of_neurons + panel_flops(block.channels)

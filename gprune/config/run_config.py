@@ -7,7 +7,7 @@ import json
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, JsonValue, PrivateAttr
+from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr
 
 from gprune.calibration import EXTRAS
 from gprune.checks import NonNegative, Text, check_options, option_defaults, whole_numbers
@@ -62,13 +62,6 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     """Type of the matrices in the GGUF file; vectors are f32."""
 
 
-class PlanConfig(Group, prefix="plan."):
-    """The machine that `--dry_run true` plans for. Default: this machine."""
-
-    memory: Annotated[ByteSize, Field(gt=0, lt=10**15)] | None = None
-    """Memory of a device, such as 80GiB. Default: that of this machine's GPU, or its main memory."""
-
-
 def _join_chain(recovery: Any) -> Any:
     """Convert a list of recoveries to a chain such as `least_squares+distill`; an empty list is `none`."""
     return "+".join(map(str, recovery)) or "none" if isinstance(recovery, list) else recovery
@@ -117,9 +110,8 @@ class RunConfig(Group):
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     run: RunFolderConfig = Field(default_factory=RunFolderConfig)
     export: Annotated[ExportConfig, BeforeValidator(_from_format), NEVER] = Field(default_factory=ExportConfig)
-    dry_run: Annotated[bool, NEVER, Reads({True: ("plan",)})] = False
-    """Print the widths, and the number of parameters, tokens and FLOPs and the memory needed. Nothing is run."""
-    plan: Annotated[PlanConfig, NEVER] = Field(default_factory=PlanConfig)
+    dry_run: Annotated[bool, NEVER] = False
+    """Print the widths, and the number of parameters, bytes and tokens and the memory needed. Nothing is run."""
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other, and for what a feature of the run refuses."""

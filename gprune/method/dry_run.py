@@ -1,4 +1,4 @@
-"""Text of `--dry_run`: widths, parameters, tokens, FLOPs and peak memory of a plan.
+"""Text of `--dry_run`: widths, parameters, bytes, tokens and peak memory of a plan.
 
 `tests/method/test_memory.py` compares the memory with real runs. Sizes: H hidden size, V vocabulary, L layers; N active
 neurons of the widest layer, and C the largest number of attention channels. `weight` is the bytes of a weight in
@@ -16,20 +16,19 @@ from transformers import AutoTokenizer
 
 from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.layerwise import needs_walk
-from gprune.calibration.moments import gram_flops
 from gprune.calibration.statistics import gram_bytes
 from gprune.corpora import is_local
 from gprune.features import attribute
 from gprune.method.inputs import prepare_text
-from gprune.method.plan import Plan, describe_unpruned, device_memory, forward_equivalents
-from gprune.models.blocks import PARTS, blocks_of, by_layer
+from gprune.method.plan import Plan, describe_unpruned, device_memory
+from gprune.models.blocks import blocks_of, by_layer
 from gprune.models.experts import active_share
 from gprune.models.loading import locate_model
 from gprune.models.losses import CHUNK
-from gprune.models.products import count_cast_weights
-from gprune.recoveries import recoveries_of
+from gprune.recoveries import recovery_needs
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
+from gprune.stages.student import adapted_layers, trained_weights
 
 GIB = 2**30
 MEMORY_SAVERS = {  # step -> flags that lower its peak most
@@ -65,7 +64,6 @@ def describe(plan: Plan) -> str:
         "evaluates": f"{1 + len(cfg.rows)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
-        "compute": f"at most {estimated_flops(plan):.2e} FLOP",
         **memory_lines(plan),
         "results": cfg.folder,
     }
@@ -103,82 +101,38 @@ def describe_widths(budget: Budget) -> str:
     return f"{of_neurons} and {of_groups} per block, at uniform sparsity{grid}"
 
 
-def estimated_flops(plan: Plan) -> float:
-    """Estimate the FLOPs of a run's passes and Gram matrices, as if nothing were pruned and all weights had gradients.
-
-    The estimate is an upper bound of the matrix products of the model. Element-wise operations, errors of blocks and
-    solvers are not counted. A multiply-add counts as 2. A token that passes forward needs
-
-    - 2 x the weights of the blocks that compute it (`active_share`),
-    - 4 T C per block for attention over T tokens with C channels,
-    - 2 V H for the head with vocabulary size V and hidden size H.
-
-    A backward pass needs twice as much. Gram matrices are counted by `gram_flops`.
-    """
-    cfg, blocks = plan.cfg, blocks_of(plan.skeleton)
-    config = plan.skeleton.config.get_text_config(decoder=True)
-    per_token = 2.0 * config.vocab_size * config.hidden_size  # products with weights
-    per_attended_token = 0.0  # attention of one token to one token
-    grams_per_token = 0.0  # Gram matrices, in calibration
-    for block in blocks:
-        sizes = {name: part.out_features * part.in_features for name, part in block.parts.items()}
-        ffn = sum(size for name, size in sizes.items() if name in PARTS["ffn"])
-        attention = sum(size for name, size in sizes.items() if name in PARTS["attention"])
-        per_token += 2 * (attention + ffn * active_share(config, block))
-        per_attended_token += 4 * block.channels
-        grams_per_token += gram_flops(config, block)
-    tokens = forward_equivalents(plan.forward_tokens, plan.forward_backward_tokens)
-    total = tokens * (per_token + cfg.corpora.seq_len * per_attended_token)
-    if cfg.evaluation.seq_len > cfg.corpora.seq_len:  # windows of evaluation are longer
-        evaluated = sum(plan.evaluated_models) * cfg.evaluated_tokens
-        total += evaluated * (cfg.evaluation.seq_len - cfg.corpora.seq_len) * per_attended_token
-    if "gram" in cfg.needs:
-        total += plan.calibration_tokens * grams_per_token
-    return total
-
-
 class Memory(NamedTuple):
     """Bytes in one step."""
 
-    weights: float  # of all models in memory at once
-    gradients: float = 0.0
-    optimizer: float = 0.0  # moments of AdamW
-    gram_matrices: float = 0.0
-    activations: float = 0.0  # with logits and cached hidden states
+    weights: float  # of all models in memory at once, with copies for autocast
+    gradients_and_optimizer: float
+    gram_matrices: float
+    activations: float  # with logits and cached hidden states
 
 
 def memory_lines(plan: Plan) -> dict[str, str]:
-    """Return the step with the highest peak, whether the peak fits and what lowers it, and its five terms."""
-    cfg = plan.cfg
-    if cfg.model.device_map is not None:
+    """Return the step with the highest peak, whether this machine has as much, and the four terms of the peak."""
+    if plan.cfg.model.device_map is not None:
         return {"memory": "not counted with --model.device_map; see docs/large_models.md"}
-    peaks = estimated_peaks(plan)
-    step, terms = max(peaks.items(), key=lambda item: sum(item[1]))
-    available = cfg.plan.memory
-    if available is None and plan.pricing.device_available:
-        available = device_memory(plan.device)
+    step, terms = max(estimated_peaks(plan).items(), key=lambda item: sum(item[1]))
     owner = "this machine" if plan.device.type == "cpu" else "each GPU"
-    estimate = f"about {sum(terms) / GIB:,.1f} GiB of {owner}, in the step {step}"
-    if available is None:
-        fits = "whether that fits: unknown without --plan.memory, as this machine has no GPU"
-    elif sum(terms) <= available:
-        fits = f"fits {available / GIB:,.1f} GiB"
-    else:
-        fits = f"does not fit {available / GIB:,.1f} GiB; try {MEMORY_SAVERS[step]} (docs/large_models.md)"
-    by_term = {f"  {name.replace('_', ' ')}": f"{value / GIB:,.2f} GiB" for name, value in terms._asdict().items()}
-    return {"memory": f"{estimate}: {fits}", **by_term}
+    text = f"about {sum(terms) / GIB:,.1f} GiB of {owner}, in the step {step}"
+    if plan.pricing.device_available:
+        available = device_memory(plan.device)
+        saver = "" if sum(terms) <= available else f"; try {MEMORY_SAVERS[step]} (docs/large_models.md)"
+        text += f", which has {available / GIB:,.1f} GiB{saver}"
+    by_term = [f"{value / GIB:,.2f} {name.replace('_', ' ')}" for name, value in terms._asdict().items()]
+    return {"memory": text, "of which": f"GiB: {', '.join(by_term)}"}
 
 
 def estimated_peaks(plan: Plan) -> dict[str, Memory]:
     """Estimate the memory by step: of each device, or of all processes that share main memory."""
     estimate, cfg = MemoryEstimate(plan), plan.cfg
-    peaks = {"calibrate": estimate.calibrate()}
+    peaks = {"calibrate": estimate.calibrate(), "evaluate": estimate.evaluate()}
     if cfg.learns:
         peaks["learn"] = estimate.learn()
-    recoveries = [each.memory(estimate) for each in recoveries_of(cfg.recovery, cfg.recovery_settings)]
-    if recoveries := [Memory(**terms) for terms in recoveries if terms]:
-        peaks["recover"] = max(recoveries, key=sum)
-    peaks["evaluate"] = estimate.evaluate()
+    if recovery_needs(cfg.recovery) or cfg.recovery_learns:
+        peaks["recover"] = estimate.distill() if cfg.recovery_learns else estimate.recover()
     processes = cfg.trainer.devices if estimate.cpu else 1  # processes that share the memory
     return {step: Memory(*(processes * term for term in terms)) for step, terms in peaks.items()}
 
@@ -203,7 +157,7 @@ class MemoryEstimate:
         self.kept_parameters = self.parameters - plan.removed
         self.kept_share = 1 - plan.removed / budget.total_parameters
         # Copies in bfloat16 of frozen float32 weights
-        self.cast = 2 * count_cast_weights(plan.skeleton) if self.autocast and self.weight == 4 else 0
+        self.cast = 2 * self.parameters if self.autocast and self.weight == 4 else 0
 
     def tokens_of(self, batch_size: int) -> int:
         """Tokens of a batch in one process."""
@@ -246,6 +200,7 @@ class MemoryEstimate:
         layer = self.layer(self.tokens_of(self.cfg.corpora.batch_size), activation=self.activation)
         return Memory(
             weights=self.weight * self.parameters + self.cast,
+            gradients_and_optimizer=0,
             gram_matrices=self.grams,
             activations=self.L * layer + self.chunk_logits(teacher=self.cfg.sparsity.loss == "kl"),
         )
@@ -261,10 +216,44 @@ class MemoryEstimate:
         return Memory(
             weights=self.weight * self.parameters,
             # float32 sums of both halves of a corpus
-            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.needs),
+            gradients_and_optimizer=8 * self.budget.total_parameters * ("saliency" in cfg.needs),
             gram_matrices=self.grams,
             activations=activations,
         )
+
+    def recover(self) -> Memory:
+        """Recovery without training: equations of 12 N^2 bytes for the widest block, of N neurons."""
+        return Memory(
+            weights=self.rows + self.weight * self.kept_parameters,
+            gradients_and_optimizer=0,
+            gram_matrices=self.grams + 12 * max(block.neurons for block in self.budget.units) ** 2,
+            activations=self.forecasts,
+        )
+
+    def distill(self) -> Memory:
+        """Distillation of a student in float32 by AdamW."""
+        d, tokens = self.cfg.distill, self.tokens_of(self.cfg.distill.batch_size)
+        layer = self.layer(tokens, activation=4, kept_share=self.kept_share)
+        layers = layer + self.L * tokens * 4 * self.H if d.checkpointing else self.L * layer
+        trained = self.trained_parameters
+        cast = self.cast + 2 * (self.H * self.V + trained) * self.autocast  # also of the student
+        # Gradients and two moments. A GPU updates all weights at once, in copies.
+        bytes_trained = (12 if self.cpu else 16) * trained
+        return Memory(
+            weights=self.rows + 4 * self.kept_parameters + cast,
+            gradients_and_optimizer=bytes_trained / (self.cfg.processes if self.cfg.trainer.strategy == "fsdp" else 1),
+            gram_matrices=self.grams,
+            activations=self.forecasts + layers + self.chunk_logits(teacher=True),
+        )
+
+    @property
+    def trained_parameters(self) -> float:
+        """Number of parameters that distillation trains in the pruned model; adapters are those of the dense model."""
+        d, model = self.cfg.distill, self.plan.skeleton
+        if d.targets == "lora":
+            return d.rank * sum(sum(layer.weight.shape) for layer in adapted_layers(model))
+        numbers = sum(parameter.numel() for _, parameter in trained_weights(model, d.targets))
+        return numbers - self.plan.removed if d.targets == "all" else numbers * self.kept_share
 
     def evaluate(self) -> Memory:
         """Evaluation of a row: logits of one window and a copy, and on a GPU their float32 softmax."""
@@ -272,6 +261,7 @@ class MemoryEstimate:
         tokens = self.tokens_of(self.cfg.corpora.batch_size)
         return Memory(
             weights=self.rows + self.weight * self.kept_parameters,
+            gradients_and_optimizer=0,
             gram_matrices=self.grams,
             activations=self.forecasts + self.layer(tokens, activation=self.weight) + logits,
         )

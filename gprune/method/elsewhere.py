@@ -137,7 +137,7 @@ def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = No
     other = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
     bytes_per_parameter = getattr(torch, cfg.model.dtype).itemsize
     needed = bytes_per_parameter * (other.num_parameters() + plan.skeleton.num_parameters())
-    memory = cfg.plan.memory or device_memory(plan.device)
+    memory = device_memory(plan.device)
     if needed > memory:
         reason = f"it and the dense model need {needed / GIB:,.2f} GiB in {cfg.model.dtype}, of {memory / GIB:,.2f}"
         raise UserError(f"{SUBJECT}: Cannot load '{name}' into memory: {reason}. Try --model.dtype bfloat16.")

@@ -180,15 +180,3 @@ class CastWeights:
         copy = nn.Parameter(weight.detach().to(torch.get_autocast_dtype(device_type)), requires_grad=False)
         self._copies[id(weight)] = (weight, weight._version, copy)
         return copy
-
-
-def count_cast_weights(model: nn.Module) -> int:
-    """Return how many numbers `CastWeights` copies if all weights are frozen and in float32.
-
-    Shared weights are counted once.
-    """
-    weights: dict[int, Tensor] = {}  # by id
-    for module in model.modules():
-        if type(module) in PRODUCT_MODULES:
-            weights |= {id(weight): weight for weight in module._parameters.values() if weight is not None}
-    return sum(weight.numel() for weight in weights.values())

@@ -102,20 +102,6 @@ class Recovery(Feature):
         """
         return 0, 0
 
-    def memory(self, sizes: Any) -> dict[str, float]:
-        """Return the bytes during a recovery by term of `method.dry_run.Memory`; empty if it needs nothing.
-
-        Without training these are all weights, the Gram matrices with 12 N^2 for the equations of the widest block, of
-        N neurons, and hidden states that the evaluation needs. `sizes` is a `method.dry_run.MemoryEstimate`.
-        """
-        if not self.needs:
-            return {}
-        return {
-            "weights": sizes.rows + sizes.weight * sizes.kept_parameters,
-            "gram_matrices": sizes.grams + 12 * max(block.neurons for block in sizes.budget.units) ** 2,
-            "activations": sizes.forecasts,
-        }
-
     def refuse(self, plan: Any) -> None:
         """Raise UserError if this recovery does not support a model; called before weights are loaded.
 

@@ -59,31 +59,3 @@ class Distill(Recovery):
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """Return the teacher's forward tokens, and the student's forward and backward tokens."""
         return fresh, fresh
-
-    def memory(self, sizes: Any) -> dict[str, float]:
-        """Return the bytes by term of distillation with AdamW of a student in float32."""
-        d, tokens = sizes.cfg.distill, sizes.tokens_of(sizes.cfg.distill.batch_size)
-        trained = self._trained_parameters(sizes)
-        layer = sizes.layer(tokens, activation=4, kept_share=sizes.kept_share)
-        layers = layer + sizes.L * tokens * 4 * sizes.H if d.checkpointing else sizes.L * layer
-        cast = sizes.cast + 2 * (sizes.H * sizes.V + trained) * sizes.autocast  # also of the student
-        return {
-            "weights": sizes.rows + 4 * sizes.kept_parameters + cast,
-            "gradients": 4 * trained,
-            "optimizer": (8 if sizes.cpu else 12) * trained,  # a GPU updates all weights at once, in copies
-            "gram_matrices": sizes.grams,
-            "activations": sizes.forecasts + layers + sizes.chunk_logits(teacher=True),
-        }
-
-    @staticmethod
-    def _trained_parameters(sizes: Any) -> float:
-        """Number of parameters that are trained in a model that keeps a share of its units."""
-        from gprune.models.blocks import blocks_of
-
-        d, blocks = sizes.cfg.distill, blocks_of(sizes.plan.skeleton)
-        parts = [part for block in blocks for part in block.parts.values()]
-        return {
-            "all": sum(block.cost for block in blocks) - sizes.plan.removed,
-            "mlp": sizes.kept_share * sum(block.unit_cost("ffn") * block.neurons for block in blocks),
-            "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
-        }[d.targets]

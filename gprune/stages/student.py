@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -90,16 +90,9 @@ class Student:
         self._sizes[key] = size
 
     def _learn_weights(self) -> None:
-        """Train all weights of decoder layers, or only those of FFNs."""
-        for block in blocks_of(self.model):
-            ffn_modules = {slice_.path.rpartition(".")[0] for slice_ in block.slices if slice_.kind == "ffn"}
-            for name, parameter in block.layer.named_parameters():
-                # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
-                separator = ".parametrizations." if ".parametrizations." in name else "."
-                module_name = name.rpartition(separator)[0]
-                is_tied = any(parameter is learned for learned in self.learned.values())  # to another layer
-                if not is_tied and (self.targets == "all" or module_name in ffn_modules):
-                    self._learn(f"{block.layer_index}.{name}", parameter)
+        """Train the weights that `targets` names."""
+        for name, parameter in trained_weights(self.model, self.targets):
+            self._learn(name, parameter)
 
     def _split_fused_tensors(self) -> None:
         """Split fused tensors into their parts, which are trained separately until `to_plain_model`."""
@@ -113,8 +106,7 @@ class Student:
 
         self.model.requires_grad_(False)
         blocks, layers = blocks_of(self.model), decoder_layers(self.model)
-        parts = [part for block in blocks for part in block.parts.values() if isinstance(part, Part)]
-        host_ids = {id(part.host) for part in parts}
+        host_ids = {id(layer) for layer in adapted_layers(self.model)}
         rows_of_host = {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
             r=self.rank,
@@ -164,6 +156,26 @@ class Student:
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes[name])
         return self.model.eval().requires_grad_(False)
+
+
+def trained_weights(model: PreTrainedModel, targets: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the names and weights that distillation trains: of FFNs (`mlp`), or `all` of decoder layers, each once."""
+    seen = set()  # weights may be tied to those of another layer
+    for block in blocks_of(model):
+        ffn_modules = {slice_.path.rpartition(".")[0] for slice_ in block.slices if slice_.kind == "ffn"}
+        for name, parameter in block.layer.named_parameters():
+            # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
+            separator = ".parametrizations." if ".parametrizations." in name else "."
+            module_name = name.rpartition(separator)[0]
+            if id(parameter) not in seen and (targets == "all" or module_name in ffn_modules):
+                seen.add(id(parameter))
+                yield f"{block.layer_index}.{name}", parameter
+
+
+def adapted_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the linear layers that get LoRA adapters: those of blocks, without tensors of several experts."""
+    parts = [part for block in blocks_of(model) for part in block.parts.values() if isinstance(part, Part)]
+    return list({id(part.host): part.host for part in parts}.values())
 
 
 def _parametrize(host: nn.Module, name: str, parts: FusedParts) -> None:

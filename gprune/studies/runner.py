@@ -27,7 +27,6 @@ from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.method.dry_run import estimated_flops
 from gprune.method.plan import Plan, make_plan
 from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
@@ -111,7 +110,7 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
 
 
 def largest_costs(pending: Sequence[Row]) -> str:
-    """Return a line with the largest number of tokens and FLOPs of pending rows."""
+    """Return a line with the largest number of tokens of pending rows."""
     plans = [_plan_of(row) for row in pending]
     forward = sum(plan.forward_tokens for plan in plans)
     backward = sum(plan.forward_backward_tokens for plan in plans)
@@ -119,7 +118,7 @@ def largest_costs(pending: Sequence[Row]) -> str:
     tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
     return (
         f"{number}: at most {forward:,} tokens forward and {backward:,} forward and backward, "
-        f"without cached results{tasks}; at most {sum(map(estimated_flops, plans)):.2e} FLOP"
+        f"without cached results{tasks}"
     )
 
 

@@ -509,7 +509,7 @@ def test_a_loaded_dense_model_needs_a_folder_with_its_tokenizer_and_other_loaded
 
 
 def test_missing_models_run_folders_models_without_tokenizer_and_too_large_models_are_refused(
-    bench, folders, nothing_runs, capsys
+    bench, folders, nothing_runs, capsys, monkeypatch
 ):
     missing = bench.write("missing", {"missing": {"model": str(folders / "nowhere")}})
     assert "nowhere" in bench.refused(capsys, missing)
@@ -522,9 +522,8 @@ def test_missing_models_run_folders_models_without_tokenizer_and_too_large_model
         file.unlink()
     path = bench.write("incomplete", {"incomplete": {"model": str(no_tokenizer)}})
     assert "tokenizer" in bench.refused(capsys, path)
-    large = bench.write(
-        "large", {"large": {"model": str(bench.world.model)}}, common={"plan.memory": "100KiB", "corpora.bos": "never"}
-    )
+    monkeypatch.setattr("gprune.method.elsewhere.device_memory", lambda device: 100_000)
+    large = bench.write("large", {"large": {"model": str(bench.world.model)}}, common={"corpora.bos": "never"})
     assert "into memory" in bench.refused(capsys, large)
 
 
