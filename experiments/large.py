@@ -1,4 +1,4 @@
-"""Prune a model that is larger than the available memory: calibration, recovery and pruning layer by layer.
+"""Prune a model that is larger than the available memory: recovery and pruning layer by layer.
 
     python -m experiments.large                    # a random Llama of 1.04B parameters in bfloat16; minutes
     python -m experiments.large --small            # a tiny model, also pruned in memory, with equal masks

@@ -1,11 +1,10 @@
 """Collect the statistics of a corpus in one pass, by hooks on the model that update torchmetrics states.
 
-`gprune.calibration.layerwise` computes the same sums block by block.
 
-    with Collector(model) as collector:
-        for batch in loader:
-            collector.observe(batch["input_ids"], batch["half"])
-    statistics = collector.compute()        # CorpusStatistics
+with Collector(model) as collector:
+    for batch in loader:
+        collector.observe(batch["input_ids"], batch["half"])
+statistics = collector.compute()        # CorpusStatistics
 """
 
 from __future__ import annotations
@@ -39,13 +38,6 @@ from gprune.models.masks import hidden_in
 from gprune.models.offload import device_of
 
 
-def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """Add a state over processes; a `dist_sync_fn` for torchmetrics that does not gather a copy from each process."""
-    total = tensor.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return [total]
-
-
 class Collector:
     """Context manager that collects statistics of the inputs of down and output projections by hooks.
 
@@ -53,7 +45,7 @@ class Collector:
         gram: whether to collect Gram matrices.
         saliency: scopes (`ffn`, `attention`) whose Taylor saliency is collected.
         routing: whether to collect sums over the tokens that are routed to each expert.
-        blocks: the blocks of one layer, if layers are computed one by one; by default all blocks of the model.
+        blocks: numbers of the blocks of a range of layers, whose statistics are collected alone; by default all.
     """
 
     def __init__(
@@ -63,37 +55,35 @@ class Collector:
         gram: bool = False,
         saliency: Collection[str] = (),
         routing: bool = False,
-        blocks: Sequence[Block] | None = None,
+        blocks: Sequence[int] | None = None,
     ):
         self.model = model
-        self.blocks = blocks_of(model) if blocks is None else list(blocks)
+        self.blocks = blocks_of(model) if blocks is None else [blocks_of(model)[number] for number in blocks]
         # Each list has one entry per block.
         self.metrics: dict[str, list[Metric]] = {scope: [] for scope in OUTPUT_PROJECTIONS}  # sums of inputs
         self.cosine_changes: list[StreamingCosineChange] = []
         # scope -> blocks -> name of a part -> gradients of its weight
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
         self.routing: dict[int, StreamingRouting] = {}  # by position in `blocks`, of those with experts
-        # Layer by layer Gram matrices may be large.
-        options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         for block in self.blocks:
             # States are on the layer's device. A backward pass writes to them, which inference tensors do not allow.
             with torch.inference_mode(False), device_of(block.layer):
                 for scope, part in OUTPUT_PROJECTIONS.items():
                     if part == "down" and block.has_experts:
-                        sums = StreamingExpertMoments(block.experts, block.neurons, gram=gram, **options)
+                        sums = StreamingExpertMoments(block.experts, block.neurons, gram=gram)
                     else:
                         channels = block.parts[part].in_features if part in block.parts else 0
-                        sums = StreamingMoments(channels, gram=gram, **options)
+                        sums = StreamingMoments(channels, gram=gram)
                     self.metrics[scope].append(sums)
                 if routing and block.has_experts:
-                    self.routing[len(self.cosine_changes)] = StreamingRouting(block.experts, **options)
+                    self.routing[len(self.cosine_changes)] = StreamingRouting(block.experts)
                 self.cosine_changes.append(StreamingCosineChange())
                 for scope, gradients in self.gradients.items():
                     gradients.append({
                         name: StreamingGradients((linear.out_features, linear.in_features))
                         for name, linear in salient_parts(block, scope).items()
                     })  # fmt: skip
-        # The current batch of B windows, see `start_batch`.
+        # The current batch of B windows, see `observe`.
         self._half = torch.empty(0)  # (B,)
         self._weight = torch.empty(0)  # (B,)
         self._halves: list[int | None] = []  # half of each window, on the host; None: ignored
@@ -201,22 +191,18 @@ class Collector:
 
         output.register_hook(add)
 
-    def start_batch(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
-        """Prepare the hooks for a batch with `length` tokens per window; `half` and `weight` are as for `observe`."""
-        self._length = length
-        self._half = half
-        self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
-        if self.gradients:  # gradients are added window by window, so the host needs the half of each window
-            pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()  # a single transfer to the host
-            self._halves = [int(window_half) if is_counted else None for window_half, is_counted in pairs]
-
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
         """Run the decoder on token ids (B, T). The hooks add each window to the sums of its half, (B,) in {0, 1}.
 
         Windows with a weight of 0, (B,), are ignored.
         """
-        self.start_batch(input_ids.shape[1], half, weight)
+        self._length = input_ids.shape[1]
+        self._half = half
+        self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
         if self.gradients:
+            # Gradients are added window by window, so the host needs the half of each window.
+            pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()  # a single transfer to the host
+            self._halves = [int(window_half) if is_counted else None for window_half, is_counted in pairs]
             with torch.inference_mode(False), torch.enable_grad():
                 # Sum over windows of the mean over tokens, which does not depend on the batch size.
                 next_token_losses(self.model, input_ids.clone()).sum().backward()

@@ -43,6 +43,13 @@ def add_large_state(metric: Metric, name: str, *shape: int) -> None:
     metric._defaults[name] = torch.zeros(()).expand(shape)
 
 
+def sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Add a state over processes; a `dist_sync_fn` for torchmetrics that does not gather a copy from each process."""
+    total = tensor.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return [total]
+
+
 class _Sums(Metric):
     """Metric with the states `count`, `sum` and `sum_sq` of a projection's input channels by half of a corpus.
 
@@ -51,8 +58,9 @@ class _Sums(Metric):
 
     full_state_update = False
 
-    def __init__(self, *sizes: int, gram: bool = False, **options: Any):
-        super().__init__(compute_with_cache=False, **options)  # the cache would be a second copy of the sums
+    def __init__(self, *sizes: int, gram: bool = False):
+        # A cache would be a second copy of the sums.
+        super().__init__(compute_with_cache=False, dist_sync_fn=sum_of_processes)
         # float64, because sum_sq - sum^2/n loses half of the digits with 10^6 tokens
         for name in SUMS:
             shape = sizes[:-1] if name == "count" else sizes
@@ -119,8 +127,8 @@ class StreamingRouting(Metric):
 
     full_state_update = False
 
-    def __init__(self, experts: int, **options: Any):
-        super().__init__(compute_with_cache=False, **options)
+    def __init__(self, experts: int):
+        super().__init__(compute_with_cache=False, dist_sync_fn=sum_of_processes)
         self.add_state("sums", torch.zeros(4, experts, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, expert: int, outputs: Tensor, router_weight: Tensor, weight: Tensor) -> None:

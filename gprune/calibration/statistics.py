@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gprune.calibration import EXTRAS, OUTPUT_PROJECTIONS
 from gprune.errors import UserError
-from gprune.models.blocks import Block
+from gprune.models.blocks import Block, by_layer
 from gprune.storage.files import Cache, key_of, read_tensors
 
 SUMS = ("count", "sum", "sum_sq")
@@ -195,6 +195,15 @@ class CorpusStatistics:
         """Return the statistics of some kinds (`kind_of`), which include `moments`."""
         return self.from_tensors({name: t for name, t in self.tensors().items() if kind_of(name) in kinds})
 
+    @classmethod
+    def of_ranges(cls, ranges: Sequence[CorpusStatistics]) -> CorpusStatistics:
+        """Return the statistics of all blocks from those of consecutive ranges of blocks."""
+        by_scope = {
+            scope: [channels for of_range in ranges for channels in getattr(of_range, scope)]
+            for scope in OUTPUT_PROJECTIONS
+        }
+        return cls(**by_scope, turned=torch.cat([of_range.turned for of_range in ranges]))
+
     def copy(self) -> CorpusStatistics:
         """Return a copy that may be changed. Gram matrices are shared."""
         return copy.deepcopy(self, {id(c.gram): c.gram for c in (*self.ffn, *self.attention)})
@@ -265,52 +274,67 @@ def gram_bytes(blocks: Sequence[Block]) -> int:
     return sum(4 * (b.experts * b.neurons**2 + b.channels**2) for b in blocks)
 
 
+def ranges_in_memory(blocks: Sequence[Block], limit: float) -> list[list[int]]:
+    """Divide blocks into ranges of layers whose Gram matrices have at most `limit` bytes, or into single layers.
+
+    Returns the numbers of the blocks of each range.
+    """
+    ranges: list[list[Block]] = [[]]
+    for layer in by_layer(blocks):
+        if ranges[-1] and gram_bytes([*ranges[-1], *layer]) > limit:
+            ranges.append([])
+        ranges[-1] += layer
+    return [[block.index for block in of_range] for of_range in ranges]
+
+
 @dataclass(frozen=True)
 class StatisticsCache:
     """Cached statistics of one model on several corpora, in one file per corpus and kind.
 
     Kinds have separate files, because moments are the same bits whatever else was collected in the same pass. Gram
-    matrices that are collected block by block (`gprune.calibration.layerwise`) have a file per block.
+    matrices beyond memory have a file per block, and are read from it on access.
     """
 
     texts: Mapping[str, str]  # corpus -> content hash of its windows
     bits: Mapping[str, Any]  # everything else that determines the numbers to the last bit
     scopes: Collection[str]  # scopes (`ffn`, `attention`) whose saliency is collected
-    walked_blocks: int | None  # number of blocks if Gram matrices are collected block by block, else None
+    stored_blocks: int | None  # number of blocks if their Gram matrices stay in files, else None
     gram_bits: Mapping[str, Any] = field(default_factory=dict)  # like `bits`, but only for Gram matrices
 
     def read(self, corpus: str, kinds: Collection[str]) -> CorpusStatistics | None:
         """Return the statistics of a corpus, or None unless all kinds are cached and valid."""
         flat: dict[str, Tensor | StoredGram] = {}  # by the names of `CorpusStatistics.tensors`
         for kind in kinds:
-            is_walked = kind == "gram" and self.walked_blocks is not None
-            tensors = self._stored_grams(corpus) if is_walked else CACHE.read(self._key(corpus, kind))
+            is_stored = kind == "gram" and self.stored_blocks is not None
+            tensors = self._stored_grams(corpus) if is_stored else CACHE.read(self._key(corpus, kind))
             if tensors is None:
                 return None
             flat |= tensors
         return CorpusStatistics.from_tensors(flat)
 
     def write(self, corpus: str, statistics: CorpusStatistics, kinds: Collection[str]) -> None:
-        """Write kinds of statistics, except Gram matrices that `store` writes block by block."""
+        """Write kinds of statistics, except Gram matrices that `store` writes."""
         tensors = statistics.tensors()
         for kind in kinds:
-            if kind != "gram" or self.walked_blocks is None:
+            if kind != "gram" or self.stored_blocks is None:
                 of_kind = {name: tensor for name, tensor in tensors.items() if kind_of(name) == kind}
                 CACHE.write(self._key(corpus, kind), of_kind)
 
-    def store(self, corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
-        """Write the Gram matrices of a block by scope, `ffn` and `attention`, and return references to the files."""
-        stored = {}
-        for scope, gram in grams.items():
-            key = self._key(corpus, "gram", scope, block.index)
-            CACHE.write(key, {"gram": gram})
-            stored[scope] = StoredGram((CACHE.file(key),))
-        return stored
+    def store(self, corpus: str, statistics: CorpusStatistics, blocks: Sequence[int]) -> CorpusStatistics:
+        """Write the Gram matrices of a range of blocks. Return its statistics with references to the files."""
+        by_scope = {}
+        for scope in OUTPUT_PROJECTIONS:
+            by_scope[scope] = []
+            for block_index, channels in zip(blocks, getattr(statistics, scope), strict=True):
+                key = self._key(corpus, "gram", scope, block_index)
+                CACHE.write(key, {"gram": channels.gram})
+                by_scope[scope].append(replace(channels, gram=StoredGram((CACHE.file(key),))))
+        return replace(statistics, **by_scope)
 
     def _stored_grams(self, corpus: str) -> dict[str, StoredGram] | None:
         """Return references to the Gram matrices of all blocks, or None if a file is missing or damaged."""
         grams = {}
-        for block_index in range(self.walked_blocks):
+        for block_index in range(self.stored_blocks):
             for scope in OUTPUT_PROJECTIONS:
                 key = self._key(corpus, "gram", scope, block_index)
                 # Read only to verify the file's hash, once per process; the matrix is loaded again on access.

@@ -232,8 +232,10 @@ class ModelConfig(Group, prefix="model."):
     """Passed to transformers, such as auto. Default: the whole model is on the Trainer's device."""
     max_memory: Annotated[Memory | None, NEVER] = None
     """Memory for weights by device number or cpu, such as {0: 20GiB, cpu: 60GiB}; needs --model.device_map. Weights
-    that do not fit stay on disk and are loaded block by block. Gradients of such a model are not available, but the
-    pruned model can be distilled."""
+    that do not fit stay on disk, and every forward pass loads them. Gram matrices of all corpora that exceed the
+    smallest limit are stored in the cache, and collected in several passes over the text: those of one pass take at
+    most this limit, in addition to the weights. Gradients of an offloaded model are not available, but the pruned model
+    can be distilled."""
     trust_remote_code: bool = False
     """Run Python code in the model's repository. Use it only if you have read that code."""
 

@@ -15,16 +15,18 @@ import torch
 from transformers import AutoTokenizer
 
 from gprune.calibration.block_errors import error_corpora, error_tokens
-from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
+from gprune.checks import memory_limits
 from gprune.corpora import is_local
 from gprune.features import attribute
 from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory
 from gprune.models.blocks import blocks_of, by_layer
+from gprune.models.copies import skeleton
 from gprune.models.experts import active_share
 from gprune.models.loading import locate_model
 from gprune.models.losses import CHUNK
+from gprune.models.offload import bytes_per_pass
 from gprune.recoveries import recovery_needs
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -64,6 +66,7 @@ def describe(plan: Plan) -> str:
         "evaluates": f"{1 + len(cfg.rows)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
+        "loads": describe_loading(plan),
         **memory_lines(plan),
         "results": cfg.folder,
     }
@@ -99,6 +102,20 @@ def describe_widths(budget: Budget) -> str:
     of_groups = f"{min(kept_groups)} to {max(kept_groups)} of {groups} KV groups"
     grid = "" if budget.width_multiple == 1 else f", in multiples of {budget.width_multiple} neurons"
     return f"{of_neurons} and {of_groups} per block, at uniform sparsity{grid}"
+
+
+def describe_loading(plan: Plan) -> str:
+    """Describe how many bytes of weights a forward pass loads with `--model.device_map`; empty if it loads none."""
+    m = plan.cfg.model
+    if m.device_map is None:
+        return ""
+    limits = None if m.max_memory is None else memory_limits(m.max_memory)
+    model = skeleton(plan.skeleton.config, type(plan.skeleton)).to(getattr(torch, m.dtype))
+    loaded = bytes_per_pass(model, m.device_map, limits)
+    passes = f"; {len(plan.gram_ranges)} passes of calibration, one per range of layers" if plan.gram_ranges else ""
+    if not loaded:
+        return passes.removeprefix("; ")
+    return f"{loaded / 1e6:,.1f} MB of weights per batch, so use a large --corpora.batch_size{passes}"
 
 
 class Memory(NamedTuple):
@@ -176,13 +193,11 @@ class MemoryEstimate:
 
     @property
     def grams(self) -> float:
-        """Gram matrices in memory: of all corpora on the CPU, of one corpus on a GPU, or of one layer and corpus."""
+        """Gram matrices in memory after calibration: of all corpora on the CPU, or of one block on a GPU."""
         if "gram" not in self.cfg.needs:
             return 0
         of_one_corpus, corpora = gram_bytes(blocks_of(self.plan.skeleton)), max(1, len(self.cfg.calibration_corpora))
-        if needs_walk(self.plan.skeleton, corpora=corpora, gram=True):
-            return of_one_corpus / self.L
-        return of_one_corpus * corpora if self.cpu else of_one_corpus
+        return of_one_corpus * corpora if self.cpu else of_one_corpus / self.L
 
     @property
     def rows(self) -> float:
@@ -217,7 +232,8 @@ class MemoryEstimate:
             weights=self.weight * self.parameters,
             # float32 sums of both halves of a corpus
             gradients_and_optimizer=8 * self.budget.total_parameters * ("saliency" in cfg.needs),
-            gram_matrices=self.grams,
+            # A GPU has those of one corpus at a time.
+            gram_matrices=self.grams if self.cpu else self.L * self.grams,
             activations=activations,
         )
 

@@ -14,8 +14,9 @@ from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.calibration.block_errors import BlockErrors
-from gprune.calibration.layerwise import Grams
 from gprune.calibration.saliency import Saliency
+from gprune.calibration.statistics import gram_bytes, ranges_in_memory
+from gprune.checks import memory_limits
 from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, quoting
@@ -139,7 +140,7 @@ class Pricing:
 
 
 # Statistics by name in `Feature.needs`, if they are features themselves, because they take tokens or refuse models.
-STATISTICS: dict[str, Feature] = {"gram": Grams(), "saliency": Saliency(), "errors": BlockErrors()}
+STATISTICS: dict[str, Feature] = {"saliency": Saliency(), "errors": BlockErrors()}
 
 
 def forward_equivalents(forward: int, forward_backward: int) -> float:
@@ -179,7 +180,8 @@ class Plan:
         """Largest numbers of tokens (forward, forward and backward), by step: of calibration, features and rows."""
         of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
         total: dict[int, tuple[int, int]] = {}
-        for tokens in ({1: (self.calibration_tokens, 0)}, *of_features, self.row_tokens):
+        passes = len(self.gram_ranges) or 1
+        for tokens in ({1: (passes * self.calibration_tokens, 0)}, *of_features, self.row_tokens):
             for step, (forward, trained) in tokens.items():
                 earlier_forward, earlier_trained = total.get(step, (0, 0))
                 total[step] = earlier_forward + forward, earlier_trained + trained
@@ -189,6 +191,19 @@ class Plan:
     def calibration_tokens(self) -> int:
         """Number of tokens in a pass over all calibration corpora."""
         return len(self.cfg.calibration_corpora) * self.cfg.corpora.num_samples * self.cfg.corpora.seq_len
+
+    @cached_property
+    def gram_ranges(self) -> list[list[int]]:
+        """Numbers of the blocks of each pass of calibration, if Gram matrices exceed `--model.max_memory`.
+
+        One pass collects the statistics of one range of layers. Empty if the matrices of all corpora stay in memory.
+        They are summed on the devices of the layers, and moved to the CPU, so the smallest limit counts.
+        """
+        blocks, corpora = blocks_of(self.skeleton), len(self.cfg.calibration_corpora)
+        limit = min(memory_limits(self.cfg.model.max_memory or {}).values(), default=math.inf)
+        if "gram" not in self.cfg.needs or corpora * gram_bytes(blocks) <= limit:
+            return []
+        return ranges_in_memory(blocks, limit)
 
     @property
     def row_tokens(self) -> dict[int, tuple[int, int]]:

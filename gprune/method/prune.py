@@ -39,12 +39,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from gprune.calibration.block_errors import block_errors, error_corpora, error_windows
-from gprune.calibration.layerwise import check_walk, needs_walk
 from gprune.calibration.statistics import (
     CorpusStatistics,
     Moments,
     StatisticsCache,
-    StoredGram,
     kind_of,
     pool_statistics,
 )
@@ -187,7 +185,7 @@ def calibrate(run: Run, collect: Mapping[str, Collection[str]]) -> dict[str, Cor
     """Step 1: return statistics by corpus, and write them to the run's folder without Gram matrices.
 
     Statistics are read from the cache. Those that the cache does not have for this model, text and kind are collected,
-    together with those in `collect` (see `prune`) unless weights are offloaded, which may have no memory for them.
+    together with those in `collect` (see `prune`), unless memory is limited.
     """
     run.step(1, "Calibrating")
     cfg = run.cfg
@@ -200,8 +198,9 @@ def calibrate(run: Run, collect: Mapping[str, Collection[str]]) -> dict[str, Cor
     to_collect = [corpus for corpus, is_missing in zip(statistics, missing, strict=True) if is_missing]
     if to_collect:
         corpora_by_kinds: dict[tuple[str, ...], list[str]] = {}
+        is_limited = is_offloaded(run.model) or cfg.model.max_memory is not None
         for corpus in to_collect:
-            others = () if is_offloaded(run.model) else collect.get(corpus, ())
+            others = () if is_limited else collect.get(corpus, ())
             corpora_by_kinds.setdefault(("moments", *sorted({*cfg.needs, *others})), []).append(corpus)
         for all_kinds, corpora in corpora_by_kinds.items():
             collected = collect_statistics(run, corpora, all_kinds, cache)
@@ -238,11 +237,6 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
 def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
-    by_block = "saliency" not in cfg.needs and needs_walk(
-        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.needs
-    )
-    if by_block:
-        check_walk(run.model.config)
     user_calibrator: dict[str, Any] = {}
     if calibrator := cfg.user_stage("calibrator"):
         code = code_of(calibrator)
@@ -261,7 +255,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
             "halves": "first and second", "versions": model_versions(), **cfg.matmul_settings, **user_calibrator,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
-        walked_blocks=len(run.blocks) if by_block else None,
+        stored_blocks=len(run.blocks) if run.plan.gram_ranges else None,
         gram_bits={"products": "bfloat16"} if has_fast_products(getattr(torch, cfg.model.dtype), device) else {},
     )  # fmt: skip
 
@@ -269,28 +263,43 @@ def statistics_cache(run: Run) -> StatisticsCache:
 def collect_statistics(
     run: Run, corpora: list[str], kinds: Sequence[str], cache: StatisticsCache
 ) -> dict[str, CorpusStatistics]:
-    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
-    cfg = run.cfg
+    """Collect the statistics of corpora, and write them to the cache.
+
+    This takes one pass over each corpus. If Gram matrices exceed memory, each range of layers takes a pass, and its
+    matrices are stored before the next one begins.
+    """
+    cfg, collected = run.cfg, {}
     saliency = cache.scopes if "saliency" in kinds else ()
 
-    def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
-        """Move the Gram matrices of a block to the cache."""
-        return cache.store(corpus, block, grams)
-
-    with run.folder.step("calibrate"):
-        arguments = {"gram": "gram" in kinds, "saliency": saliency, "walk": cache.walked_blocks is not None}
-        arguments |= {"store": store} | ({"routing": True} if "routing" in kinds else {})
-        stage = make_stage(run, "calibrator", CalibrationStage, run.model, corpora, **arguments)
+    def collect(names: list[str], what: str = "", **blocks: list[int]) -> dict[str, CorpusStatistics]:
+        """Return the statistics of one pass."""
+        arguments = {"gram": "gram" in kinds, "saliency": saliency} | ({"routing": True} if "routing" in kinds else {})
+        stage = make_stage(run, "calibrator", CalibrationStage, run.model, names, **arguments, **blocks)
         data = CorpusDataModule(
-            test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
+            test=[run.text.train[corpus] for corpus in names], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
-        what = f"Calibrating on {', '.join(corpora)}"
+        what = f"Calibrating on {', '.join(names)}{what}"
         trainer = run.trainer("calibrating", what, stage, inference_mode=not saliency)
-        with run.folder.part(*corpora, shared=True):  # the tokens are split evenly, as all corpora have the same number
-            trainer.test(stage, data, verbose=False)
+        trainer.test(stage, data, verbose=False)
+        statistics, stage.statistics = stage.statistics, {}  # the stage stays in memory until garbage collection
+        return statistics
+
+    with (
+        run.folder.step("calibrate"),
+        run.folder.part(*corpora, shared=True),  # the tokens are split evenly, as all corpora have the same number
+    ):
+        if run.plan.gram_ranges:
+            for corpus in corpora:
+                ranges = []
+                for blocks in run.plan.gram_ranges:
+                    of_range = collect([corpus], f", blocks {blocks[0]} to {blocks[-1]}", blocks=blocks)[corpus]
+                    ranges.append(cache.store(corpus, of_range, blocks))
+                collected[corpus] = CorpusStatistics.of_ranges(ranges)
+        else:
+            collected = collect(corpora)
     for corpus in corpora:
-        cache.write(corpus, stage.statistics[corpus], kinds)
-    return stage.statistics
+        cache.write(corpus, collected[corpus], kinds)
+    return collected
 
 
 def make_stage(

@@ -38,7 +38,7 @@ def prune_and_recover(
 ) -> PreTrainedModel:  # fmt: skip
     """Return a pruned copy of the dense model, after recovery.
 
-    If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
+    If the model is offloaded, the copy is written to the cache layer by layer, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits. `trial` is the number of a trained
     model of the search for a quality, from 1.
     """

@@ -86,7 +86,7 @@ class TokenMeter:
             self.add(tokens)
 
     def add(self, forward: int, forward_backward: int = 0) -> None:
-        """Count tokens that are computed layer by layer, outside `decoder.forward`."""
+        """Count tokens: forward, and forward and backward."""
         self.forward += forward
         self.forward_backward += forward_backward
 

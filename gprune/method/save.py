@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
@@ -31,11 +30,7 @@ log = logging.getLogger("gprune")
 def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Tensor:
     """Return logits of the masked model, (B, T, V) float32, for token ids (B, T)."""
     with masked(model, masks):
-        if not is_offloaded(model):
-            return model(input_ids=input_ids, use_cache=False).logits.float()
-        walk = Walk(model)  # layer by layer, because masks may need loaded weights
-        walk.add(input_ids)
-        return next(walk.logits()).float()
+        return model(input_ids=input_ids, use_cache=False).logits.float()
 
 
 @torch.no_grad()

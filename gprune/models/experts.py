@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.modeling_pruned import LayerConfig, find_parent
+from gprune.models.offload import resident
 from gprune.models.parts import attribute_at, is_inside
 
 Watcher = Callable[[Tensor, int, Tensor], Tensor | None]  # see `watch_experts`
@@ -51,18 +51,21 @@ def watch_experts(block: Block, watcher: Watcher) -> Watch:
 
     x (n, N) are the activations of the n tokens that are routed to expert number `expert`; `tokens` (n,) int64 are
     their positions in the flattened batch. If a watcher returns None, x is not changed. Watchers are called in the
-    order of their registration. A forward method of the instance, such as accelerate's, is replaced too, so offloaded
-    weights must be in memory (`gprune.models.offload.resident`).
+    order of their registration. A forward method of the instance, such as accelerate's, is replaced too.
     """
     experts = block.down.host
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
         # Restored when the last watcher is removed.
         before = {"forward": attributes["forward"]} if "forward" in attributes else {}
-        if has_standard_forward(experts):
-            forward = partial(_forward_standard, experts)
-        else:
-            forward = partial(_forward_of_class, experts, block.down.tensor)
+        is_standard = has_standard_forward(experts)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with resident(experts):
+                if is_standard:
+                    return _forward_standard(experts, *args, **kwargs)
+                return _forward_of_class(experts, block.down.tensor, *args, **kwargs)
+
         attributes |= {"watchers": [], "before": before, "forward": forward}
     attributes["watchers"].append(watcher)
     return Watch(experts, watcher)
@@ -302,6 +305,7 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
     restored = ExitStack()  # what the router had before
 
     def shrink_router(layer: nn.Module, _args: Any) -> None:
+        restored.enter_context(resident(layer))
         for slice_ in of_router:
             module, name = find_parent(layer, slice_.path)
             tensor, after = getattr(module, name), slice_.units[slice_.units >= E]

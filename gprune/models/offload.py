@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import PrefixedDataset
+from accelerate.utils import PrefixedDataset, get_balanced_memory, infer_auto_device_map
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,6 +47,25 @@ def _offload_hooks(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])  # a hook may be a sequence of hooks
     return [hook for hook in hooks if hasattr(hook, "weights_map")]
+
+
+def bytes_per_pass(model: PreTrainedModel, device_map: str, limits: dict[str | int, int] | None) -> int:
+    """Return the bytes of weights that a forward pass of a model would load, if it is placed as by transformers.
+
+    These are the weights on the disk and, with a GPU, in CPU memory. `model` is on the meta device, in its dtype.
+    """
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):  # a device, which holds the whole model
+        return 0
+    if device_map != "sequential":
+        low_zero, whole = device_map == "balanced_low_0", model._no_split_modules
+        limits = get_balanced_memory(model, limits, no_split_module_classes=whole, low_zero=low_zero)
+    places = infer_auto_device_map(model, limits, no_split_module_classes=model._no_split_modules)
+    loaded = {"disk"} if set(places.values()) <= {"cpu", "disk"} else {"cpu", "disk"}
+
+    def place_of(name: str) -> str | int:
+        return next(place for path, place in places.items() if not path or f"{name}.".startswith(f"{path}."))
+
+    return sum(p.nbytes for name, p in model.named_parameters() if place_of(name) in loaded)
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
@@ -107,10 +126,7 @@ def attach_all_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """Load all offloaded weights of a module to its device while the context lasts.
-
-    Without it accelerate loads each weight again for every batch.
-    """
+    """Load all offloaded weights of a module to its device while the context lasts, for functions that read them."""
     with ExitStack() as restored:
         for submodule in module.modules():
             for hook in _offload_hooks(submodule):

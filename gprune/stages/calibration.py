@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.calibration.collector import Collector
-from gprune.calibration.layerwise import Walk
-from gprune.calibration.statistics import CorpusStatistics, StoredGram
-from gprune.models.blocks import Block
+from gprune.calibration.statistics import CorpusStatistics
 from gprune.stages.base import FrozenLMStage
-
-Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
 class _RemoveHooks(L.Callback):
@@ -35,11 +30,8 @@ class CalibrationStage(FrozenLMStage):
         gram: whether to collect Gram matrices.
         saliency: scopes (`ffn`, `attention`) whose gradients are collected. This needs a backward pass, so the Trainer
             must not be in inference mode.
-        walk: whether to run a corpus through the model block by block (`gprune.calibration.layerwise`) after its last
-            batch. The results have the same bits.
-        store: with `walk`, `store(corpus, block, matrices by scope)` writes the Gram matrices of a block and returns
-            references to the files.
         routing: whether to collect sums over the tokens of each expert.
+        blocks: numbers of the blocks of a range of layers, whose statistics are collected alone; by default all.
     """
 
     def __init__(
@@ -48,21 +40,18 @@ class CalibrationStage(FrozenLMStage):
         corpora: list[str],
         gram: bool = False,
         saliency: Collection[str] = (),
-        walk: bool = False,
-        store: Store | None = None,
         routing: bool = False,
+        blocks: Sequence[int] | None = None,
     ):
         super().__init__(model)
-        assert not (walk and saliency), "gradients cannot be collected block by block"
         self.corpora = corpora
         self.gram = gram
         self.saliency = saliency
-        self.walk = walk
         self.routing = routing
-        self.store = store
+        self.blocks = blocks
         self.statistics: dict[str, CorpusStatistics] = {}
         self.hooks = ExitStack()  # hooks on the model for the current corpus
-        self._sums: Collector | Walk | None = None  # sums of the current corpus
+        self._sums: Collector | None = None  # sums of the current corpus
         self._current_corpus: str | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -73,13 +62,11 @@ class CalibrationStage(FrozenLMStage):
         if self.corpora[dataloader_idx] != self._current_corpus:
             self._finish_corpus()
             self._current_corpus = self.corpora[dataloader_idx]
-            if self.walk:
-                self._sums = Walk(self.lm)
-            else:
-                collector = Collector(self.lm, gram=self.gram, saliency=self.saliency, routing=self.routing)
-                self._sums = self.hooks.enter_context(collector)
-        add_batch = self._sums.add if self.walk else self._sums.observe
-        add_batch(batch["input_ids"], batch["half"], batch["weight"])
+            collector = Collector(
+                self.lm, gram=self.gram, saliency=self.saliency, routing=self.routing, blocks=self.blocks
+            )
+            self._sums = self.hooks.enter_context(collector)
+        self._sums.observe(batch["input_ids"], batch["half"], batch["weight"])
 
     def on_test_epoch_end(self) -> None:
         self._finish_corpus()
@@ -87,12 +74,6 @@ class CalibrationStage(FrozenLMStage):
     def _finish_corpus(self) -> None:
         """Compute the statistics of the current corpus, if there is one, and free its sums."""
         self.hooks.close()
-        corpus = self._current_corpus
-        sums = self._sums
+        if self._sums is not None:
+            self.statistics[self._current_corpus] = self._sums.compute()
         self._sums = None
-        if isinstance(sums, Walk):
-            store = None if self.store is None else partial(self.store, corpus)
-            self.statistics[corpus] = sums.statistics(gram=self.gram, routing=self.routing, store=store)
-            self.trainer.strategy.barrier()  # rank 0 writes files that all ranks read
-        elif sums is not None:
-            self.statistics[corpus] = sums.compute()

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config.running import DistillConfig
 from gprune.corpora.windows import Windows
@@ -75,13 +74,6 @@ Part = Callable[[Place], Any]
 
 def calibrate(place: Place, **kinds: Any) -> CorpusStatistics:
     return collect(place.model, place.batches(), **kinds)
-
-
-def walk(place: Place) -> CorpusStatistics:
-    calibration = Walk(place.model)
-    for batch in place.batches():
-        calibration.add(*batch.values())
-    return calibration.statistics(gram=True)
 
 
 def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any) -> list[Tensor]:
@@ -181,7 +173,6 @@ def distill(place: Place, **settings: Any) -> Tensor:
 PARTS: dict[str, Part] = {
     "calibration": calibrate,
     "calibration with Gram matrices": lambda place: calibrate(place, gram=True),
-    "calibration block by block": walk,
     "saliency": lambda place: calibrate(place, saliency=("ffn", "attention")),
     "bias": lambda place: recover(place, "bias"),
     "least_squares": lambda place: recover(place, "least_squares"),
@@ -200,7 +191,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     )
 }  # fmt: skip
 # Parts that support models with experts. Biases and saliency do not.
-EXPERTS = ("calibration with Gram matrices", "calibration block by block", "least_squares", "distill mlp",
+EXPERTS = ("calibration with Gram matrices", "least_squares", "distill mlp",
            "pruning", "perplexity", "export check")  # fmt: skip
 
 

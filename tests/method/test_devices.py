@@ -20,7 +20,6 @@ from tests.simulated_devices import place_on_devices, simulate_devices
 MAX_WAITS = {
     "calibration": 3 * 7 + 2,
     "calibration with Gram matrices": 3 * 9 + 2,
-    "calibration block by block": 3 * 9 + 3 * 2 * 2 + 20,
     "saliency": 3 * 35 + 2 * 2,
     "bias": 74,
     "least_squares": 72,
@@ -33,7 +32,7 @@ MAX_WAITS = {
     "export check": 90,
 }
 MAX_WAITS_OF_A_STEP = {"cross_entropy": 2, "kl": 3}  # by loss; each forward pass has one, in transformers
-FAST = ("calibration with Gram matrices", "calibration block by block", "saliency", "least_squares",
+FAST = ("calibration with Gram matrices", "saliency", "least_squares",
         "distill all, with all losses", "pruning", "perplexity", "thresholds, cross_entropy")  # fmt: skip
 
 

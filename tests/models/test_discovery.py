@@ -14,7 +14,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertC
 
 from experiments.architectures import DEFAULTS, PAGE, default_config, describe, example
 from gprune import discovery
-from gprune.calibration.layerwise import check_walk
 from gprune.cli import main
 from gprune.discovery import check_structure, family_of, search
 from gprune.discovery.search import check_by_copy, discover_from_tiny, discover_record
@@ -203,25 +202,6 @@ def test_a_discovered_record_is_loaded_from_the_cache(monkeypatch):
     record = search.discover(config)
     monkeypatch.setattr(search, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
     assert as_json(search.discover(config)) == as_json(record)
-
-
-def test_the_layerwise_check_uses_the_discovered_record(monkeypatch):
-    config = CONFIG_MAPPING["gemma"]()
-    family_of(config)
-    monkeypatch.setattr(search, "discover", lambda _: pytest.fail("discovered again"))
-    check_walk(config)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "reason"), [("inkling2_text", "the logits differ"), ("gemma3n_text", "'sliding_attention'")]
-)
-def test_the_layerwise_check_sees_what_only_later_layers_do(model_type, reason):
-    """Inkling 2 mixes residual streams every few layers, and the last layers of Gemma 3n use keys of earlier ones."""
-    config = default_config(model_type)
-    if model_type == "gemma3n_text":  # refused with activation sparsity
-        config.activation_sparsity_pattern = [0.0] * config.num_hidden_layers
-    with pytest.raises(UserError, match=rf"'{model_type}' cannot be computed layer by layer \({reason}\)"):
-        check_walk(config)
 
 
 def test_discovery_does_not_change_the_global_random_state():

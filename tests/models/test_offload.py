@@ -37,7 +37,7 @@ from gprune.models.offload import (
 from gprune.models.surgery import slice_model, slice_to_files
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
-from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
+from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
 from tests.export.test_hf import load_with_own_head
 from tests.models.test_families import EXPERTS
 from tests.tiny_families import TYPES, make_tiny, some_masks, tiny_of
@@ -102,9 +102,9 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
             assert torch.equal(mine.parts[name].weight, part.weight)
             assert (mine.parts[name].bias is None) == (part.bias is None)
             assert part.bias is None or torch.equal(mine.parts[name].bias, part.bias)
-    # Statistics layer by layer, and a metric that reads weights
-    expected = collect(whole, batches(), gram=True)
-    assert_same_bits(walk_over(offloaded, batches()).statistics(gram=True), expected)
+    # Statistics of plain forward passes, and a metric that reads weights
+    expected = collect(whole, batches(), gram=True, routing=True)
+    assert_same_bits(collect(offloaded, batches(), gram=True, routing=True), expected)
     scores = (score_units("magnitude", blocks_of(m), expected) for m in (offloaded, whole))
     for scores_offloaded, scores_in_memory in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
         assert torch.equal(scores_offloaded, scores_in_memory)
@@ -118,6 +118,9 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
 def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed, ids, tmp_path):
     whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
+    if family == "qwen3_moe":  # whole experts, with their rows of the router
+        for block in blocks_of(whole):
+            masks.ffn[block.index].view(block.experts, -1)[1] = False
     assert torch.equal(masked_logits(offloaded, masks, ids), masked_logits(whole, masks, ids))
     in_memory = slice_model(whole, masks)
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
@@ -329,11 +332,14 @@ def placement(model: torch.nn.Module) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, monkeypatch):
+    """Most layers are on disk, and Gram matrices are beyond the limit, so that each layer has its own pass."""
     whole = world.run(tmp_path, *FLAGS)
     model = AutoModelForCausalLM.from_pretrained(world.model)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     offloaded = world.run(tmp_path, *FLAGS, *placement(model), name="away")
     assert_same_run(offloaded, whole)
+    for corpus, statistics in whole.statistics.items():
+        assert_same_bits(offloaded.statistics[corpus], statistics)
     distances = ([r["kl"] for r in run.records if r["stage"] != "dense"] for run in (offloaded, whole))
     # With an offloaded head, KL is computed from other quantities.
     assert next(distances) == pytest.approx(next(distances), rel=1e-4)
@@ -342,7 +348,22 @@ def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, mon
     checks = read_json(tmp_path / "away" / "manifest.json")["logits"]
     assert checks["masked_minus_sliced"] <= 1e-4
     tokens = [read_json(tmp_path / name / "manifest.json")["steps"]["calibrate"] for name in ("run", "away")]
-    assert tokens[0]["forward_tokens"] == tokens[1]["forward_tokens"]
+    assert tokens[1]["forward_tokens"] == 3 * tokens[0]["forward_tokens"]
+
+
+def test_a_dry_run_prints_the_bytes_that_a_forward_pass_loads_and_the_passes_of_calibration(world, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
+    offloaded = load_weights(world.model, dtype=torch.float32, **offloading)
+    loaded = sum(p.nbytes for p in offloaded.parameters() if p.is_meta)
+    dry_run = ["--dry_run=true", *FLAGS]
+    assert main(world.args(tmp_path, *dry_run, *placement(model))) == 0
+    expected = (
+        f"loads            {loaded / 1e6:,.1f} MB of weights per batch, so use a large --corpora.batch_size; 3 passes"
+    )
+    assert expected in capsys.readouterr().out
+    assert main(world.args(tmp_path, *dry_run)) == 0
+    assert "loads " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

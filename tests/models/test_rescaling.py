@@ -7,7 +7,6 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import gprune
-from gprune.calibration.layerwise import Walk
 from gprune.discovery import family_of
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import save_pruned
@@ -59,11 +58,7 @@ def test_a_dense_model_that_has_run_is_saved_with_the_weights_of_its_folder(fold
     assert all(torch.equal(saved[name], weight) for name, weight in original.items())
 
 
-def test_a_loaded_model_computes_the_same_logits_whole_and_layer_by_layer(folder, rescaled, token_batch):
+def test_a_loaded_model_computes_the_same_logits(folder, rescaled, token_batch):
     model = load_weights(folder)
     family_of(model)
-    expected = model(token_batch).logits
-    assert_close(expected, rescaled(token_batch).logits)
-    walk = Walk(model)
-    walk.add(token_batch)
-    assert torch.equal(next(walk.logits()), expected)
+    assert_close(model(token_batch).logits, rescaled(token_batch).logits)

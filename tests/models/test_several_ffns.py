@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from experiments.architectures import example
 from gprune import discovery
 from gprune.calibration.collector import Collector
-from gprune.calibration.layerwise import Walk
 from gprune.discovery.search import discover_record
 from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
@@ -170,22 +169,6 @@ def test_statistics_of_a_shared_expert_count_all_tokens(shared_expert_model):
         torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
         assert moments.count == IDS.numel()
-
-
-def test_layerwise_statistics_of_several_ffns_have_the_same_bits(shared_expert_model):
-    walk = Walk(shared_expert_model)
-    walk.add(IDS, HALF)
-    layerwise = walk.statistics(gram=True).tensors()
-    assert all(
-        torch.equal(tensor, layerwise[name])
-        for name, tensor in statistics_of(shared_expert_model, gram=True).tensors().items()
-    )
-
-
-def test_layerwise_logits_of_several_ffns_equal_the_models(shared_expert_model):
-    walk = Walk(shared_expert_model)
-    walk.add(IDS)
-    assert_close(next(walk.logits()), logits(shared_expert_model))
 
 
 def test_masks_that_remove_one_of_several_blocks_of_a_layer_are_refused(shared_expert_model):
