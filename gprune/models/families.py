@@ -2,7 +2,7 @@
 
 A record describes where the prunable weights of a decoder layer are and how they are stored. Widths and numbers of
 heads are read from the shapes of weights, so a pruned model can be pruned again. To add a family, add its record to
-`FAMILIES`. `tests/models/test_families.py` then tests it on a tiny model of its configuration class in transformers.
+`FAMILIES`. `tests/models/test_agree.py` then tests it on a tiny model of its configuration class in transformers.
 `gprune.discovery.family_of` finds the record of a model of any type and attaches it; `record_of` reads it.
 
 Rows of a linear layer compute its outputs; columns read its inputs. Parts with the same path are fused in one module,
