@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +24,7 @@ from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.families import attach_record
-from gprune.models.masks import Masks, bypassed, masked
+from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model, slice_to_files
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
@@ -178,29 +176,6 @@ def test_masks_that_remove_one_of_several_blocks_of_a_layer_are_refused(shared_e
         slice_model(shared_expert_model, masks)
 
 
-def test_a_removed_layer_loses_all_of_its_blocks(shared_expert_model):
-    masks = masks_without_layers(shared_expert_model, 1)
-    with masked(shared_expert_model, masks):
-        expected = logits(shared_expert_model)
-    with bypassed(shared_expert_model, [2]):
-        assert torch.equal(logits(shared_expert_model), expected)
-    small = slice_model(shared_expert_model, masks)
-    assert small.config.num_hidden_layers == 2
-    assert_close(logits(small), expected)
-    removed = shared_expert_model.num_parameters() - small.num_parameters()
-    assert removed == Budget(block_units(blocks_of(shared_expert_model), scope="ffn"), 0).removed_by(masks)
-
-
-def test_the_budget_over_all_ffns_is_met_within_one_unit(shared_expert_model):
-    blocks = blocks_of(shared_expert_model)
-    budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.4)
-    masks = uniform_masks(budget)
-    removed = shared_expert_model.num_parameters() - slice_model(shared_expert_model, masks).num_parameters()
-    # A KV group that would exceed the target by more than a neuron is kept, and neurons are removed instead.
-    assert budget.target <= removed < budget.target + max(block.unit_cost("ffn") for block in blocks)
-    assert all(0 < int(keep.sum()) < len(keep) for keep in masks.ffn)
-
-
 def test_protected_layers_keep_all_of_their_blocks(shared_expert_model):
     budget = Budget.of(block_units(blocks_of(shared_expert_model), scope="ffn", protect=[-1]), 0.3)
     assert budget.protected == {4, 5}
@@ -226,16 +201,6 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
     chosen = budget.without([3, 0])
     assert chosen.removed == (2, 3)
     assert removed_layers(chosen) == [1]
-
-
-@pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
-def test_allocations_meet_the_budget_with_blocks_without_attention(rule, shared_expert_model):
-    blocks, statistics = blocks_of(shared_expert_model), statistics_of(shared_expert_model)
-    budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.4)
-    scores = score_units("wanda_sp", blocks, statistics, attention=True)
-    masks = allocate(rule, scores, statistics, blocks, budget)
-    removed = shared_expert_model.num_parameters() - slice_model(shared_expert_model, masks).num_parameters()
-    assert 0 <= removed - budget.target < max(block.unit_cost("ffn") for block in blocks)
 
 
 @pytest.mark.filterwarnings("error")
@@ -265,17 +230,6 @@ def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_mo
         per_neuron = [costs[b.index].neurons[-1] / b.neurons for b in (experts, shared_expert)]
         assert per_neuron[0] > per_neuron[1] > 0  # a neuron of the experts has more parameters
     assert sum(of_block.whole for of_block in costs) + outside == pytest.approx(11e12)  # three layers and the rest
-
-
-def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared_expert_model, tmp_path):
-    blocks = blocks_of(shared_expert_model)
-    ffn = [torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks]
-    small = slice_model(shared_expert_model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
-    save_pruned(small, None, tmp_path / "model")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert type(reloaded).__name__ == "Qwen2MoeForCausalLM"
-    assert (reloaded.config.moe_intermediate_size, reloaded.config.shared_expert_intermediate_size) == (16, 8)
-    assert torch.equal(logits(reloaded), logits(small))
 
 
 def test_slice_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
@@ -343,29 +297,3 @@ def test_a_student_trains_the_weights_of_each_ffn_once(targets, shared_expert_mo
     assert any("experts" in name for name in student.learned)
     student.to_plain_model()
     assert_close(logits(student.model), logits(shared_expert_model))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model_type", "layers", "flags"),
-    [
-        (
-            "qwen2_moe", 2,
-            ["--sparsity.scope=attention+ffn+blocks", "--sparsity.block_share=1", "--sparsity.block_choice=influence",
-             "--sparsity.target=0.5", "--recovery=[least_squares,distill]", "--distill.tokens=512"],
-        ),
-        ("deepseek_v3", 3, ["--sparsity.scope=ffn", "--sparsity.target=0.4", "--recovery=least_squares"]),
-    ],
-)  # fmt: skip
-def test_a_command_line_run_prunes_layers_with_several_ffns(model_type, layers, flags, tmp_path):
-    example(model_type).save_pretrained(tmp_path / "model")
-    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with tiny_run.isolated(tmp_path / "cache"):
-        corpora = tiny_run.make_world(tmp_path).corpora
-        result = tiny_run.World(Path(tmp_path / "model"), corpora).run(tmp_path, "--evaluation.controls=[]", *flags)
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
-    assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
-    assert result.model.config.num_hidden_layers == layers
-    # Each layer has experts and a shared expert, except for the first layer of DeepSeek-V3, which is dense.
-    assert len(manifest["widths"]["neurons"]) == 2 * layers - (model_type == "deepseek_v3")
