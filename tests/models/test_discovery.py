@@ -1,4 +1,4 @@
-"""Types without a record: their structure is discovered, and masked, sliced and reloaded models agree."""
+"""Discovery of structures: equal to records by hand, cached, and refused with the reason. See also test_agree.py."""
 
 from __future__ import annotations
 
@@ -10,43 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, GraniteConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, BartConfig, BertConfig, GraniteConfig, PreTrainedModel
 
 from experiments.architectures import DEFAULTS, PAGE, default_config, describe, example
 from gprune import discovery
 from gprune.cli import main
 from gprune.discovery import check_structure, family_of, search
 from gprune.discovery.search import check_by_copy, discover_from_tiny, discover_record
-from gprune.discovery.tiny import ROUTED, shrunk, tiny_model
+from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
-from gprune.export.hf import save_pruned
-from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
 from gprune.models.copies import skeleton
 from gprune.models.families import FAMILIES, Family, attach_record
-from gprune.models.losses import iter_logits, why_not_measurable
-from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
-from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 from tests.models.records_by_hand import BY_HAND
 from tests.tiny_llama import collect
-
-# Types of different structure: separate and fused projections, interleaved and stacked experts, biases and sinks, norms
-# over all heads, latent and linear attention, Mamba, convolutions, dense layers between expert layers, parallel blocks,
-# layers without an FFN.
-QUICK = ("gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4")
-MORE = (
-    "falcon", "gptj", "phi", "mpt", "bloom", "qwen3_next", "qwen2_moe", "deepseek_v3", "llama4_text", "granitemoe",
-    "nemotron_h", "lfm2", "minimax_m2", "olmo3", "bert", "modernbert-decoder", "xglm",
-)  # fmt: skip
-# Those of them whose KV groups can be removed.
-WITH_KV_GROUPS = {"gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4", "gptj",
-                  "phi", "olmo3", "minimax_m2", "bert", "xglm"}  # fmt: skip
-
-
-def types(quick: tuple[str, ...], more: tuple[str, ...]) -> list:
-    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
 
 
 @pytest.fixture(scope="module")
@@ -75,35 +54,6 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type", types(QUICK, MORE))
-def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type, ids, tmp_path):
-    assert model_type not in FAMILIES
-    model = example(model_type)
-    dense, blocks, masks = logits(model, ids), blocks_of(model), random_masks(model)
-    with masked(model, masks):
-        expected = logits(model, ids)
-    assert torch.equal(logits(model, ids), dense)
-    assert (expected - dense).abs().max() > 1e-3 * dense.abs().max()
-    small = slice_model(model, masks)
-    sliced = logits(small, ids)
-    torch.testing.assert_close(sliced, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
-    removed = model.num_parameters() - small.num_parameters()
-    assert removed == Budget(block_units(blocks, scope="attention+ffn"), 0).removed_by(masks) > 0
-    assert any(block.neurons for block in blocks)
-    assert any(block.kv_groups for block in blocks) or model_type not in WITH_KV_GROUPS
-    save_pruned(small, None, tmp_path / "model")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert type(reloaded).__name__.startswith("Pruned")
-    assert torch.equal(logits(reloaded, ids), sliced)
-    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with masked(model, masks):
-        expected_tokens = model.generate(ids[:, :9], **settings)
-    assert torch.equal(reloaded.generate(ids[:, :9], **settings), expected_tokens)
-    # The reloaded model can be pruned again.
-    family_of(reloaded)
-    assert slice_model(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
-
-
 def test_statistics_of_interleaved_experts_equal_a_reference(ids):
     """gpt_oss has biases and interleaves gate and up. The reference computes activations expert by expert."""
     model, calls = example("gpt_oss"), []
@@ -124,42 +74,6 @@ def test_statistics_of_interleaved_experts_equal_a_reference(ids):
             x, moments = module._apply_gate(gate_up).double(), channels.total.of_expert(expert, 4)
             assert (moments.count == len(tokens)).all()
             torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["granitemoe", "nemotron_h", "qwen3_next"])
-def test_token_counts_of_experts_add_up_to_the_routed_tokens(model_type, ids):
-    model = example(model_type)
-    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
-    token_counts = [
-        channels.total.count.view(block.experts, -1)[:, 0].sum()
-        for block, channels in zip(blocks_of(model), statistics.ffn, strict=True)
-        if block.has_experts
-    ]
-    assert token_counts
-    assert all(count == ROUTED * ids.numel() for count in token_counts)  # ROUTED experts per token
-
-
-@pytest.mark.parametrize("model_type", types(("stablelm",), ("cohere2", "openai-gpt", "phi", "bloom")))
-def test_statistics_of_discovered_types_equal_those_of_forward_hooks(model_type, ids):
-    model, inputs = example(model_type), {}
-    handles = []
-    for block in blocks_of(model):
-        for scope, part in (("ffn", "down"), ("attention", "output")):
-            if part in block.parts:
-
-                def record_input(_m: nn.Module, x: tuple, key: tuple = (scope, block.index)) -> None:
-                    inputs[key] = x[0].detach().double().flatten(0, -2)
-
-                handles.append(block.parts[part].host.register_forward_pre_hook(record_input))
-    logits(model, ids)
-    for handle in handles:
-        handle.remove()
-    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
-    assert inputs
-    for (scope, index), x in inputs.items():
-        moments = getattr(statistics, scope)[index].total
-        torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +124,6 @@ def test_discovery_does_not_change_the_global_random_state():
     torch.manual_seed(3)
     discover_from_tiny(shrunk(CONFIG_MAPPING["gemma"]()))
     assert torch.equal(torch.rand(4), expected)
-
-
-# llama4_text: `get_decoder` returns the whole model. minicpm3: logits are divided by the ratio of two settings.
-# modernbert-decoder and bert: hidden states pass through a layer before the head.
-HEADS = types(("cohere2", "llama4_text", "minicpm3"), ("gemma", "gpt_oss", "falcon_h1", "modernbert-decoder", "bert"))
-
-
-@pytest.mark.parametrize("model_type", HEADS)
-def test_iter_logits_equals_the_models_logits(model_type, ids):
-    model = example(model_type)
-    assert why_not_measurable(model) is None
-    chunks = torch.cat([chunk for chunk, _, _ in iter_logits(model, ids)])
-    torch.testing.assert_close(chunks, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
 
 
 def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_found():
@@ -346,46 +247,13 @@ def test_an_incorrect_record_is_refused_with_the_reason(record, reason, monkeypa
     assert "docs/extend.md" in str(caught.value)
 
 
-def test_a_correct_record_by_hand_is_used_instead_of_discovery(monkeypatch):
-    record = Family("gemma", norm_offset=1.0)
-    monkeypatch.setitem(FAMILIES, "gemma", record)
-    check_by_copy(CONFIG_MAPPING["gemma"]())
-    assert family_of(example("gemma")) is record
-
-
-# --- whole runs
+# --- a run
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("discovery")
     return tiny_run.make_world(folder).corpora
-
-
-JOURNEYS = {  # flags of a run for each type
-    "stablelm": ["--recovery=least_squares"],
-    "qwen3_next": ["--sparsity.learn=both", "--sparsity.target=20%", "--recovery=none"],
-    "gpt_oss": ["--recovery=[least_squares,distill]", "--distill.tokens=384", "--sparsity.width_multiple=4"],
-    # Llama 4's `get_decoder` returns the whole model; modernbert-decoder has a layer before the head.
-    "llama4_text": ["--recovery=[least_squares,distill]", "--distill.tokens=384"],
-    "modernbert-decoder": ["--sparsity.learn=both", "--recovery=[least_squares,distill]", "--distill.tokens=384"],
-    "nemotron_h": ["--sparsity.allocation=global", "--gprune=false", "--recovery=least_squares"],
-}
-
-
-@pytest.mark.parametrize("model_type", types(("stablelm",), tuple(name for name in JOURNEYS if name != "stablelm")))
-def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, structures, tmp_path):
-    example(model_type).save_pretrained(tmp_path / "model")
-    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with tiny_run.isolated(structures):
-        world = tiny_run.World(Path(tmp_path / "model"), corpora)
-        result = world.run(tmp_path, "--sparsity.scope=attention+ffn", *JOURNEYS[model_type])
-    checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
-    assert checks["sliced_minus_reloaded"] == 0.0
-    assert checks["masked_minus_sliced"] <= 1e-4
-    # qwen3_next has a target of 20 % of all parameters; the others lose half of the scope, over 10 % of the model.
-    left = result.summary["parameters_after"] / result.summary["parameters_before"]
-    assert left <= (0.8 if model_type == "qwen3_next" else 0.9)
 
 
 def test_a_discovered_structure_that_does_not_fit_the_loaded_model_is_refused_before_step_1(
