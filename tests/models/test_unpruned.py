@@ -8,17 +8,14 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from experiments.architectures import default_config, example
 from gprune import discovery
 from gprune.discovery import search
 from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
-from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, decoder_layers, find_unpruned
-from gprune.models.masks import Masks, masked
-from gprune.models.surgery import slice_model
 from tests import tiny_run
 from tests.tiny_families import tiny_of
 
@@ -103,46 +100,3 @@ def test_dry_run_and_log_name_experts_that_stay(tmp_path, capsys):
         assert named in line
         world.run(tmp_path / "runs", "--gprune=false", "--evaluation.controls=[]", "--export=none")
     assert f"Not pruned: {named}" in capsys.readouterr().out
-
-
-def hunyuan_config(**settings) -> PreTrainedConfig:
-    """A configuration of Hunyuan-A13B's form: the number of experts per token is a list by layer."""
-    return CONFIG_MAPPING["hunyuan_v1_moe"](
-        head_dim=128, num_key_value_heads=8, num_experts=64, moe_topk=[8] * 32, num_shared_expert=[1] * 32,
-        moe_intermediate_size=[3072] * 32, intermediate_size=3072, **settings,
-    )  # fmt: skip
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
-
-
-def test_experts_of_hunyuan_are_pruned_with_lists_by_layer():
-    model = tiny_of(shrunk(hunyuan_config())).requires_grad_(False)
-    assert model.config.moe_topk == [2, 2, 2]
-    blocks = blocks_of(model)
-    assert [(block.has_experts, block.neurons > 0) for block in blocks] == [(True, True), (False, True)] * 3
-    masks = random_masks(model)
-    with masked(model, masks):
-        expected = logits(model)
-    torch.testing.assert_close(
-        logits(slice_model(model, masks)), expected, atol=1e-4 * float(expected.abs().max()), rtol=0
-    )
-
-
-def test_lists_by_layer_of_hunyuan_lose_the_entries_of_removed_layers():
-    config = shrunk(hunyuan_config())
-    config.moe_topk = [1, 2, 3]
-    model = tiny_of(config).requires_grad_(False)
-    blocks = blocks_of(model)
-    masks = Masks(
-        [torch.full((b.experts * b.neurons,), b.layer_index != 1) for b in blocks],
-        [torch.full((b.kv_groups,), b.layer_index != 1) for b in blocks],
-    )
-    with masked(model, masks):
-        expected = logits(model)
-    small = slice_model(model, masks)
-    assert small.config.moe_topk == [1, 3]
-    assert small.config.num_shared_expert == [1, 1]
-    torch.testing.assert_close(logits(small), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
