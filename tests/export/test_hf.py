@@ -191,20 +191,6 @@ def test_a_folder_of_an_earlier_version_loads_and_can_be_pruned_and_saved_again(
         assert "own" in again.config.pruned_layout
 
 
-@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
-def test_equal_blocks_are_exported_as_a_stock_llama(overrides, tmp_path, token_batch):
-    model = slice_model(
-        make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4)
-    )
-    randomise_biases(model)
-    folder = hf.save_pruned(model, None, tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(folder)  # without trust_remote_code
-    assert type(loaded).__name__ == "LlamaForCausalLM"
-    assert not list(folder.glob("*.py"))
-    assert torch.equal(loaded.eval()(token_batch).logits, model(token_batch).logits)
-    assert widths(slice_model(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
-
-
 def test_equal_blocks_that_llama_cannot_describe_use_another_model_type(tmp_path, token_batch):
     """A bias of a single projection, and a number of heads that does not divide the hidden size."""
     biased = slice_model(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
