@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, BartConfig, BertConfig, GraniteConfig, 
 from experiments.architectures import DEFAULTS, PAGE, default_config, describe, example
 from gprune import discovery
 from gprune.cli import main
-from gprune.discovery import check_structure, family_of, search
+from gprune.discovery import check_structure, search
 from gprune.discovery.search import check_by_copy, discover_from_tiny, discover_record
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
