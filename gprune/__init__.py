@@ -23,6 +23,7 @@ from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
 from gprune.sparsity.cost import COST
+from gprune.user_code import VERSION
 
 if TYPE_CHECKING:
     from gprune.discovery import masked
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from gprune.runs.results import PruningResult, load_run
     from gprune.studies.study import StudyResult, load_study
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "ALLOCATION", "CORPORA", "COST", "EXPERT_IMPORTANCE", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks",
     "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate",

@@ -1,38 +1,41 @@
-"""Code of the user: imported by `--import`, found by the path of a class, and hashed.
+"""Code of the user: imported by `--import`, found by the path of a class, and identified by the bytes of its files.
 
 Results of other code are not reused:
 
-code_of(function, "my_metric")     # {"my_metric": "3f0c...", "my_helpers": "81d2..."}
+code_of(function, "my_metric")     # {"my_metric": SHA-256 of my_metric.py, "my_helpers": SHA-256 of my_helpers.py}
+code_of(function_of_a_notebook)    # {"__main__.score": SHA-256 of its source, "__main__.POWER": SHA-256 of its value}
 
-Code is hashed as a syntax tree without docstrings, so comments and formatting do not matter. A module is hashed as a
-whole, and so are the modules that it imports in statements of its own, except packages that are installed with pip. A
-function of `__main__` (a notebook or a script), or the functions of a class, are hashed alone.
+A file counts as a whole, including its comments, and so do the files of the modules that it imports in statements of
+its own, except packages that are installed with pip. A notebook has no file. There, the source of the functions and
+classes that a run uses counts, and the plain constants that they read.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import dis
 import functools
 import hashlib
 import importlib
-import inspect
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from importlib.util import resolve_name
 from itertools import chain
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Literal
 
 from gprune.errors import UnregisteredError, UserError, closest_name, first_line
 
+VERSION = "0.1.0"  # of gprune, which identifies a run together with the code of the user
 IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
-Code = Mapping[str, str | None]  # module -> hash of its code; None if the source cannot be read
+Code = Mapping[str, str | None]  # module, or definition of a notebook -> hash; None if the code cannot be read
+HASH_DIGITS = 64  # of SHA-256; earlier versions stored 16 digits of the hash of a syntax tree
 MAIN = "__main__"
 NOT_OF_USERS = {"gprune", *sys.stdlib_module_names}
 INSTALLED = {"site-packages", "dist-packages"}  # names of folders
-DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)  # nodes that may have a docstring
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def import_user_module(name: str) -> None:
@@ -74,23 +77,19 @@ def find_loaded(path: str, flag: str = "") -> Any:
 
 
 def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:
-    """Return the hashes of the user's code of a function, a class or another object, by module.
+    """Return the hashes of the user's code of a function, a class or another object.
 
     The modules are the one that defines the object, the one that registers it, and those that they import. The result
     is empty for code of gprune and of installed packages. A file is read once after it was loaded, since the loaded
     code is what runs. So look the code up when it is registered.
     """
-    definition = entry
-    while isinstance(definition, functools.partial):
-        definition = definition.func
-    if not isinstance(definition, type | FunctionType):
-        definition = type(definition)
+    definition = entry.func if isinstance(entry, functools.partial) else entry
     code: dict[str, str | None] = {}
-    for module in dict.fromkeys([registered_in, definition.__module__ or ""]):
+    for module in dict.fromkeys([registered_in, definition.__module__]):
         if module != MAIN:
             _add_module(module, code)
-    if MAIN in (registered_in, definition.__module__):
-        code[MAIN] = _hash(_source(definition))
+    if definition.__module__ == MAIN:
+        _add_name(getattr(definition, "__qualname__", type(definition).__name__).partition(".")[0], code)
     return code
 
 
@@ -102,7 +101,7 @@ def code_of_module(name: str) -> dict[str, str | None]:
 
 
 def code_at(path: str) -> dict[str, str | None]:
-    """Return the hashes of the user's code of the class at a path, by module; {path: None} if it is not loaded."""
+    """Return the hashes of the user's code of the class at a path; {path: None} if it is not loaded."""
     try:
         return code_of(find_loaded(path), path.rpartition(".")[0])
     except UnregisteredError:
@@ -112,17 +111,45 @@ def code_at(path: str) -> dict[str, str | None]:
 def compare_code(recorded: Code, current: Code) -> Literal["same", "other", "unknown"]:
     """Return whether a result was made by the current code.
 
-    `unknown` if part of the code was or is unreadable, or only one of the two has code.
+    `unknown` if part of the code was or is unreadable, was hashed by an earlier version, or only one of the two has
+    code.
     """
-    shared = recorded.keys() & current.keys()
-    known = [module for module in shared if recorded[module] is not None and current[module] is not None]
-    if any(recorded[module] != current[module] for module in known):
+    known = [name for name in recorded.keys() & current.keys() if _comparable(recorded[name], current[name])]
+    if any(recorded[name] != current[name] for name in known):
         return "other"
-    if None in recorded.values() or None in current.values():
+    if not all(_comparable(value) for value in [*recorded.values(), *current.values()]):
         return "unknown"
     if recorded == current:
         return "same"
     return "other" if recorded and current else "unknown"  # earlier versions recorded no code
+
+
+def _comparable(*hashes: str | None) -> bool:
+    """Return whether all hashes are known, and hashes of this version."""
+    return all(value is not None and len(value) == HASH_DIGITS for value in hashes)
+
+
+def changed_code(old: Code, new: Code) -> list[str]:
+    """List the user's modules and definitions in which two runs differ, as 'the code of my_metric has changed'."""
+    differences = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if before == after:
+            continue
+        reason = "has changed"
+        if name not in new:
+            reason = "is not used"
+        elif before is None:
+            reason = "was not recorded"
+        elif after is None:
+            reason = "cannot be read"
+        elif not _comparable(before):
+            reason = "was recorded in another form by an earlier version"
+        differences.append(f"the code of {name} {reason}")
+    return differences
+
+
+# --- files
 
 
 def _add_module(name: str, code: dict[str, str | None]) -> None:
@@ -130,10 +157,11 @@ def _add_module(name: str, code: dict[str, str | None]) -> None:
     module = sys.modules.get(name)
     if module is None or name in code or not _belongs_to_user(module):
         return
-    source = _source_of_module(module)
-    code[name] = _hash(source)
-    for imported in _imported(module, source or ""):
-        _add_module(imported, code)
+    content = _content_of(module)
+    code[name] = _hash(content)
+    if content is not None and module.__file__.endswith(".py"):
+        for imported in _imported(module, content):
+            _add_module(imported, code)
 
 
 def _belongs_to_user(module: ModuleType) -> bool:
@@ -145,24 +173,24 @@ def _belongs_to_user(module: ModuleType) -> bool:
     return may_be_users and INSTALLED.isdisjoint(Path(file or "").parts)
 
 
-def _source_of_module(module: ModuleType) -> str | None:
-    """Return the source of a module as it was at the first look-up; None if it cannot be read."""
+def _content_of(module: ModuleType) -> bytes | None:
+    """Return the bytes of a module's file as they were at the first look-up; None if it cannot be read."""
     stored = vars(module.__spec__ or module)  # reloading a module makes a new spec
-    if "source_for_gprune" not in stored:
+    if "content_for_gprune" not in stored:
         try:
-            stored["source_for_gprune"] = Path(module.__file__).read_text(encoding="utf-8")
-        except (AttributeError, OSError, ValueError):
-            stored["source_for_gprune"] = None
-    return stored["source_for_gprune"]
+            stored["content_for_gprune"] = Path(module.__file__).read_bytes()
+        except (AttributeError, OSError, TypeError):
+            stored["content_for_gprune"] = None
+    return stored["content_for_gprune"]
 
 
-def _imported(module: ModuleType, source: str) -> Iterator[str]:
+def _imported(module: ModuleType, content: bytes) -> Iterator[str]:
     """Yield the absolute names in a module's import statements. `a.b` of `from a import b` may be a function of a.
 
     Imports inside functions and classes are left out, because those of functions may run after the look-up. Those in
     `try` and `if` are included.
     """
-    top_level = [statement for statement in ast.parse(source).body if not isinstance(statement, DOCUMENTED)]
+    top_level = [statement for statement in ast.parse(content).body if not isinstance(statement, SCOPES)]
     for statement in chain.from_iterable(map(ast.walk, top_level)):
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
@@ -172,29 +200,63 @@ def _imported(module: ModuleType, source: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in statement.names)
 
 
-def _source(definition: type | FunctionType) -> str | None:
-    """Return the source of a function, or of all functions of a class, in a script or a notebook; None if unknown.
+# --- notebooks
 
-    For a class in a notebook, Python does not know the source, but it does for its functions.
+
+def _add_name(name: str, code: dict[str, str | None]) -> None:
+    """Add what a name of `__main__` stands for and, recursively, the names that its source reads.
+
+    A plain constant is hashed by its value, and other objects by the statement of a cell that defines them. Those of a
+    script or of a module count by their file.
     """
-    functions = [definition] if isinstance(definition, FunctionType) else vars(definition).values()
-    try:
-        sources = [inspect.getsource(each) for each in functions if isinstance(each, FunctionType)]
-    except (OSError, TypeError):
-        return None
-    return "".join(map(textwrap.dedent, sources))
+    main = sys.modules[MAIN]
+    key, value = f"{MAIN}.{name}", vars(main).get(name)
+    if key in code:
+        return
+    source = _source_in_cells(name)
+    module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", MAIN)
+    if name in vars(main) and _is_plain(value):
+        code[key] = _hash(repr(value).encode())
+    elif source is not None:
+        code[key] = _hash(source.encode())
+        for read in _names_read(source) & vars(main).keys():
+            _add_name(read, code)
+    elif module != MAIN or hasattr(main, "__file__"):
+        _add_module(module, code)
+    else:
+        code[key] = None
 
 
-def _hash(source: str | None) -> str | None:
-    """Return the SHA-256 (16 hex digits) of source code without docstrings and comments; None for None."""
-    if source is None:
-        return None
-    try:
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-        source = ast.unparse(tree)
-    except SyntaxError:  # the line of a lambda is no statement
-        pass
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+def _source_in_cells(name: str) -> str | None:
+    """Return the last statement that defines a name in the cells of a notebook, without comments; None without one."""
+    for cell in reversed(vars(sys.modules[MAIN]).get("In", ())):  # of IPython
+        with contextlib.suppress(SyntaxError):
+            for statement in reversed(ast.parse(cell).body):
+                nodes = [statement] if isinstance(statement, SCOPES) else ast.walk(statement)
+                assigned = (node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+                if name == getattr(statement, "name", None) or name in assigned:
+                    return ast.unparse(statement)
+    return None
+
+
+def _names_read(source: str) -> set[str]:
+    """Return the global names that a statement, and the functions inside it, read."""
+    names, codes = set(), [compile(source, "", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)]
+    for code in codes:  # which grows by the code of inner functions
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        names |= {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return {name for name in names if not name.startswith("__")}
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a number, a text, or a tuple, list or mapping of such values."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, chain.from_iterable(value.items())))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
+
+
+def _hash(content: bytes | None) -> str | None:
+    """Return the SHA-256 of bytes; None for None."""
+    return None if content is None else hashlib.sha256(content).hexdigest()

@@ -1,18 +1,22 @@
-"""Hashes of the user's code: which changes count, in modules, in scripts and in notebooks."""
+"""What identifies the user's code: bytes of files, and in notebooks the definitions and constants that a run uses."""
 
 from __future__ import annotations
 
 import importlib
-import linecache
+import runpy
 import sys
+from hashlib import sha256
 from types import ModuleType
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
+import gprune
 from gprune import user_code
 from gprune.importance import IMPORTANCE
-from gprune.user_code import code_at, code_of, compare_code
-from tests import registries
+from gprune.recoveries import RECOVERY
+from gprune.user_code import changed_code, code_at, code_of, compare_code
+from tests import registries, tiny_run
 
 METRIC = '''"""About the module."""
 import gprune
@@ -31,6 +35,7 @@ def scaled(scores):
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """Return the folder of a package with a metric, which is on the path. Imports are undone afterwards."""
+    monkeypatch.setattr(user_code, "IMPORTED", [])
     folder = tmp_path / "code_of_mine"
     folder.mkdir()
     for name, source in {"__init__": "", "metric": METRIC, "helper": "FACTOR = 1\n", "unused": "X = 1\n"}.items():
@@ -60,21 +65,20 @@ def imported_code() -> dict[str, str | None]:
     ("file", "old", "new", "changed"),
     [
         ("metric", "helper.FACTOR *", "-helper.FACTOR *", "code_of_mine.metric"),
+        ("metric", "  # a comment", "", "code_of_mine.metric"),
         ("helper", "1", "2", "code_of_mine.helper"),
         ("__init__", "", "import torch", "code_of_mine"),
-        ("metric", "About the metric", "Edited text", None),
-        ("metric", "About the module", "Edited text", None),
-        ("metric", "  # a comment", "", None),
         ("unused", "1", "2", None),
     ],
 )
-def test_code_changes_with_the_statements_of_a_module_and_of_its_imports(file, old, new, changed, package):
+def test_code_is_the_bytes_of_the_files_of_a_module_and_of_its_imports(file, old, new, changed, package):
     before = imported_code()
-    assert set(before) == {"code_of_mine", "code_of_mine.metric", "code_of_mine.helper"}
+    names = {"code_of_mine": "__init__", "code_of_mine.metric": "metric", "code_of_mine.helper": "helper"}
+    assert before == {name: sha256((package / f"{of}.py").read_bytes()).hexdigest() for name, of in names.items()}
     path = package / f"{file}.py"
     path.write_text(path.read_text().replace(old, new, 1))
     after = imported_code()
-    assert [module for module in before if before[module] != after[module]] == ([changed] if changed else [])
+    assert changed_code(before, after) == ([f"the code of {changed} has changed"] if changed else [])
     assert compare_code(before, after) == ("other" if changed else "same")
 
 
@@ -95,19 +99,11 @@ def test_an_imported_module_counts_as_it_was_imported_until_it_is_reloaded(packa
     assert IMPORTANCE.code("coded") != before
 
 
-def test_the_code_of_a_class_is_that_of_its_module_when_it_was_imported(package, monkeypatch):
-    monkeypatch.setattr(user_code, "IMPORTED", [])
-    (package.parent / "code_of_mine_too.py").write_text("class Mine:\n    RATE = 1\n")
-    user_code.import_user_module(str(package.parent / "code_of_mine_too.py"))
-    (package.parent / "code_of_mine_too.py").write_text("class Mine:\n    RATE = 2\n")
-    code = code_at("code_of_mine_too.Mine")
-    del sys.modules["code_of_mine_too"]
-    assert code_at("code_of_mine_too.Mine") == {"code_of_mine_too.Mine": None}
-    linecache.checkcache()
-    importlib.invalidate_caches()
-    user_code.import_user_module(str(package.parent / "code_of_mine_too.py"))
-    assert compare_code(code, code_at("code_of_mine_too.Mine")) == "other"
-    del sys.modules["code_of_mine_too"]
+def test_a_class_path_has_the_code_of_its_module_and_is_unknown_if_it_is_not_loaded(package):
+    importlib.import_module("code_of_mine.helper")
+    assert code_at("code_of_mine.helper.Mine") == {"code_of_mine.helper.Mine": None}
+    importlib.import_module("code_of_mine.metric")
+    assert code_at("code_of_mine.metric.scaled").keys() == imported_code().keys()
 
 
 def test_functions_and_classes_of_gprune_and_lightning_have_no_code_of_the_user():
@@ -116,48 +112,143 @@ def test_functions_and_classes_of_gprune_and_lightning_have_no_code_of_the_user(
     assert IMPORTANCE.code("wanda_sp") == code_of(Timer) == {}
 
 
-def notebook(*cells: str) -> dict:
-    """Run cells as a notebook does, whose sources are in `linecache`, and return the variables."""
-    module = ModuleType("__main__")
-    for number, cell in enumerate(cells):
-        file = f"<cell {number} of {id(module)}>"
-        linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
-        exec(compile(cell, file, "exec"), vars(module))
-    return vars(module)
+def test_functions_of_a_script_have_the_code_of_its_file(package):
+    script = package.parent / "script.py"
+    script.write_text("from code_of_mine import helper\ndef score(weights): return weights\n")
+    main = ModuleType("__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", main)
+        main.__file__ = str(script)
+        vars(main).update(runpy.run_path(str(script), run_name="__main__") | {"__file__": str(script)})
+        assert code_of(main.score).keys() == {"__main__", "code_of_mine", "code_of_mine.helper"}
+
+
+def test_a_function_without_source_code_has_an_unknown_hash(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", main := ModuleType("__main__"))
+    exec("def score(weights): return weights", vars(main))
+    assert code_of(main.score) == {"__main__.score": None}
+
+
+@pytest.fixture
+def run_cell(monkeypatch):
+    """Return a function that runs a cell in `__main__` as a notebook does, and returns the variables."""
+    monkeypatch.setitem(sys.modules, "__main__", main := ModuleType("__main__"))
+    shell = InteractiveShell(user_module=main)
+
+    def run(cell: str) -> dict:
+        shell.run_cell(cell, store_history=True).raise_error()
+        return vars(main)
+
+    return run
 
 
 CELL = """
+import torch
+from math import sqrt
+ALPHA, WEIGHTS, unused = 0.5, {"a": [1, 2]}, 1
+def root(x):
+    return sqrt(x) * ALPHA
+def power(p):
+    return lambda x: x ** p
+square = power(2)
+class Base:
+    RATE = 3
+class Stage(Base):
+    def loss(self, x):
+        return [root(y) + WEIGHTS["a"][0] + self.RATE for y in square(x)]
 class Scorer:
-    def score(self, x): return x ** 2
-unused = 1
+    def score(self, x, scale=torch.tensor(1.0)):
+        x = 2  # local
+        return Stage().loss(x)
 """
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "changes"),
+    ("old", "new", "changed"),
     [
-        ("x ** 2", "x ** 3", True),
-        ("unused = 1", "unused = 2  # and a comment", False),
-        ("class Scorer:\n", 'class Scorer:\n    "About the class."\n', False),
+        ("Stage().loss(x)", "-Stage().loss(x)", "Scorer"),
+        ("tensor(1.0)", "tensor(2.0)", "Scorer"),
+        ("self.RATE for", "2 * self.RATE for", "Stage"),
+        ("RATE = 3", "RATE = 4", "Base"),
+        ("sqrt(x) *", "sqrt(x) +", "root"),
+        ("0.5", "0.6", "ALPHA"),
+        ("[1, 2]", "[1, 3]", "WEIGHTS"),
+        ("power(2)", "power(3)", "square"),
+        ("x ** p", "x ** -p", "power"),
+        ("# local", "# a comment", None),
+        (", 1\n", ", 2\nx = 5\n", None),
     ],
 )
-def test_code_of_a_notebook_is_that_of_the_function_or_class(old, new, changes):
-    cells = (CELL, CELL, CELL.replace(old, new))
-    first, same, edited = (code_of(notebook(cell)["Scorer"], "__main__") for cell in cells)
-    assert first.keys() == {"__main__"}
-    assert first == same
-    assert (first != edited) == changes
+def test_code_of_a_notebook_is_what_a_class_refers_to(old, new, changed, run_cell):
+    first, again = (code_of(run_cell(CELL)["Scorer"]) for _ in range(2))
+    assert first == again
+    assert first.keys() == {
+        f"__main__.{name}" for name in ("Scorer", "Stage", "Base", "root", "square", "power", "ALPHA", "WEIGHTS")
+    }
+    assert CELL.count(old) == 1
+    edited = code_of(run_cell(CELL.replace(old, new))["Scorer"])
+    assert changed_code(first, edited) == ([f"the code of __main__.{changed} has changed"] if changed else [])
 
 
-def test_a_function_without_source_code_has_an_unknown_hash():
-    variables = {"__name__": "__main__"}
-    exec("def score(weights): return weights", variables)
-    assert code_of(variables["score"], "__main__") == {"__main__": None}
+NOTEBOOK = """
+import gprune, torch
+from gprune.stages.base import FrozenLMStage
+from gprune.stages.threshold_learning import ThresholdLearning
+SCALE = 1.0
+class Tuning(FrozenLMStage):
+    def __init__(self, dense, pruned):
+        super().__init__(dense)
+        self.student = pruned.requires_grad_()
+    def training_step(self, batch, index):
+        return self.student(batch["input_ids"], labels=batch["input_ids"]).loss
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.student.parameters(), lr=1e-2)
+@gprune.recovery("tuned")
+class Tuned(gprune.Recovery):
+    learns = True
+    def tokens(self, text, fresh, *, attention):
+        return 0, fresh
+    def tune(self, material, pruned):
+        material.fit("Tuning", Tuning(material.dense, pruned))
+        return pruned.requires_grad_(False)
+class Learner(ThresholdLearning):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.ffn_thresholds, lr=30 * SCALE)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
+def test_a_run_of_a_notebook_is_repeated_after_its_code_or_a_constant_has_changed(world, tmp_path, run_cell):
+    """The loss of a class that a recovery uses, and a constant that a learner reads, are no part of a class's path."""
+    flags = ["--recovery=tuned", "--distill.tokens=512", "--evaluation.controls=[]", "--export=none"]
+    args = [flag for flag in world.args(tmp_path, *flags) if not flag.startswith("--run.name")]
+
+    def run(cell: str, **settings: str) -> gprune.PruningResult:
+        learner = run_cell(cell)["Learner"]
+        cfg = gprune.config.parse(args)
+        cfg.run.name = settings.get("name")
+        return gprune.prune(cfg, learner=learner)
+
+    with tiny_run.isolated(tmp_path / "cache"), registries.restored(RECOVERY):
+        first, again = run(NOTEBOOK), run(NOTEBOOK)
+        assert again.path == first.path
+        loss = run(NOTEBOOK.replace(".loss\n", ".loss * 0\n"))
+        constant = run(NOTEBOOK.replace("SCALE = 1.0", "SCALE = 1e-9"))
+        assert len({first.path, loss.path, constant.path}) == 3
+        assert first.masks == loss.masks != constant.masks
+        assert first.records[-1]["nll"] != loss.records[-1]["nll"]
+        run(NOTEBOOK, name="named")
+        message = f"{tmp_path}/named: it has a run with other code: the code of __main__.SCALE has changed. Choose "
+        with pytest.raises(gprune.UserError, match=message):
+            run(NOTEBOOK.replace("SCALE = 1.0", "SCALE = 2.0"), name="named")
 
 
 def test_code_is_compared_by_its_known_parts():
-    known, edited, unreadable = {"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "b": None}
+    one, two, three, old = "1" * 64, "2" * 64, "3" * 64, "4" * 16
+    known, edited, unreadable = {"a": one, "b": two}, {"a": one, "b": three}, {"a": one, "b": None}
     assert compare_code({}, {}) == "same"
-    assert compare_code(known, edited) == compare_code(unreadable, {"a": "5"}) == "other"
-    assert compare_code(known, {"a": "1"}) == "other"
+    assert compare_code(known, edited) == compare_code(unreadable, {"a": three}) == "other"
+    assert compare_code(known, {"a": one}) == "other"
     assert compare_code(known, unreadable) == compare_code(known, {}) == compare_code({}, known) == "unknown"
+    assert compare_code({"a": old}, known) == compare_code({"__main__": old}, known) == "unknown"
+    assert changed_code({"a": old}, {"a": one}) == ["the code of a was recorded in another form by an earlier version"]

@@ -49,7 +49,7 @@ from gprune.stages.callbacks import StepCurves
 from gprune.stages.student import TeacherStates
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
-from gprune.user_code import code_of
+from gprune.user_code import VERSION, code_of
 
 log = logging.getLogger("gprune")
 # A trial is a model of the search for a quality. Its tokens count as learned, like those of the run's main row, but
@@ -276,6 +276,7 @@ def in_folder(
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
+    settings["inputs"]["gprune"] = VERSION
     code = settings.get("code", {})
     if callbacks.given:  # identified by class and Lightning's state key
         names = [f"{type(callback).__module__}.{callback.state_key}" for callback in callbacks.given]

@@ -21,7 +21,9 @@ from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks, masked
 from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.models.surgery import slice_model
+from gprune.runs.folder import changed_settings
 from gprune.runs.trainer import matmul_precision
+from gprune.storage.environment import environment
 from gprune.storage.files import file_hashes
 
 log = logging.getLogger("gprune")
@@ -86,9 +88,13 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
         if earlier is None:
             run.folder.write(f"masks/{name}", of_variant.tensors())
         elif Masks.from_tensors(earlier) != of_variant:
-            reason = "it has other masks, from another machine, number of threads or version"
+            differences = changed_settings(run.folder.manifest.get("environment") or {}, environment())
+            unseen = "no version or machine differs, so a file or a variable that your code reads may have changed"
             file = run.folder / f"masks/{name}.safetensors"
-            raise UserError(f"Cannot resume with {file}: {reason}. Choose another --run.name, or remove the folder.")
+            raise UserError(
+                f"Cannot resume with {file}: it has other masks ({'; '.join(differences) or unseen}). Choose another "
+                f"--run.name, or remove the folder."
+            )
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:

@@ -28,7 +28,7 @@ from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
 from gprune.storage.files import inspect_json, locked, read_json, read_tensors, write_json, write_tensors, write_text
 from gprune.storage.paths import disk_errors
-from gprune.user_code import Code
+from gprune.user_code import changed_code
 
 SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of temporary files and scratch folders of `storage.files`
 MEASURED = ("perplexity", "nll", "tokens", "window_nll")
@@ -96,21 +96,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         shared = old_code.keys() & new_code.keys()
         old_code, new_code = ({module: code[module] for module in shared} for code in (old_code, new_code))
     return [*changed_code(old_code, new_code), *of_settings]
-
-
-def changed_code(old: Code, new: Code) -> list[str]:
-    """List the modules of the user in which two runs differ, as 'the code of my_metric has changed'."""
-    differences = []
-    for module in sorted({*old, *new}):
-        if old.get(module) == new.get(module):
-            continue
-        reason = "has changed"
-        if old.get(module) is None:
-            reason = "was not recorded"
-        elif new.get(module) is None:
-            reason = "cannot be read" if module in new else "is not used"
-        differences.append(f"the code of {module} {reason}")
-    return differences
 
 
 def broadcast(value: Any) -> Any:

@@ -17,12 +17,12 @@ import torch
 from gprune.config import RunConfig, config_from_mapping, effective_settings, flatten
 from gprune.errors import UserError
 from gprune.models.masks import Masks
-from gprune.runs.folder import changed_code, check_evaluation, check_study
+from gprune.runs.folder import check_evaluation, check_study
 from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import LISTED_PRECISION, Row
-from gprune.user_code import compare_code
+from gprune.user_code import changed_code, compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
