@@ -15,6 +15,7 @@ from gprune.partition.modules import (
     switched_share,
     within_module_ranks,
 )
+from tests import tiny_run
 
 LABELS = torch.arange(40) % 4  # four modules of ten neurons
 DRIFT, SCORE = [0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1]  # the last module is sensitive and weak
@@ -112,3 +113,12 @@ def test_ranks_inside_modules_use_the_fallback_scores_in_switched_modules(data, 
         n = labels.count(k)
         inside = sorted((p[torch.tensor(labels) == k] * n - 0.5).tolist())
         np.testing.assert_allclose(inside, np.arange(n), atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "wanda_sp"])
+def test_the_log_says_that_a_switch_to_the_base_metric_changes_nothing(metric, world, tmp_path, capsys):
+    flags = (f"--importance={metric}", "--sparsity.allocation=uniform", "--recovery=none", "--export=none")
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert tiny_run.main(world.args(tmp_path, *flags)) == 0
+    words = "switch to magnitude, which is --importance, so the switch changes nothing"
+    assert (words in capsys.readouterr().out) == (metric == "magnitude")
