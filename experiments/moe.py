@@ -6,7 +6,7 @@ In each block the neurons with the largest mean size become the shared expert, w
 neuron is its absolute activation times the norm of its column in `down_proj`. The other neurons become experts of equal
 size: neurons that are active for the same tokens are in the same expert (balanced k-means). The router starts as a
 linear classifier of the experts with the largest outputs. With all experts chosen by a router of zeros, the mixture
-computes the same function as the dense model. Distillation by `gprune.recover` trains all weights of the layers.
+computes the same function as the dense model. Distillation (experiments/distil.py) trains all weights of the layers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from transformers import (
 )
 
 import gprune
+from experiments.distil import distil
 from gprune.config import parse
 from gprune.console import Parser, run_guarded
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.errors import UserError
 from gprune.models.loading import load_weights, locate_model
-from gprune.report.tables import result_table
 from gprune.storage.paths import expanded
 
 DENSE = "smollm2-135m"
@@ -201,22 +201,22 @@ def work(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for start/ and distilled/")
     parser.add_argument("--top_k", type=int, default=TOP_K, help=f"number of experts of a token (default: {TOP_K})")
     parser.add_argument(
-        "--config", metavar="FILE", default=CONFIG, help=f"settings of gprune.recover (default: {CONFIG})"
+        "--config", metavar="FILE", default=CONFIG, help=f"settings of the distillation (default: {CONFIG})"
     )
     options = parser.parse_args(arguments)
     folder = expanded(options.output)
     if not 1 <= options.top_k <= EXPERTS:
         raise UserError(f"--top_k must be 1 to {EXPERTS}, the number of experts; got {options.top_k}.")
     cfg = parse(["--config", options.config])
-    cfg.run.dir, cfg.run.name = str(folder), "distilled"
     if not (folder / "start").exists():
         source = locate_model(DENSE)
         dense, tokenizer = load_weights(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
         mixture = start(dense, text(tokenizer), top_k=options.top_k)
         mixture.save_pretrained(folder / "start")
         tokenizer.save_pretrained(folder / "start")
-    result = gprune.recover(folder / "start", DENSE, cfg)
-    return f"\n{result_table(result.records).for_stdout()}\n"
+    cfg.model.name = DENSE
+    distil(str(folder / "start"), cfg, folder / "distilled/model")
+    return f"\n{gprune.measure(folder / 'distilled/model', DENSE, cfg).to_string()}\n"
 
 
 def main() -> int:

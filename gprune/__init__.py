@@ -5,7 +5,7 @@ import gprune
 result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M, half of its FFN neurons
 result = gprune.load_run("runs/<name>")        # loads a finished run
 small = gprune.apply_masks(model, result.masks)  # the same masks on another copy of the model
-gprune.evaluate("path/to/model", "smollm2-135m")  # a model of another tool; gprune.recover distils it
+gprune.measure("path/to/model", "smollm2-135m")  # a model of another tool
 
 Names that need PyTorch or transformers are imported at first use, so that `gprune --help` is fast.
 """
@@ -28,7 +28,7 @@ from gprune.user_code import VERSION
 if TYPE_CHECKING:
     from gprune.discovery import masked
     from gprune.export.hf import apply_masks
-    from gprune.method.elsewhere import evaluate, recover
+    from gprune.method.measure import measure
     from gprune.method.prune import prune
     from gprune.models.loading import register
     from gprune.models.masks import Masks
@@ -38,14 +38,18 @@ if TYPE_CHECKING:
 __version__ = VERSION
 __all__ = [
     "ALLOCATION", "CORPORA", "COST", "EXPERT_IMPORTANCE", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks",
-    "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate",
-    "expert_metric", "load_run", "load_study", "masked", "metric", "prune", "recover", "recovery", "register",
+    "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks",
+    "expert_metric", "load_run", "load_study", "masked", "measure", "metric", "prune", "recovery", "register",
 ]  # fmt: skip
+REMOVED = {
+    "evaluate": "gprune.measure(model, dense, cfg), which returns the frame",
+    "recover": "python -m experiments.distil, then gprune.measure",
+}
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
-    "apply_masks": "gprune.export.hf", "evaluate": "gprune.method.elsewhere", "load_run": "gprune.runs.results",
+    "apply_masks": "gprune.export.hf", "load_run": "gprune.runs.results",
     "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.method.prune",
-    "recover": "gprune.method.elsewhere", "register": "gprune.models.loading",
-})  # fmt: skip
+    "measure": "gprune.method.measure", "register": "gprune.models.loading",
+}, removed=REMOVED)  # fmt: skip
 # In a notebook without ipywidgets, tqdm would warn when transformers is imported. gprune draws no bars with tqdm there.
 warnings.filterwarnings("ignore", message="IProgress not found")

@@ -291,16 +291,19 @@ def process_index() -> int:
     return rank
 
 
-def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(
+    package: str, modules: Mapping[str, str], *, removed: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use.
 
-    `modules` maps each of these names to its module.
+    `modules` maps each of these names to its module, and `removed` names of earlier versions to what to use instead.
     """
 
     def lazy_getattr(name: str) -> Any:
         """Import a public name, and store it in the package, so that this function is called once for each name."""
         if name not in modules:
-            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+            hint = f". It was removed; use {removed[name]}" if name in removed else ""
+            raise AttributeError(f"module '{package}' has no attribute '{name}'{hint}")
         # The modules import Lightning, which imports matplotlib and fails if the user's matplotlibrc is broken.
         import_matplotlib()
         value = getattr(importlib.import_module(modules[name]), name)

@@ -12,11 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.settings import Benchmarks
-from gprune.config.elsewhere import made_elsewhere
 from gprune.discovery import family_of
 from gprune.errors import UserError, optional_output
 from gprune.models.embedded import model_label
-from gprune.models.loading import fingerprint, load_elsewhere, load_model
+from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import slice_model
 from gprune.report.card import write_card
 from gprune.runs.folder import RunFolder
@@ -115,13 +114,12 @@ def find_subjects(
         raise UserError(f"Cannot evaluate run '{path}': {reason}. Repeat the run with --export hf.")
     own_dtype = getattr(torch, dtype or settings["model"]["dtype"])
     load_arguments = (path, settings, own_dtype, trust_remote_code, loading)
-    pruned_by_gprune = run.final != "model"  # otherwise made elsewhere, so the sparsity is unknown
     about_pruned = {
         "model": label,
         "stage": run.final,
         "recovery": settings["recovery"],
-        "sparsity": run.records[-1]["sparsity"] if pruned_by_gprune else None,
-        "scope": settings["sparsity"]["scope"] if pruned_by_gprune else None,
+        "sparsity": run.records[-1]["sparsity"],
+        "scope": settings["sparsity"]["scope"],
     }
     subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
     if dense:
@@ -136,25 +134,16 @@ def load_dense_of_run(
     loading: Mapping[str, Any] = NOTHING,
 ) -> Loaded:  # fmt: skip
     """Load the frozen dense model of a run in any dtype, and its tokenizer."""
-    model, tokenizer = _load_verified(
-        load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
-        dtype=dtype, trust_remote_code=trust_remote_code, **loading,
-    )  # fmt: skip
-    family_of(model)
-    return model, tokenizer
-
-
-def _load_verified(
-    load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
-    dtype: torch.dtype, **options: Any,
-) -> Loaded:  # fmt: skip
-    """Load a model and its tokenizer, and check that it has the weights that a run has used, those of `what`."""
-    model, tokenizer = load(name, dtype=settings["model"]["dtype"], **options)
-    if fingerprint(model) != expected:
-        raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
+    name, options = settings["model"]["name"], {"trust_remote_code": trust_remote_code, **loading}
+    model, tokenizer = load_model(name, dtype=settings["model"]["dtype"], **options)
+    if fingerprint(model) != settings["inputs"]["model"]:
+        raise UserError(
+            f"Cannot evaluate '{name}': it has other weights than the model that '{run}' pruned. Repeat the run."
+        )
     if model.dtype != dtype:
         # Loaded again, because `.to` would also round the frequencies of the rotary embedding.
-        model, _ = load(name, dtype=dtype, **options)
+        model, _ = load_model(name, dtype=dtype, **options)
+    family_of(model)
     return model, tokenizer
 
 
@@ -164,16 +153,10 @@ def _load_pruned(
     """Load the exported model of a run, and its tokenizer.
 
     If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
-    `find_subjects` accepts such a run only without recovery. A model that gprune did not prune is loaded again.
+    `find_subjects` accepts such a run only without recovery.
     """
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype, **loading)
-    if (other := made_elsewhere(settings)) is not None:
-        return _load_verified(
-            load_elsewhere, other, settings, settings["inputs"]["made_elsewhere"],
-            f"the model made elsewhere that '{run}' measured", dtype=dtype, trust_remote_code=trust_remote_code,
-            **loading,
-        )  # fmt: skip
     masks = read_run(run).masks
     model, tokenizer = load_dense_of_run(run, settings, dtype, trust_remote_code, loading)
     return slice_model(model, masks), tokenizer

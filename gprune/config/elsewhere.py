@@ -1,14 +1,11 @@
-"""Settings for measuring a model that gprune did not make (`gprune.evaluate`, `gprune.recover`, rows `model: FOLDER`).
+"""Settings for measuring a model that gprune did not make (`gprune.measure`, rows `model: FOLDER` of lists).
 
-A run that measures such a model stores its folder or hub id as `made_elsewhere` in the group `model` of its settings.
-It is not a setting of `RunConfig`.
+The record of such a row stores the folder or hub id of the model as `made_elsewhere` in the group `model` of its
+settings. It is not a setting of `RunConfig`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,20 +16,15 @@ from gprune.errors import UserError
 PRUNING_SETTINGS = ("gprune", "importance", "partition", "reliability", "sparsity", "ridge")
 
 
-def without_pruning(cfg: RunConfig, recovery: str, subject: str = "A model made elsewhere") -> RunConfig:
-    """Return a copy with the defaults of the settings of pruning, and with the recovery `none` or `distill`.
+def without_pruning(cfg: RunConfig, subject: str = "A model made elsewhere") -> RunConfig:
+    """Return a copy with the defaults of the settings of pruning and recovery.
 
-    Raise UserError, whose message begins with `subject`, for another recovery, several processes, offloading, a
-    dry run and GGUF.
+    Raise UserError, whose message begins with `subject`, for several processes and offloading.
     """
-    if recovery not in ("none", "distill"):
-        raise UserError(f"{subject} needs --recovery none or distill; got {recovery}.")
     if cfg.processes > 1 or cfg.model.device_map is not None:
         raise UserError(f"{subject} needs one process, without --model.device_map.")
-    if cfg.dry_run or cfg.export.format == "gguf":
-        raise UserError(f"{subject} cannot be combined with --dry_run true or --export gguf.")
-    settings = cfg.model_dump(exclude=set(PRUNING_SETTINGS), warnings=False)
-    return RunConfig(**settings | {"gprune": False, "recovery": recovery})
+    settings = cfg.model_dump(exclude={*PRUNING_SETTINGS, "recovery", "dry_run"}, warnings=False)
+    return RunConfig(**settings, gprune=False, recovery="none")
 
 
 def with_made_elsewhere(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -49,15 +41,3 @@ def effective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run by dotted name, without those of pruning if the run did not prune its model."""
     ignored = () if made_elsewhere(settings) is None else PRUNING_SETTINGS
     return {name: value for name, value in flatten(settings).items() if name.partition(".")[0] not in ignored}
-
-
-def default_run_name(settings: Mapping[str, Any]) -> str:
-    """Return OTHER-beside-MODEL-HASH, the default name of the run folder of a model made elsewhere.
-
-    OTHER is the measured model, MODEL is `--model.name`, and HASH is of the settings as plain data.
-    """
-    paths = (made_elsewhere(settings), settings["model"]["name"])
-    names = (os.path.basename(os.path.normpath(path)) for path in paths)
-    other, model = (name.encode()[:90].decode(errors="ignore") for name in names)  # --run.name has at most 200 bytes
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return f"{other}-beside-{model}-{digest[:8]}"

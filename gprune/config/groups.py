@@ -123,7 +123,7 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "trainer.accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
     "trainer.limit_val_batches": "--evaluation.development_samples",
     "trainer.limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
-    "model.made_elsewhere": "gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER` of a list",
+    "model.made_elsewhere": "gprune.measure in Python, or a row `model: FOLDER` of a list",
     "plan.tflops": "the tokens of --dry_run true",
     "plan.memory": "--dry_run true alone, which prints the bytes that a device needs",
     "corpora.collect": "`gprune study`, which collects what all rows of a list need in one pass",

@@ -201,7 +201,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         names = stored.keys() if isinstance(stored, Mapping) else set()
         missing = expected.keys() - names
         unknown = names - expected.keys() - vars(group_config).keys()
-        if different := missing | (unknown - {"made_elsewhere"}):  # the model of `gprune.evaluate`, not a setting
+        if different := missing | unknown:
             raise UserError(f"The settings must be those of this version; they differ in {group}.{min(different)}.")
         for name in names & vars(group_config).keys():
             setattr(group_config, name, stored[name])

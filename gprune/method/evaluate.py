@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,11 +81,12 @@ def evaluate(
 
 def add_row(
     run: Run, records: list[dict[str, Any]], row: ResultRow, results: Sequence[PerplexityResult],
-    text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
+    text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]],
 ) -> None:  # fmt: skip
-    """Add the records of a row, with the entries `about`, to `records` and `metrics.json`."""
+    """Add the records of a row to `records` and `metrics.json`."""
     for windows, result in zip(text, results, strict=True):
-        records.append(as_record(run, row, result, windows, leaked[windows.corpus]) | about)
+        leak = leaked[windows.corpus]
+        records.append(as_record(run.cfg, row, result, windows, leak, sparsity=run.budget.sparsity))
     write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
 
 
@@ -98,15 +99,13 @@ def measurement_of(run: Run, row: ResultRow, model: PreTrainedModel) -> Callable
     return measure_with_distance if same_head(model, run.model) else measure_perplexity
 
 
-def leaks(
-    run: Run, records: Sequence[Mapping[str, Any]] = (), also_used: Collection[str] = ()
-) -> dict[str, tuple[bool, float]]:
+def leaks(run: Run, records: Sequence[Mapping[str, Any]] = ()) -> dict[str, tuple[bool, float]]:
     """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text.
 
-    A corpus counts as seen if the run uses its train split, if it is in `also_used`, or if the share is above
-    `SEEN_ABOVE`. If the share is the only reason, a warning is logged. Corpora of `records` are not measured again.
+    A corpus counts as seen if the run uses its train split, or if the share is above `SEEN_ABOVE`. If the share is the
+    only reason, a warning is logged. Corpora of `records` are not measured again.
     """
-    used_corpora = {identity(name) for name in (*run.cfg.train_corpora, *also_used)}
+    used_corpora = {identity(name) for name in run.cfg.train_corpora}
     by_corpus = {r["corpus"]: (r["seen"], r["leaked_13grams"]) for r in records}
     for windows in run.text.test:
         if windows.corpus in by_corpus:
@@ -123,16 +122,22 @@ def dense_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, *, keep_forecasts: bool = False
 ) -> PerplexityResult:
     """Perplexity of the dense model, cached for all runs with the same model and text."""
-    key = key_of(
-        model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
-        device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
-        versions=model_versions(),
-    )  # fmt: skip
     measure = measure_and_keep_forecasts if keep_forecasts else measure_perplexity
+    return cached_perplexity(run.cfg, run.fingerprint, model, windows, lambda w: measure(run, model, w, name))
+
+
+def cached_perplexity(
+    cfg: RunConfig, fingerprint: str, model: PreTrainedModel, windows: Windows,
+    measure: Callable[[Windows], PerplexityResult],
+) -> PerplexityResult:  # fmt: skip
+    """Return `measure(windows)` of a dense model from the cache, by its fingerprint and the settings of its bits."""
+    key = key_of(
+        model=fingerprint, text=windows.content_hash, dtype=cfg.model.dtype, device=device_of(model).type,
+        batch_size=cfg.corpora.batch_size, **cfg.matmul_settings, versions=model_versions(),
+    )  # fmt: skip
 
     def compute() -> dict[str, Any]:
-        result = measure(run, model, windows, name)
-        return {name: value for name, value in vars(result).items() if value is not None}
+        return {name: value for name, value in vars(measure(windows)).items() if value is not None}
 
     return PerplexityResult(**Cache("evaluations").get(key, compute, share=broadcast))
 
@@ -173,10 +178,13 @@ def measure_perplexity(
 
 
 def as_record(
-    run: Run, row: ResultRow, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
-) -> dict[str, Any]:
-    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol and its entry of `leaks`."""
-    cfg = run.cfg
+    cfg: RunConfig, row: ResultRow, result: PerplexityResult, windows: Windows, leak: tuple[bool, float], *,
+    sparsity: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol and its entry of `leaks`.
+
+    `sparsity` is that of the budget.
+    """
     variant, recovery = row
     is_pruned = variant in PRUNED_VARIANTS
     chain = recovery.split("+")
@@ -190,7 +198,7 @@ def as_record(
         # Errors of blocks, by which `reconstruction` allocates, assume least squares with this penalty.
         "ridge": cfg.ridge if recovery_needs(recovery) or (is_pruned and cfg.measures_errors) else None,
         **recovery_settings,
-        "sparsity": run.budget.sparsity if is_pruned else 0.0,
+        "sparsity": sparsity if is_pruned else 0.0,
         "scope": cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),

@@ -29,7 +29,7 @@ MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each ro
 
 
 def summarise(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
     """Compute the summary of a run; write it to manifest, metrics.json, model card, figures, trackers and page."""
     summary = sizes_and_perplexity(run, records, masks, pruned)
@@ -46,8 +46,7 @@ def summarise(
         log.info("%s:\n\n%s\n", table.title, table.for_stdout())
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
-    block_widths = {} if masks is None else {"widths": widths(pruned)}
-    run.folder.update_manifest(summary=summary, **block_widths)
+    run.folder.update_manifest(summary=summary, widths=widths(pruned))
     remedy = f"`gprune report {run.folder.path}` writes"
     with optional_output("the model card", f"{remedy} it"):
         write_card(run.folder, run.cfg, records)
@@ -69,14 +68,10 @@ def summarise(
 
 
 def sizes_and_perplexity(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel
 ) -> dict[str, Any]:
     """Return the part of the summary with sizes, tokens and mean perplexities; arguments as for `summarise`."""
     before, after = run.model.num_parameters(), pruned.num_parameters()
-    summary = {}
-    if masks is not None:
-        removed_parameters = run.budget.parameters_removed_by(masks)
-        summary["sparsity_of_scope"] = removed_parameters / run.budget.total_parameters
     numbers = number_frame(records, base=records)
     means: dict[str, dict[str, float | None]] = {row: dict.fromkeys(MEANS) for row in numbers["row"].unique()}
     ratios = {}
@@ -86,7 +81,8 @@ def sizes_and_perplexity(
         if line.number == "unseen_over_base_same_recovery":
             ratio = to_estimate(line.value, line.low, line.high)
             ratios[line.row] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
-    return summary | {
+    return {
+        "sparsity_of_scope": run.budget.parameters_removed_by(masks) / run.budget.total_parameters,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -15,7 +15,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gprune.config import RunConfig
-from gprune.config.elsewhere import made_elsewhere
 from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.models.families import PRUNED
@@ -37,8 +36,7 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     if not model.is_dir():
         return
     manifest = folder.manifest
-    other = made_elsewhere(manifest["settings"])
-    card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"), other=other)
+    card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"))
     for entry in entries(manifest.get("summary", {})).values():
         card += "".join(f"\n{line}\n" for line in (entry["said"], *entry.get("warnings", ())))
     if evaluation := read_evaluation(folder / "evaluation.json"):
@@ -49,13 +47,10 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
-def model_card(
-    cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None,
-    other: str | None = None,
-) -> str:  # fmt: skip
+def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None) -> str:
     """Return the README.md of the exported folder `model`: description, method, results, and how to load it.
 
-    `dtype` is that of the exported weights, and `other` the name of a model made elsewhere, which the run measured.
+    `dtype` is that of the exported weights.
     """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
@@ -70,23 +65,16 @@ def model_card(
     # The name alone, because a path on this machine is not useful for others.
     label = in_markdown(local_folder.name if local_folder else model_label(cfg.model.name))
     labels = corpus_labels([*cfg.corpora.scored, *cfg.roles["drift"], *(r["corpus"] for r in records)])
-    if other is None:
-        heading, verb = "structurally pruned", "pruned and measured"
-        method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
-        credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n" if cfg.gprune else ""
-    else:
-        heading, verb = "made elsewhere", "recovered and measured"
-        name = PurePath(other).name
-        method = f"A model that gprune did not prune (`{name}`){_describe_recovery(cfg)}, seed {cfg.run.seed}."
-        credit = ""
+    method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
+    credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n" if cfg.gprune else ""
     return f"""---
 {_metadata(cfg, model).to_yaml()}
 ---
 
-# {label}, {heading}
+# {label}, structurally pruned
 
 {method}
-Weights in {dtype or cfg.model.dtype}; {verb} in {cfg.model.dtype}.
+Weights in {dtype or cfg.model.dtype}; pruned and measured in {cfg.model.dtype}.
 {credit}
 Base model: {label}. Licence: {licence}.{notice}
 

@@ -16,7 +16,7 @@ from gprune.config import effective_settings
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.paths import expanded
 
-DEFAULT_NAME = re.compile(r"(.+-(base|gprune)-.+-.+|.+-beside-.+)-[0-9a-f]{8}")  # made by `RunConfig.run_name`
+DEFAULT_NAME = re.compile(r".+-(base|gprune)-.+-.+-[0-9a-f]{8}")  # made by `RunConfig.run_name`
 HASH = re.compile(r"-[0-9a-f]{8}$")
 
 

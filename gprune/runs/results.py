@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
 from gprune.config import RunConfig, config_from_mapping
-from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
 from gprune.discovery import family_of
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
@@ -88,12 +87,12 @@ class FinishedRun:
 
 @dataclass(repr=False)
 class PruningResult:
-    """Result of a run. `model` is the pruned model with smaller matrices; None after `gprune.evaluate`."""
+    """Result of a run. `model` is the pruned model with smaller matrices."""
 
     path: Path
     config: RunConfig
-    masks: Masks | None  # None for a model made elsewhere
-    modules: Modules | None  # None with --gprune false, and for a model made elsewhere
+    masks: Masks
+    modules: Modules | None  # None with --gprune false
     thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups; None without modules
     statistics: Mapping[str, CorpusStatistics]  # by corpus
     records: list[dict[str, Any]]  # metrics.json
@@ -125,10 +124,8 @@ class PruningResult:
         """Return the path, the sizes, and the table with at most seven rows."""
         lines = [f"PruningResult({str(self.path)!r})"]
         if summary := self.summary:
-            removed = "made elsewhere"
-            if "sparsity_of_scope" in summary:
-                of_scope = f"{summary['sparsity_of_scope']:.2%} of {self.config.sparsity.scope}"
-                removed = f"{of_scope} removed, {summary['sparsity_of_model']:.2%} of the model"
+            of_scope = f"{summary['sparsity_of_scope']:.2%} of {self.config.sparsity.scope}"
+            removed = f"{of_scope} removed, {summary['sparsity_of_model']:.2%} of the model"
             lines.append(f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,}")
         if self.records:
             lines += self.table().to_string(float_format="{:.2f}".format, max_rows=7).splitlines()
@@ -167,8 +164,6 @@ def read_run(path: Path | str) -> FinishedRun:
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
     """Return the run with masks and, if it has modules, modules."""
-    if run.final == "model":  # not pruned by gprune
-        return run
     masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
     modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
     return replace(run, masks=masks, modules=modules)
@@ -212,7 +207,7 @@ def load_run(path: Path | str) -> PruningResult:
     run = _with_tensors(run)
     statistics = {
         corpus: CorpusStatistics.from_tensors(_read_tensors_of(run, f"statistics/{corpus_file(corpus)}"))
-        for corpus in (() if run.final == "model" else cfg.calibration_corpora)
+        for corpus in cfg.calibration_corpora
     }
     thresholds = ModuleSparsity.from_tensors(_read_tensors_of(run, "thresholds")).thresholds if cfg.gprune else None
     model, tokenizer = _load_exported(run)
@@ -261,8 +256,6 @@ def config_of(run: FinishedRun) -> RunConfig:
         cfg = config_from_mapping(settings)
         stored = {name: run.settings[name] for name in ("inputs", "code") if name in run.settings}
         current = {name: value for name, value in cfg.settings().items() if name != "code"}  # may have changed
-        if run.final == "model":
-            current = with_made_elsewhere(current, made_elsewhere(run.settings))
         if changed := changed_settings(run.settings, current | stored):
             raise UserError(f"The settings must be those of manifest.json; they differ in {changed[0]}.")
     except UnregisteredError as error:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from gprune.checks import require
 from gprune.config import LoggingConfig, RunConfig, flatten
-from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
+from gprune.config.elsewhere import with_made_elsewhere
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
@@ -76,7 +76,7 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
         return
     # CSVLogger chooses a new version, so that a resumed run does not delete the curves of earlier sessions.
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
-    about = wandb_arguments(cfg, made_elsewhere(folder.manifest.get("settings", {})))
+    about = wandb_arguments(cfg)
     with wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **about) as run:
         if run is not None:
             # Without `experiment`, WandbLogger would open a run itself: all metrics would also match the axis
@@ -114,7 +114,7 @@ def loggers_of_user(cfg: RunConfig, given: Logger | Sequence[Logger]) -> list[Lo
     return loggers
 
 
-def wandb_arguments(cfg: RunConfig, other: str | None) -> dict[str, Any]:
+def wandb_arguments(cfg: RunConfig, other: str | None = None) -> dict[str, Any]:
     """Arguments `name` to `config` of `wandb_run`, for a run that prunes or, with `other`, only measures that model."""
     s = cfg.sparsity
     arguments = {

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.checks import Text, validation_message
 from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, read_settings
-from gprune.config.elsewhere import PRUNING_SETTINGS, default_run_name, with_made_elsewhere, without_pruning
+from gprune.config.elsewhere import PRUNING_SETTINGS, made_elsewhere, with_made_elsewhere, without_pruning
 from gprune.config.parse import GROUPS, as_flag, overlay
 from gprune.errors import UserError
 from gprune.report import TableName, prune_command
@@ -48,7 +48,7 @@ class RowContent(BaseModel):
     """Files with settings from which the row starts."""
     model: Text | dict[str, Any] | None = None
     """Folder or hub id of a causal language model that is measured instead of being pruned by gprune
-    (`gprune.evaluate`, or with `recovery: distill` `gprune.recover`), or settings of the group `model`."""
+    (`gprune.measure`), or settings of the group `model`."""
     record: Files = []
     """Names of records without `.json`, one per seed, of a row that cannot be run any more because one of its settings
     was removed. The row has no other key: its settings are those of the record."""
@@ -147,9 +147,12 @@ class Row:
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
-        if self.made_elsewhere is not None:
-            cfg = without_pruning(cfg, cfg.recovery, f"{where}: A model made elsewhere")
-            cfg.run.name = default_run_name(with_made_elsewhere(cfg.settings(), self.made_elsewhere))
+        if self.made_elsewhere is not None and self.record is None:
+            subject = f"{where}: A model made elsewhere"
+            if cfg.recovery != "none":
+                remedy = "Distil it with `python -m experiments.distil`, and measure the folder"
+                raise UserError(f"{subject} needs --recovery none; got {cfg.recovery}. {remedy}.")
+            cfg = without_pruning(cfg, subject)
         return cfg
 
     @property
@@ -173,9 +176,8 @@ class Row:
         flags = [as_flag(*setting) for setting in self._applied_settings.items()]
         if self.made_elsewhere is None:
             return shlex.join([*prune_command(), *flags])
-        function = "evaluate" if self.config.recovery == "none" else "recover"
         models = f"{self.made_elsewhere!r}, {self.config.model.name!r}"
-        code = f"import gprune, sys; gprune.{function}({models}, gprune.config.parse(sys.argv[1:]))"
+        code = f"import gprune, sys; print(gprune.measure({models}, gprune.config.parse(sys.argv[1:])))"
         return shlex.join(["python", "-c", code, *flags])
 
     @property
@@ -277,16 +279,17 @@ def _rows(
                 for key, value in layer.items():
                     overlay(settings, {key: value}, where)
             _check_settings(where, settings, flag_settings)
-            record = None
+            record, measured = None, row.made_elsewhere
             if row.record:
                 of_seed = [stem for stem in row.record if f"-seed{seed}-" in stem]
                 record = records / "runs" / f"{(of_seed or row.record)[0]}.json"
                 settings = {name: value for name, value in settings.items() if name.startswith("logging.")}
+                measured = made_elsewhere((read_json(record) or {"settings": {}})["settings"])
             overlay(settings, flag_settings, where)
             yield Row(
                 name, seed, settings | {"run.seed": seed}, tasks=content.tasks,
-                masks=masks and not row.record and row.made_elsewhere is None, records=records, study=path.stem,
-                made_elsewhere=row.made_elsewhere, record=record,
+                masks=masks and not row.record and measured is None, records=records, study=path.stem,
+                made_elsewhere=measured, record=record,
             )  # fmt: skip
 
 

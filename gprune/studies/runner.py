@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ import torch
 
 import gprune
 from gprune.benchmarks import measurement
+from gprune.benchmarks.settings import Benchmarks
 from gprune.benchmarks.subjects import task_numbers
 from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.method.plan import Plan, make_plan
+from gprune.models.embedded import model_label
 from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
-from gprune.runs.numbers import run_numbers
+from gprune.runs.numbers import Record, run_numbers
+from gprune.storage.environment import environment
 from gprune.storage.files import key_of, read_json, scratch_folder, write_json
 from gprune.storage.paths import disk_errors, expanded
 from gprune.studies.archive import (
@@ -126,7 +130,7 @@ def _plan_of(row: Row) -> Plan:
     """Check the settings and the models of a row, and return its plan."""
     if row.made_elsewhere is None:
         return make_plan(row.config)
-    from gprune.method.elsewhere import check_models  # imports W&B, which tables of records do not need
+    from gprune.method.measure import check_models
 
     return check_models(row.made_elsewhere, row.config)
 
@@ -153,19 +157,19 @@ def _settings_of_statistics(cfg: RunConfig) -> list[Any]:
 def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record. Return the run folder and the record, which other ranks lack ({}).
 
-    Tasks and their results in an existing record are kept. `collect` is as for `gprune.prune`.
+    A row of a model made elsewhere has no run folder. Tasks and their results in an existing record are kept. `collect`
+    is as for `gprune.prune`.
     """
+    # A record exists if another list has this row with other tasks, or without masks.
+    existing = find_record(row)[1] or {"masks": None}
+    kept = {name: existing[name] for name in ("tasks", "evaluation") if name in existing}
+    if row.made_elsewhere is not None:
+        return Path(), write_record(find_record(row)[0], _measured_record(row) | kept)
     cfg = with_wandb_names(row)
     if row.tasks and cfg.recovery != "none":
         cfg = _with_exported_model(cfg)
-    # A record exists if another list has this row with other tasks, or without masks.
-    existing = find_record(row)[1] or {"masks": None}
     with wandb_beside_records(row):
-        if row.made_elsewhere is None:
-            result = gprune.prune(cfg, collect=collect)
-        else:
-            function = gprune.evaluate if cfg.recovery == "none" else gprune.recover
-            result = function(row.made_elsewhere, cfg.model.name, cfg)
+        result = gprune.prune(cfg, collect=collect)
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
@@ -183,8 +187,25 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
         "masks": pack_masks(result.masks) if keeps_masks else None,
         "records": [round_window_nll(r) for r in result.records],
     }
-    record |= {name: existing[name] for name in ("tasks", "evaluation") if name in existing}
-    return result.path, write_record(find_record(row)[0], record)
+    return result.path, write_record(find_record(row)[0], record | kept)
+
+
+def _measured_record(row: Row) -> dict[str, Any]:
+    """Measure the model of a row that was made elsewhere, and return the record. There is no run folder."""
+    from gprune.method.measure import measure_records
+
+    measured = measure_records(row.made_elsewhere, row.config)
+    return {
+        "name": row.name,
+        "settings": row.identity,
+        "inputs": measured.inputs,
+        "environment": environment(),
+        "steps": measured.steps,
+        "summary": measured.summary | {"learned_tokens": 0},
+        "learning": None,
+        "masks": None,
+        "records": [round_window_nll(r) for r in measured.records],
+    }
 
 
 def _with_exported_model(cfg: RunConfig) -> RunConfig:
@@ -262,13 +283,25 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
     with wandb_beside_records(row):
         dense_results = read_json(dense_file, check=check_evaluation) or {}
         if not dense_results.get("records"):
-            measured, _ = measurement.evaluate(str(folder), benchmarks, dense=True, pruned=False)
+            measured = _measure_models(row, folder, benchmarks, dense=True)
             # Stored at once, because the tasks of the pruned model take long.
             write_json(dense_file, {"records": list(map(round_window_nll, measured))})
-        measured, _ = measurement.evaluate(str(folder), benchmarks)
+        measured = _measure_models(row, folder, benchmarks, dense=False)
     record = record | {"tasks": row.tasks, "evaluation": list(map(round_window_nll, measured))}
     # Looked up again, because another list may have written its tasks.
     return write_record(find_record(row)[0], record)
+
+
+def _measure_models(row: Row, folder: Path, benchmarks: Benchmarks, *, dense: bool) -> list[Record]:
+    """Measure the tasks on the dense model of a row, or on the row's own model."""
+    if row.made_elsewhere is None:
+        return measurement.evaluate(str(folder), benchmarks, dense=dense, pruned=not dense)[0]
+    about = {"model": model_label(row.config.model.name), "stage": "model", "recovery": "none"}
+    if dense:
+        about |= {"stage": "dense", "sparsity": 0.0}
+    name = row.config.model.name if dense else row.made_elsewhere
+    records, _ = measurement.evaluate(name, replace(benchmarks, dtype=row.config.model.dtype))
+    return [r | about for r in records]
 
 
 def round_window_nll(record: dict[str, Any]) -> dict[str, Any]:

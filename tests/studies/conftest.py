@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import gprune
 from gprune.__main__ import run as command
 from tests import tiny_run
 from tests.studies.workbench import COMPARE, ROWS, Workbench
@@ -34,5 +33,5 @@ def first(bench):
 @pytest.fixture
 def nothing_runs(monkeypatch):
     """Fail if a row is run."""
-    for name in ("prune", "evaluate", "recover"):
-        monkeypatch.setattr(gprune, name, lambda *_, **__: pytest.fail("a row was run"))
+    for name in ("gprune.prune", "gprune.method.measure.measure_records"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("a row was run"))

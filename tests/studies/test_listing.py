@@ -39,8 +39,7 @@ def test_the_command_of_a_row_has_its_settings(path):
         program, script, *flags = shlex.split(row.command)
         if row.made_elsewhere is not None:
             code, *flags = flags
-            function = "evaluate" if row.config.recovery == "none" else "recover"
-            assert f"gprune.{function}('{row.made_elsewhere}', '{row.config.model.name}', " in code
+            assert f"gprune.measure('{row.made_elsewhere}', '{row.config.model.name}', " in code
         assert (program, script) == ("python", "train.py" if row.made_elsewhere is None else "-c")
         assert parse(flags).settings() == row.config.settings(), row.name
 

@@ -6,12 +6,10 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from lightning import Callback
-from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -19,27 +17,25 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 import gprune
 from gprune.__main__ import run as command
-from gprune.benchmarks.subjects import find_subjects
+from gprune.benchmarks import measurement
 from gprune.cli import main
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
+from gprune.models.embedded import model_label
 from gprune.models.loading import check_elsewhere, load_elsewhere
 from gprune.models.surgery import slice_model
 from gprune.report.figures import run_figures
 from gprune.report.page import render
-from gprune.studies.archive import finished_record, record_to_run, task_results
+from gprune.studies import runner
+from gprune.studies.archive import finished_record, record_to_run, row_to_run
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
 from tests.tiny_families import make_tiny, some_masks
@@ -116,7 +112,7 @@ def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(benc
     assert "Another tokenizer" not in out
 
 
-def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_export, nothing_runs, capsys, tmp_path):
+def test_frames_files_and_reports_accept_a_model_row(bench, list_with_export, nothing_runs, capsys, tmp_path):
     """Each reads the record of the model row `theirs`, whose model is that of the row `plain`."""
     path, _ = list_with_export
     study = gprune.load_study(path, records=bench.records)
@@ -135,9 +131,6 @@ def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_e
     assert command("report", [f"{path}:theirs", "--records", str(bench.records), "--html", str(page)]) == 0
     assert "Made elsewhere" in page.read_text()
     (row,) = [row for row in study.rows if row.name == "theirs"]
-    loaded = gprune.load_run(row.config.folder)
-    assert loaded.masks is None
-    assert "made elsewhere" in repr(loaded)
     assert record_to_run(finished_record(row)).final == "model"
 
 
@@ -151,29 +144,6 @@ def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
         assert of_model["kl"] == pytest.approx(0, abs=1e-9)
         assert of_model["agreement"] == 1
     assert record["summary"]["sparsity_of_model"] == 0
-
-
-def test_distillation_reduces_the_kl_of_a_model_row(bench, exported, capsys):
-    settings = {"recovery": "distill", "distill.tokens": 96 * 32, "distill.learning_rate": 0.02}
-    path = bench.write("distilled", {"theirs": {"model": str(exported[0]), **settings}})
-    bench(capsys, path)
-    _, ((_, record),) = bench.done(path)
-    kl = {recovery: [r["kl"] for r in record["records"] if (r["stage"], r["recovery"]) == ("model", recovery)]
-          for recovery in ("none", "distill")}  # fmt: skip
-    assert len(kl["none"]) == len(kl["distill"]) == 3
-    assert sum(kl["distill"]) < sum(kl["none"])
-    assert record["summary"]["learned_tokens"] > 0
-
-
-def save_phi(folder, *, bias):
-    """Save a tiny Phi, whose head has a bias, with the tokenizer of the dense model."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = PhiForCausalLM(PhiConfig(vocab_size=128, bos_token_id=1, eos_token_id=2, **sizes))
-    model.lm_head.bias.data.fill_(bias)
-    model.save_pretrained(folder)
-    tiny_run.tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def save_gpt2(folder):
@@ -191,7 +161,6 @@ def save_gpt2(folder):
 
 
 def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(bench, folders, capsys):
-    """Its distillation is refused, because the output embedding differs from that of the dense model."""
     folder = save_gpt2(folders / "other")
     path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}}, reference="plain")
     out = bench(capsys, path)
@@ -209,25 +178,10 @@ def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(be
     assert frame.loc["gpt", missing].isna().all()
     assert frame.loc["gpt", ["unseen", "seen"]].notna().all()
     assert frame.loc["plain", "gap"] > 0
-    distilled = bench.write(
-        "other tokenizer distilled", {"gpt": {"model": str(folder), "recovery": "distill", "distill.tokens": 96}}
-    )
-    assert "output embedding differs" in bench.refused(capsys, distilled)
-
-
-@pytest.mark.parametrize(("bias", "refused"), [(0.0, False), (0.5, True)])
-def test_a_model_is_only_distilled_if_its_head_has_the_bias_of_the_dense_head(bench, folders, capsys, bias, refused):
-    dense, other = save_phi(folders / "phi", bias=0.0), save_phi(folders / f"phi {bias}", bias=bias)
-    settings = {"model.name": dense, "model": other, "recovery": "distill", "distill.tokens": 96}
-    path = bench.write(f"phi {bias}", {"phi": settings})
-    if refused:
-        assert "output embedding differs" in bench.refused(capsys, path)
-    else:
-        assert "model + distill" in bench(capsys, path)
 
 
 def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, capsys):
-    """Mamba has neither attention nor an FFN. Its distillation is refused in one line."""
+    """Mamba has neither attention nor an FFN."""
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=1)
     MambaForCausalLM(config).save_pretrained(folders / "mamba")
@@ -236,33 +190,29 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
     assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "model")
-    distilled = {"model": str(folders / "mamba"), "recovery": "distill", "distill.tokens": 96}
-    assert "mamba" in bench.refused(capsys, bench.write("distilled mamba", {"mamba": distilled}))
 
 
-def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
-    monkeypatch.setenv("GPRUNE_DATA_DIR", str(folders))
-    raw = folders / "corpora/wikitext2/wiki.test.raw"
-    raw.parent.mkdir(parents=True)
-    raw.write_text("\n".join(" ".join(tiny_run.WORDS) for _ in range(4)))
-    tasks = {"names": ["wikitext2"], "seq_len": [8], "limit": 4}
-    distilled = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
-    rows = {"gpt": {"model": str(save_gpt2(folders / "for tasks"))}, "distilled": distilled}
-    path = bench.write("tasked", rows, tasks=tasks)
-    bench(capsys, path)
-    _, done = bench.done(path)
-    for row, record in done:
-        assert {r["stage"] for r in task_results(row, record)} == {"dense", "model"}
-        (dense, made_elsewhere), _, _ = find_subjects(row.config.folder, dense=True)
-        assert type(dense.load()[0]).__name__ == "LlamaForCausalLM"
-        model = made_elsewhere.load()[0]
-        assert model.num_parameters() == record["summary"]["parameters_after"]
-        assert (type(model).__name__ == "GPT2LMHeadModel") == (row.name == "gpt")
-    folder_of_distilled = Path(done[1][0].config.folder)
-    assert (folder_of_distilled / "model/config.json").is_file()
-    assert "A model that gprune did not prune" in (folder_of_distilled / "model/README.md").read_text()
-    frame = gprune.load_study(path, records=bench.records).to_frame()
-    assert frame["tasks/wikitext2/8/perplexity"].notna().all()
+def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monkeypatch):
+    evaluated = []
+
+    def evaluate(model, benchmarks, **_):
+        evaluated.append((model, benchmarks.dtype))
+        record = {
+            "kind": "zero_shot", "task": "piqa", "split": "test", "dtype": "float32", "note": "", "questions": 4,
+            "standard_protocol": False, "content_hash": "c", "model": model, "stage": "model",
+            **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5),
+        }  # fmt: skip
+        return [record], None
+
+    monkeypatch.setattr(measurement, "evaluate", evaluate)
+    theirs = str(save_gpt2(folders / "for tasks"))
+    (row,) = bench.rows(bench.write("tasked", {"gpt": {"model": theirs}}, tasks={"names": ["piqa"]}))
+    record = runner.measure_tasks(row, *runner.run_row(row, {}))
+    assert evaluated == [(str(bench.world.model), "float32"), (theirs, "float32")]
+    results = row_to_run(row, record, None).evaluation
+    assert [(r["stage"], r["model"], r["run"]) for r in results] == [
+        (stage, model_label(str(bench.world.model)), "gpt") for stage in ("dense", "model")
+    ]
 
 
 @pytest.mark.slow
@@ -388,7 +338,7 @@ def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeyp
 def test_train_py_names_what_to_use_instead_of_the_flag_of_earlier_versions(bench, tmp_path, capsys):
     assert main(bench.world.args(tmp_path, "--model.made_elsewhere=there")) == 2
     line = capsys.readouterr().err
-    assert "Use gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER` of a list." in line
+    assert "Use gprune.measure in Python, or a row `model: FOLDER` of a list." in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -396,116 +346,73 @@ def test_train_py_names_what_to_use_instead_of_the_flag_of_earlier_versions(benc
 def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewhere(bench, tmp_path):
     """The folder does not tell which text the other tool has used."""
     world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
-    theirs = gprune.evaluate(world.model, world.model, parse(world.args(tmp_path, evaluate, name="theirs")))
+    theirs = gprune.measure(world.model, world.model, parse(world.args(tmp_path, evaluate)))
     ours = world.run(tmp_path, evaluate, "--sparsity.allocation=uniform", "--export=none", name="ours")
-    seen = [{r["corpus"]: r["seen"] for r in run.records if r["stage"] != "dense"} for run in (theirs, ours)]
-    assert seen[0] == seen[1]
-    assert list(seen[0].values()) == [True, True, False]
+    seen = theirs[(theirs["row"] == "model") & theirs["windows"].notna()]["seen"].tolist()
+    assert seen == [r["seen"] for r in ours.records if r["stage"] == "dense"] == [True, True, False]
 
 
-# --- the functions ------------------------------------------------------------------------------------------------
+# --- the function -------------------------------------------------------------------------------------------------
 
 
-def protocol(bench, folder, *more, name=None):
-    """Return a configuration with results in a folder; by default the run gets the name that the function chooses."""
-    cfg = parse(bench.world.args(folder, *more))
-    cfg.run.name = name
-    return cfg
-
-
-def test_evaluate_gives_the_numbers_of_a_list_row_and_ignores_settings_of_pruning(
+def test_measure_returns_the_numbers_of_a_list_row_and_ignores_settings_of_pruning(
     bench, exported, list_with_export, tmp_path
 ):
-    cfg = protocol(bench, tmp_path, "--ridge=0.5", "--sparsity.target=30%")
-    result = gprune.evaluate(exported[0], bench.world.model, cfg)
-    _, (_, (_, row)) = bench.done(list_with_export[0])
-    of_row = {(r["stage"], r["corpus"]): (r["nll"], r.get("kl"), r["seen"], r["scope"]) for r in row["records"]}
-    assert {(r["stage"], r["corpus"]): (r["nll"], r.get("kl"), r["seen"], r["scope"]) for r in result.records} == of_row
-    assert (result.masks, result.modules, result.model, result.tokenizer) == (None, None, None, None)
-    assert result.table().index.tolist() == ["dense", "model"]
-    assert result.to_frame()["stage"].tolist() == ["dense", "model"]
-    assert repr(result).splitlines()[1].startswith("made elsewhere: ")
-    assert result.path.name.startswith("model-beside-tiny-llama-")
-    assert not (result.path / "model").exists()  # the user has this model
+    """Columns of corpora in the frame of the list are `NUMBER/CORPUS`."""
+    cfg = parse(bench.world.args(tmp_path, "--ridge=0.5", "--sparsity.target=30%", "--recovery=distill"))
+    frame = gprune.measure(exported[0], bench.world.model, cfg)
     assert cfg.settings()["sparsity"]["target"] == "30%"  # the caller's configuration is not changed
-    again = gprune.load_run(result.path)
-    assert (again.records, again.summary, again.masks) == (result.records, result.summary, None)
-    assert gprune.evaluate(str(exported[0]), str(bench.world.model), cfg).records == result.records  # from the folder
+    assert not any(tmp_path.iterdir())
+    of_list = gprune.load_study(list_with_export[0], records=bench.records).to_frame(stages=True)
+    of_list = of_list[of_list["row"] == "theirs"].set_index("stage")
+    for line in frame.to_dict("records"):
+        corpus, names = line["corpus"], {"perplexity": "perplexity", "kl": "kl", "agreement": "agreement"}
+        by_column = {name: f"{name}/{corpus}" for name in names}
+        if pd.isna(line["windows"]):
+            mean = corpus.removeprefix("mean of ").removesuffix(" corpora")
+            by_column = {"perplexity": mean, "perplexity_low": f"{mean}_low"}
+            if mean == "unseen":
+                by_column |= {"kl": "unseen_kl", "agreement": "unseen_agreement", "over_dense": "unseen_over_dense"}
+                by_column |= {"over_dense_high": "unseen_over_dense_high"}
+        expected = of_list.loc[line["row"]]
+        for column, name in by_column.items():
+            assert line[column] == pytest.approx(expected[name], rel=1e-5, nan_ok=True), (line["row"], corpus, column)
+    lines = list(zip(frame["row"], frame["corpus"], frame["seen"], strict=True))
+    corpora = [("alpha.txt", True), ("delta.txt", False), ("epsilon.txt", False)]
+    means = [("mean of seen corpora", True), ("mean of unseen corpora", False)]
+    assert lines == [(row, *line) for row in ("dense", "model") for line in (*corpora, *means)]
 
 
-def test_loaded_models_give_the_same_numbers_and_are_not_changed(bench, exported, tmp_path):
-    from_folders = gprune.evaluate(exported[0], bench.world.model, protocol(bench, tmp_path))
-    other = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32).train()
-    dense = LlamaForCausalLM.from_pretrained(bench.world.model, dtype=torch.float32)
-    before = {name: weight.clone() for name, weight in other.state_dict().items()}
-    distilled = protocol(bench, tmp_path, "--distill.tokens=3072", "--distill.learning_rate=0.02", "--export=none")
-    measured = gprune.evaluate(other, dense, protocol(bench, tmp_path / "loaded"))
-    recovered = gprune.recover(other, dense, distilled)
-    for result in (measured, recovered):
-        unrecovered = [r for r in result.records if r["recovery"] == "none"]
-        for expected, r in zip(from_folders.records, unrecovered, strict=True):
-            assert (r["stage"], r["corpus"], r["nll"]) == (expected["stage"], expected["corpus"], expected["nll"])
-    assert other.training
-    assert all(p.requires_grad for p in (*other.parameters(), *dense.parameters()))
-    assert all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
-
-
-def test_recover_lowers_kl_exports_the_model_and_uses_callbacks_and_loggers(bench, exported, tmp_path):
-    class Steps(Callback):
-        seen = 0
-
-        def on_train_batch_end(self, *_):
-            self.seen += 1
-
-    steps, logger = Steps(), CSVLogger(tmp_path / "csv")
-    cfg = protocol(bench, tmp_path, "--distill.tokens=3072", "--distill.learning_rate=0.02", "--export.dtype=float32")
-    result = gprune.recover(exported[0], bench.world.model, cfg, callbacks=[steps], logger=logger)
-    kl = {recovery: sum(r["kl"] for r in result.records if (r["stage"], r["recovery"]) == ("model", recovery))
-          for recovery in ("none", "distill")}  # fmt: skip
-    assert kl["distill"] < kl["none"]
-    assert steps.seen > 0
-    (metrics,) = (tmp_path / "csv").rglob("metrics.csv")
-    columns = metrics.read_text().splitlines()[0].split(",")
-    assert {"distill/model/loss", "development/perplexity"} <= set(columns)
-    assert "A model that gprune did not prune" in (result.path / "model/README.md").read_text()
-    reloaded = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype=torch.float32)
-    ids = torch.arange(3, 20)[None]
-    assert torch.equal(reloaded(ids).logits, result.model(ids).logits)
-    again = gprune.evaluate(result.path / "model", bench.world.model, protocol(bench, tmp_path))
-    distilled = [r["nll"] for r in result.records if r["recovery"] == "distill"]
-    assert [r["nll"] for r in again.records if r["stage"] == "model"] == pytest.approx(distilled, rel=1e-5)
+def test_a_loaded_model_is_measured_as_it_is_and_not_changed(bench, exported, tmp_path):
+    cfg = parse(bench.world.args(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    pd.testing.assert_frame_equal(
+        gprune.measure(model, bench.world.model, cfg), gprune.measure(exported[0], bench.world.model, cfg)
+    )
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "flags", "message"),
     [
-        ((3,), "A model must be a folder, a hub id or a loaded PreTrainedModel; got 3"),
-        (("nowhere",), "nowhere"),
-        (("--trainer.devices=2",), "needs one process"),
-        (("--export=gguf",), "--export gguf"),
-        (("--dry_run=true",), "--dry_run true"),
+        (3, (), "A model must be a folder, a hub id or a loaded PreTrainedModel; got 3"),
+        ("nowhere", (), "nowhere"),
+        (None, ("--trainer.devices=2",), "needs one process"),
     ],
 )
-def test_the_functions_refuse_bad_arguments_in_one_line_and_write_nothing(bench, tmp_path, arguments, message):
-    flags = [argument for argument in arguments if str(argument).startswith("--")]
-    model = bench.world.model if flags else arguments[0]
-    for function in (gprune.evaluate, gprune.recover):
-        with pytest.raises(UserError, match=re.escape(message)) as raised:
-            function(model, bench.world.model, protocol(bench, tmp_path / "runs", *flags))
-        assert "\n" not in str(raised.value)
-    assert not (tmp_path / "runs").exists()
+def test_measure_refuses_bad_arguments_in_one_line(bench, tmp_path, model, flags, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        gprune.measure(model or bench.world.model, bench.world.model, parse(bench.world.args(tmp_path, *flags)))
+    assert "\n" not in str(raised.value)
 
 
-def test_a_loaded_dense_model_needs_a_folder_with_its_tokenizer_and_other_loaded_models_get_it(bench, tmp_path):
-    config = LlamaConfig(**LlamaConfig.from_pretrained(bench.world.model).to_dict())
-    config._name_or_path = ""
-    made_here = LlamaForCausalLM(config)
-    made_here.model.norm.weight.data *= 2
-    with pytest.raises(UserError, match=r"^Cannot load the tokenizer of a loaded model from ''"):
-        gprune.evaluate(made_here, made_here, protocol(bench, tmp_path))
-    assert not any(tmp_path.iterdir())
-    result = gprune.evaluate(made_here, bench.world.model, protocol(bench, tmp_path))
-    assert min(r["kl"] for r in result.records if r["stage"] == "model") > 0
+@pytest.mark.parametrize(("name", "instead"), [("evaluate", "gprune.measure"), ("recover", "experiments.distil")])
+def test_a_removed_function_names_what_to_use_instead(name, instead):
+    with pytest.raises(AttributeError, match=rf"'{name}'\. It was removed; use .*{instead}"):
+        getattr(gprune, name)
 
 
 def test_missing_models_run_folders_models_without_tokenizer_and_too_large_models_are_refused(
@@ -522,7 +429,7 @@ def test_missing_models_run_folders_models_without_tokenizer_and_too_large_model
         file.unlink()
     path = bench.write("incomplete", {"incomplete": {"model": str(no_tokenizer)}})
     assert "tokenizer" in bench.refused(capsys, path)
-    monkeypatch.setattr("gprune.method.elsewhere.device_memory", lambda device: 100_000)
+    monkeypatch.setattr("gprune.method.measure.device_memory", lambda device: 100_000)
     large = bench.write("large", {"large": {"model": str(bench.world.model)}}, common={"corpora.bos": "never"})
     assert "into memory" in bench.refused(capsys, large)
 
@@ -530,10 +437,9 @@ def test_missing_models_run_folders_models_without_tokenizer_and_too_large_model
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"recovery": "least_squares"}, "needs --recovery none or distill; got least_squares"),
-        ({"export": "gguf"}, "--export gguf"),
+        ({"recovery": "distill"}, "needs --recovery none; got distill. Distil it with `python -m experiments.distil`"),
         ({"trainer.devices": 2}, "needs one process"),
-        ({"model.made_elsewhere": 3}, "Use gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER`"),
+        ({"model.made_elsewhere": 3}, "Use gprune.measure in Python, or a row `model: FOLDER`"),
     ],
 )
 def test_settings_that_do_not_apply_to_a_model_row_are_refused(bench, more, message, nothing_runs, capsys):
