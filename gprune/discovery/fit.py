@@ -70,7 +70,6 @@ def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
     """Raise UserError if a record, which was not discovered, has a path that the first layer does not have."""
     known = [path for path, _ in layer.named_modules() if path]
     fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
-    fields += ["after_ffn", "after_attention"]
     if not record.experts or attribute_at(layer, record.experts) is None:
         fields += ["gate", "up", "down"]
     for field in fields:

@@ -325,28 +325,13 @@ def common_module(names: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
-    """Return the path of the norm whose output `host` reads, and of the first norm after `output`; None if missing."""
+def norm_before(probe: Probe, index: int, host: str) -> str | None:
+    """Return the path of the norm whose output `host` reads, or None."""
     norms = _norm_paths(probe.layers[index])
-    calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
+    calls = probe.in_layer(index, dict.fromkeys([*norms, host]))
     host_input = next((call.entering for call in calls if call.path == host), None)
     norm_by_address = {call.returned.data_ptr(): call.path for call in calls if call.path in norms}
-    norm_before = None if host_input is None else norm_by_address.get(host_input.data_ptr())
-    output_position = next((position for position, call in enumerate(calls) if call.path == output), len(calls))
-    norm_after = next((call.path for call in calls[output_position:] if call.path in norms), None)
-    return norm_before, norm_after
-
-
-def joins_residual(probe: Probe, index: int, output: str) -> bool:
-    """Return whether the output of a projection, times a constant, is added to the residual without a norm between.
-
-    Random numbers are added to the output, while later norms of the layer return their previous outputs. If there is no
-    norm between, the output of the layer changes by these numbers times a constant.
-    """
-    response, shift = _response_to_shift(probe, index, output)
-    if response.numel() == 0 or response.numel() != shift.numel():
-        return False
-    return bool(response.abs().max() > 0) and _is_multiple(response, shift)
+    return None if host_input is None else norm_by_address.get(host_input.data_ptr())
 
 
 def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | None:
@@ -395,14 +380,6 @@ def _response_to_shift(probe: Probe, index: int, output: str) -> tuple[Tensor, T
         for path, previous in later_norms.items():
             hooks.enter_context(changed(layer.get_submodule(path), lambda _, previous=previous: previous))
         return probe.returned(index, "") - layer_output, shift
-
-
-def _is_multiple(x: Tensor, reference: Tensor) -> bool:
-    """Return whether a tensor is a multiple of a reference of the same number of elements, except for rounding."""
-    flat_x = x.flatten()
-    flat_reference = reference.flatten()
-    factor = (flat_x @ flat_reference) / (flat_reference @ flat_reference)  # least squares
-    return bool((flat_x - factor * flat_reference).abs().max() <= 1e-3 * flat_x.abs().max())
 
 
 def _norm_paths(layer: nn.Module) -> list[str]:

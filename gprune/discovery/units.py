@@ -19,8 +19,7 @@ from gprune.discovery.probe import (
     Rows,
     common_module,
     is_linear,
-    joins_residual,
-    norms_around,
+    norm_before,
     owner_of,
     row_dim,
 )
@@ -387,10 +386,7 @@ def complete_kind(
     if not owner:
         paths.append("")  # the layer itself
     kind["classes"] = {path: type(layer.get_submodule(path)).__name__ for path in dict.fromkeys(paths)}
-    norm_before, norm_after = norms_around(probe, index, hosts[0], output)
-    kind[f"{scope}_norm"] = norm_before
-    # Without a norm after it, the output itself is named, so that `Block.joins_residual` is False.
-    kind[f"after_{scope}"] = None if joins_residual(probe, index, output) else norm_after or output
+    kind[f"{scope}_norm"] = norm_before(probe, index, hosts[0])
     kind["attributes"] = {}
     for path, module in layer.get_submodule(owner).named_modules():
         if is_linear(module):

@@ -79,14 +79,6 @@ class Block:
         """The norm before query, key and value; None if norms follow the residual sum of the previous layer."""
         return self.module(self.family.attention_norm)
 
-    def joins_residual(self, part: str) -> bool:
-        """Return whether the output of `down` or `output` is added to the residual without a norm."""
-        return self.norm_after(part) is None
-
-    def norm_after(self, part: str) -> nn.Module | None:
-        """Return the norm between `down` or `output` and the residual, or None."""
-        return self.module(self.family.after_ffn if part == "down" else self.family.after_attention)
-
     @property
     def has_experts(self) -> bool:
         """Whether the FFN is a mixture of experts."""

@@ -45,11 +45,9 @@ class Family:
     # Norms over all heads, which are sliced with them. A norm per head keeps its size and is not named here.
     query_norm: str | None = None
     key_norm: str | None = None
-    # Norms: before the projections, and between an output projection and the residual
+    # Norms before the projections
     ffn_norm: str | None = "post_attention_layernorm"
     attention_norm: str | None = "input_layernorm"
-    after_ffn: str | None = None
-    after_attention: str | None = None
     norm_offset: float = 0.0  # the norm multiplies by this + weight
     # Configuration
     width: str = "intermediate_size"  # key of the width of the FFN or of an expert

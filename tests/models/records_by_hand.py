@@ -12,8 +12,6 @@ def fused(path: str) -> dict[str, str]:
 
 GEMMA = {
     "ffn_norm": "pre_feedforward_layernorm",
-    "after_ffn": "post_feedforward_layernorm",
-    "after_attention": "post_attention_layernorm",
     "norm_offset": 1.0,
     "softcap": "final_logit_softcapping",
 }
@@ -34,8 +32,7 @@ BY_HAND: dict[str, Family] = dict(FAMILIES) | {
         Family("gemma2", **GEMMA),
         Family("gemma3_text", **GEMMA),
         Family(
-            "olmo2", ffn_norm=None, attention_norm=None, after_ffn="post_feedforward_layernorm",
-            after_attention="post_attention_layernorm", **HEADS_NORMED_TOGETHER,
+            "olmo2", ffn_norm=None, attention_norm=None, **HEADS_NORMED_TOGETHER,
         ),
         Family(
             "phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
