@@ -1,4 +1,4 @@
-"""Every message of a UserError has one of the four forms in the docstring of `gprune.errors`.
+"""Every message of a UserError has one of the five forms in the docstring of `gprune.errors`.
 
 The messages are collected from the source: the texts of `raise UserError(...)` and of the helpers that make messages.
 A placeholder of an f-string, or a variable, becomes `X`.
@@ -26,6 +26,7 @@ FORMS = {
     "settings": re.compile(rf"{PLACE}[^;]+? (?:needs|cannot) .+?(?:; got .+?)?[.]{MORE}", re.DOTALL),
     "unknown name": re.compile(rf"{PLACE}Unknown [^.]+[.]{MORE}", re.DOTALL),
     "failure": re.compile(rf"{PLACE}Cannot .+?: .+[.]{MORE}", re.DOTALL),
+    "removed": re.compile(rf"[^:;]+ was removed[.]{MORE}", re.DOTALL),
 }
 BEGINNING = re.compile(rf"--[a-z]|[A-Z$'{X}]")
 DIALECT = re.compile(
@@ -101,7 +102,7 @@ def faults(text: str) -> list[str]:
         "is not one line": "\n" in text or text != text.strip(),
         "does not begin with a flag or a capital letter": not BEGINNING.match(text),
         "does not end with a full stop": not text.endswith("."),
-        "has none of the four forms": not any(form.fullmatch(text) for form in FORMS.values()),
+        "has none of the five forms": not any(form.fullmatch(text) for form in FORMS.values()),
         "has a word of the old dialect": bool(DIALECT.search(text)),
         "has two full stops": ".." in text.replace("...", ""),
     }
@@ -112,7 +113,7 @@ def files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "errors.py")
 
 
-def test_every_message_has_one_of_the_four_forms():
+def test_every_message_has_one_of_the_five_forms():
     found = {name: messages(ROOT / name) for name in files()}
     assert sum(map(len, found.values())) > 200
     assert [
@@ -143,7 +144,7 @@ def fail_in_a_library():
         (fail_in_a_library, "Cannot read it: first line."),
     ],
 )  # fmt: skip
-def test_messages_made_at_run_time_have_one_of_the_four_forms(call, text):
+def test_messages_made_at_run_time_have_one_of_the_five_forms(call, text):
     with pytest.raises(UserError) as error:
         call()
     assert str(error.value).startswith(text)

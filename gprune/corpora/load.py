@@ -30,6 +30,7 @@ SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
+LEAST_DOCUMENTS = 15  # of text without splits, so that all three splits have some
 # Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
 MADE_BY = {
     "experiments.corpora --output data": ("code_github", "stackexchange", "c4_code", "c4_code_wiki"),
@@ -60,6 +61,7 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     if split not in SPLITS:
         raise UserError(f"Corpus '{name}': Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
     documents = read(name, "test" if split == "test" else "train")
+    found = len(documents)
     if split != "test":
         development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
         if split == "development":
@@ -68,8 +70,11 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
             excluded = set(development)  # also removes repetitions of a development document
             documents = [document for document in documents if document not in excluded]
     if not documents:
-        cut = f"Text without a test split is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development"
-        raise UserError(f"Corpus '{name}' needs more documents: its split {split} is empty. {cut} text.")
+        cut = f"text without splits is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development text"
+        raise UserError(
+            f"Corpus '{name}' must have {LEAST_DOCUMENTS} or more documents for its split {split}, because {cut}; got "
+            f"{found} of {'test' if split == 'test' else 'train'}. Cut long documents at paragraphs."
+        )
     return documents
 
 

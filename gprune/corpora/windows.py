@@ -60,6 +60,7 @@ class Sample:
     shuffle: bool = True
     bos: int | None = None  # first token of each window; the window then has one token of text less
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # named in errors
+    per_window: int = 1  # what the first flag counts for each window of a corpus
     repeat: bool = False  # whether the windows of a corpus with too little text are repeated
     at_least: int | None = None  # smallest number of windows of a corpus with too little text; None: `num_samples`
 
@@ -92,9 +93,10 @@ def make_windows(
         num_windows = max(sample.at_least, min(available, num_windows))
     repeats = sample.repeat and 0 < available < num_windows
     if available < num_windows and not repeats:
+        needed = f"{num_windows} windows of {sample.seq_len} tokens ({num_windows * sample.seq_len:,} tokens)"
         raise UserError(
-            f"Corpus '{corpus}' ({split}) must have {num_windows} windows of {sample.seq_len} tokens; got {available}. "
-            f"Lower {' or '.join(sample.flags)}, or use a larger corpus."
+            f"Corpus '{corpus}' ({split}) must have {needed}; got {available} ({len(tokens):,}). "
+            f"{_what_fits(sample, len(tokens), num_windows)}."
         )
     windows = torch.tensor(tokens[: min(available, num_windows) * seq_len]).view(-1, seq_len)
     if repeats:
@@ -103,6 +105,20 @@ def make_windows(
     if sample.bos is not None:
         windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
     return Windows(corpus, split, windows, bos=sample.bos is not None)
+
+
+def _what_fits(sample: Sample, tokens: int, windows: int) -> str:
+    """Return settings with which a corpus of so many tokens of text has enough windows, as a sentence."""
+    number, length = sample.flags
+    bos = sample.bos is not None
+    fits = []
+    if available := tokens // (sample.seq_len - bos):
+        fits.append(f"{number} {available * sample.per_window}")
+    if sample.per_window > 1:  # of training, whose number of tokens does not depend on the length
+        fits.append("--distill.repeat true")
+    elif (shorter := (tokens // windows + bos) // 8 * 8) >= 8:
+        fits.append(f"{length} {shorter}")
+    return f"Use {', '.join([*fits, 'or more text'])}"
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:

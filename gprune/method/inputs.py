@@ -143,6 +143,7 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
             seed,
             bos=bos,
             flags=("--distill.tokens", length_flag),
+            per_window=len(c.recover) * c.seq_len,
             repeat=cfg.distill.repeat,
         ),
         "development": Sample(

@@ -27,7 +27,7 @@ from gprune.features import attribute
 from gprune.method.inputs import Text, load_dense, prepare_text
 from gprune.method.plan import Plan, describe_unpruned, forward_equivalents, make_plan
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.loading import fingerprint
+from gprune.models.loading import fingerprint, load_tokenizer
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import loggers_of_user, row_metrics, tracking
@@ -246,7 +246,7 @@ class Run:
 def open_run(
     cfg: RunConfig, callbacks: Sequence[L.Callback] = (), logger: Logger | Sequence[Logger] = ()
 ) -> Iterator[Run]:
-    """Context with an open run: make the plan, load model and text, create or resume the folder, and open the loggers.
+    """Context with an open run: make the plan, load text and model, create or resume the folder, and open the loggers.
 
     Random generators are seeded, and tokens are counted from here on.
     """
@@ -254,9 +254,11 @@ def open_run(
     loggers = loggers_of_user(cfg, logger)
     plan = make_plan(cfg, user_callbacks, together=True)
     cfg = plan.cfg
-    model, tokenizer = load_dense(cfg, plan.device)
+    tokenizer = load_tokenizer(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
-    text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
+    # Before weights are loaded, which may take minutes.
+    text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings)
+    model, _ = load_dense(cfg, plan.device)
     settings = cfg.settings() | {"inputs": {"model": fingerprint(model), "text": text.hashes()}}
     for feature in cfg.features:
         settings["inputs"] |= attribute(feature, "inputs")(plan)

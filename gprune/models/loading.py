@@ -155,9 +155,16 @@ def load_model(
     location = locate_model(name)
     with quoting(f"--model.name: '{name}' cannot be loaded: "):
         model = load_weights(location, trust_remote_code=trust_remote_code, **options)
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model by embedded name, folder or hub id."""
+    location = locate_model(name)
+    with quoting(f"--model.name: '{name}' cannot be loaded: "):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         tokenizer("a")  # fails if its settings have wrong types
-        return model, tokenizer
+    return tokenizer
 
 
 def load_weights(

@@ -71,10 +71,13 @@ def test_a_single_file_is_split_contiguously_without_duplicates(tmp_path, file):
         assert len(parts["development"]) == 7
 
 
-def test_too_few_documents_for_a_development_split_are_refused(tmp_path):
+def test_too_few_documents_are_refused_with_the_least_number(tmp_path):
+    path = str(tmp_path / "x.jsonl")
     write_jsonl(tmp_path / "x.jsonl", texts("a", 5))
-    with pytest.raises(UserError, match="needs more documents: its split development is empty"):
-        load_corpus(str(tmp_path / "x.jsonl"), "development")
+    with pytest.raises(UserError, match=r"must have 15 or more documents .*; got 4 of train"):
+        load_corpus(path, "development")
+    write_jsonl(tmp_path / "x.jsonl", texts("a", 15))
+    assert all(load_corpus(path, split) for split in SPLITS)
 
 
 @pytest.mark.parametrize("name", ["../../secret", "corpora/../../secret", ".hidden", "~nobody-at-all", ""])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_with_repeat_the_windows_of_a_small_corpus_are_repeated_in_order(caplog,
     assert "Repeating 'demo' (train): 3 windows of text for 8" in caplog.text
     # A corpus with enough text is not changed.
     assert windows_of(repeat=True).content_hash == windows_of().content_hash
-    with pytest.raises(UserError, match=r"must have 8 windows of 32 tokens; got 0\."):
+    with pytest.raises(UserError, match=r"must have 8 windows of 32 tokens \(256 tokens\); got 0 \(2\)\."):
         windows_of(["w1 w2"], num_samples=8, bos=bos, repeat=True)
 
 
@@ -76,15 +78,28 @@ def test_content_hashes_are_reproducible_and_depend_on_seed_and_shape():
     assert len({windows.content_hash for windows in shapes}) == 3
 
 
-def test_too_little_text_is_refused_with_the_number_of_windows():
-    with pytest.raises(UserError, match=r"'demo' \(test\) must have 4 windows of 32 tokens; got 3\..*num_samp"):
-        windows_of(TEXTS[:1], num_samples=4, split="test")
-    with pytest.raises(UserError, match=r"got 0\. .*--corpora\.seq_len"):
-        windows_of(TEXTS[:1], num_samples=None, seq_len=101)
-    with pytest.raises(UserError, match=r"got 0\."):
-        windows_of([])
-    with pytest.raises(UserError, match=r"Lower --evaluation\.num_samples or --evaluation\.seq_len, or"):
-        windows_of([], flags=("--evaluation.num_samples", "--evaluation.seq_len"))
+FRESH = {"flags": ("--distill.tokens", "--corpora.seq_len"), "per_window": 96}  # three corpora
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": 4, "split": "test"},
+         "'demo' (test) must have 4 windows of 32 tokens (128 tokens); got 3 (100). Use --corpora.num_samples 3, "
+         "--corpora.seq_len 24, or more text."),
+        ({"num_samples": None, "seq_len": 101}, "got 0 (100). Use --corpora.seq_len 96, or more text."),
+        ({"num_samples": 20}, "got 3 (100). Use --corpora.num_samples 3, or more text."),
+        ({"num_samples": 4, **FRESH}, "Use --distill.tokens 288, --distill.repeat true, or more text."),
+    ],
+)  # fmt: skip
+def test_too_little_text_is_refused_with_what_there_is_what_is_needed_and_what_fits(settings, message):
+    with pytest.raises(UserError) as error:
+        windows_of(TEXTS[:1], **settings)
+    assert str(error.value).endswith(message)
+    remedies = dict(re.findall(r"(--[\w.]+) (\d+)", message))  # each of them is enough
+    for flag, field in (("--corpora.num_samples", "num_samples"), ("--corpora.seq_len", "seq_len")):
+        if flag in remedies:
+            assert len(windows_of(TEXTS[:1], **settings | {field: int(remedies[flag])}).tokens)
 
 
 def test_a_tokenizer_that_makes_no_token_of_the_text_is_refused(tmp_path):
@@ -225,7 +240,7 @@ def test_bos_is_the_first_token_of_every_window():
     assert len({plain.content_hash, with_bos.content_hash, windows_of(shuffle=False).content_hash}) == 3
     sampled = windows_of(bos=3001).tokens
     assert len(sampled[:, 1:].unique()) == 310  # 10 windows of 31 distinct words
-    with pytest.raises(UserError, match=r"must have 97 windows of 32 tokens; got 96\."):
+    with pytest.raises(UserError, match=r"must have 97 windows of 32 tokens \(3,104 tokens\); got 96 "):
         windows_of(bos=3001, num_samples=97)
 
 

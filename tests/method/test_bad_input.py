@@ -86,6 +86,12 @@ def test_an_invalid_flag_is_refused_in_one_line_that_names_it(flags, refused):
     assert all(words in line for words in FLAGS[flags]), line
 
 
+def test_too_little_text_is_refused_before_weights_are_loaded(refused, monkeypatch):
+    monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("weights were loaded"))
+    line = refused("--recovery=distill", "--distill.tokens=960000")
+    assert "--distill.repeat true" in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks the refusal on a machine without a GPU")
 def test_accelerator_gpu_is_refused_on_a_machine_without_a_gpu(refused):
     assert "gpu" in refused("--trainer.accelerator=gpu")

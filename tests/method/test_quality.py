@@ -491,7 +491,7 @@ def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(t
     short_corpus = tmp_path / "short.txt"
     short_corpus.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
     assert tiny_run.main(trained.args(tmp_path / "runs", *with_target("+5%", f"--corpora.score={short_corpus}"))) == 2
-    assert "needs more docume" in capsys.readouterr().err
+    assert "must have 15 or more documents" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_cost_of_the_search(trained, tmp_path, capsys):
