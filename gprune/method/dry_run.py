@@ -35,6 +35,7 @@ from gprune.stages.student import adapted_layers, trained_weights
 GIB = 2**30
 MEMORY_SAVERS = {  # step -> flags that lower its peak most
     "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
+    "errors": "--corpora.batch_size 1 or --sparsity.allocation uniform",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
     "recover": "--recovery least_squares or, with the package peft, --distill.targets lora",
     "evaluate": "--evaluation.controls '[]', --model.dtype bfloat16 or --model.device_map auto",
@@ -146,6 +147,8 @@ def estimated_peaks(plan: Plan) -> dict[str, Memory]:
     """Estimate the memory by step: of each device, or of all processes that share main memory."""
     estimate, cfg = MemoryEstimate(plan), plan.cfg
     peaks = {"calibrate": estimate.calibrate(), "evaluate": estimate.evaluate()}
+    if cfg.measures_errors:
+        peaks["errors"] = estimate.measure_errors()
     if cfg.learns:
         peaks["learn"] = estimate.learn()
     if recovery_needs(cfg.recovery) or cfg.recovery_learns:
@@ -223,11 +226,8 @@ class MemoryEstimate:
     def calibrate(self) -> Memory:
         """Collecting statistics: one layer at a time or, for gradients, all layers."""
         cfg, tokens = self.cfg, self.tokens_of(self.cfg.corpora.batch_size)
-        with_gradients = "saliency" in cfg.needs or cfg.measures_errors
+        with_gradients = "saliency" in cfg.needs
         activations = self.learn().activations if with_gradients else self.layer(tokens, activation=self.weight)
-        if cfg.measures_errors:  # inputs of all output projections of FFNs, in bfloat16
-            tokens = max(error_tokens(cfg, name) for name in error_corpora(cfg))
-            activations += 2 * self.L * self.N * tokens
         return Memory(
             weights=self.weight * self.parameters,
             # float32 sums of both halves of a corpus
@@ -236,6 +236,12 @@ class MemoryEstimate:
             gram_matrices=self.grams if self.cpu else self.L * self.grams,
             activations=activations,
         )
+
+    def measure_errors(self) -> Memory:
+        """Errors of blocks: activations of all layers, and inputs of all output projections of FFNs in bfloat16."""
+        tokens = max(error_tokens(self.cfg, name) for name in error_corpora(self.cfg))
+        learn = self.learn()
+        return learn._replace(activations=learn.activations + 2 * self.L * self.N * tokens)
 
     def recover(self) -> Memory:
         """Recovery without training: equations of 12 N^2 bytes for the widest block, of N neurons."""
