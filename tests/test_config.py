@@ -190,43 +190,6 @@ def test_an_unknown_or_replaced_name_is_refused_however_it_is_set(name, message,
         assert (message_for_stored if way == "stored" else message) in str(error.value), way
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"recovery": "leastsquares"}, "Unknown recovery 'leastsquares'. Did you mean 'least_squares'?"),
-        ({"corpora.drift": ["wiki"], "reliability.everywhere": True},
-         "--reliability.everywhere true needs two or more --corpora.drift; got ['wiki']"),
-        ({"corpora.drift": ["wiki"], "partition.method": "drift_only"}, "--partition.method drift_only needs two"),
-        ({"sparsity.allocation": "bas"}, "Unknown allocation 'bas'. Available: learned, equal, uniform, global"),
-        ({"sparsity.start": "equal"}, "--sparsity.start must be an allocation by blocks such as uniform; got 'equa"),
-        ({"sparsity": {"allocation": "owl", "options": {"spread": -0.1}}},
-         "--sparsity.options.spread must be 0 or more; got -0.1"),
-        ({"sparsity.start": "owl", "sparsity.options.multiple": 0.5},
-         "--sparsity.options.multiple must be 1 or more; got 0.5"),
-        ({"sparsity": {"allocation": "owl", "options": {"multiples": 5}}},
-         "--sparsity.options must name options of 'owl' (multiple, spread); got 'multiples'"),
-        ({"sparsity.options.spread": 0.1}, "--sparsity.options must name options of 'uniform' (none); got 'spread'"),
-        ({"sparsity": {"uniform_width": True, "allocation": "reconstruction"}},
-         "--sparsity.uniform_width true needs --sparsity.allocation uniform, because all blocks lose equally much; got "
-         "reconstruction."),
-        ({"sparsity": {"uniform_width": True, "start": "owl"}}, "--sparsity.uniform_width true needs --sparsity.start"),
-        ({"sparsity.cost": "parametres"},
-         "Unknown cost 'parametres'. Did you mean 'parameters'? Available: parameters, kv_cache"),
-        ({"corpora.drift": []}, "--corpora.drift must name at least one corpus"),
-        ({"corpora.evaluate": ["wiki", "wiki"]}, "--corpora.evaluate must name each corpus once; got ['wiki', 'wiki']"),
-        ({"reliability.metric": "wifv"}, "--reliability.metric must be an activation-free metric (magnitude,"),
-        ({"model.dtype": "float16"}, "--model.dtype must be bfloat16 or float32 for --sparsity.allocation learned"),
-        ({"run.name": "../x"}, "--run.name must be a folder name of at most 200 bytes; got '../x'"),
-        ({"evaluation.split": "development", "sparsity.target": "+5%"},
-         "--sparsity.target +5% cannot be combined with --evaluation.split development"),
-    ],
-)  # fmt: skip
-def test_invalid_or_incompatible_settings_are_refused_with_the_reason(settings, message):
-    with pytest.raises(UserError) as error:
-        config_from_mapping(settings, where="Row 'x'")
-    assert str(error.value).startswith(f"Row 'x': {message}")
-
-
 def test_validate_checks_combinations_of_assigned_values_and_changed_lists():
     cfg = RunConfig()
     cfg.sparsity.limit = "worst"
@@ -458,11 +421,6 @@ def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes()
     assert settings_with(format="hf") == settings_with(format="none") == settings_with(format="hf", type="q8_0")
     exports_of_different_size = ({}, {"dtype": "float16"}, {"format": "gguf"}, {"format": "gguf", "type": "q8_0"})
     assert len({str(settings_with(**export)) for export in exports_of_different_size}) == 4
-
-
-def test_a_byte_budget_cannot_be_combined_with_the_cost_kv_cache():
-    with pytest.raises(UserError, match=r"target 9KiB cannot be combined with --sparsity\.cost kv_cache"):
-        config_from_mapping({"sparsity": {"target": "9KiB", "cost": "kv_cache"}})
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,17 @@ FLAGS = {  # flags -> words of the message; types and ranges are tested in `test
     "--trainer.accelerator=abacus": ("trainer", "'abacus'"),
     "--run.name=/tmp/elsewhere": ("run.name",),
     "--run.name=..": ("run.name",),
+    "--sparsity.target=+0%": ("sparsity.target", "got '+0%'"),
+    "--sparsity.target=-5%": ("sparsity.target", "got '-5%'"),
+    "--sparsity.target=+5": ("sparsity.target", "got 5"),
+    "--sparsity.target=+1e9%": ("sparsity.target", "got '+1e9%'"),
+    "--sparsity.target=+1001%": ("sparsity.target", "got '+1001%'"),
+    "--sparsity.target=+5% --sparsity.target=1.4x": ("sparsity.target", "got both +5% and 1.4x"),
+    "--sparsity.target=[+5%,1.4x]": ("sparsity.target", "got ['+5%', '1.4x']"),
+    "--sparsity.target=+5% --evaluation.development_samples=1": ("two or more --evaluation.development_samples",),
+    "--trainer.val_check_interval=99": ("val_check_interval must be 2 or less, the batches in an epoch",),
+    "--trainer.val_check_interval=1.5": ("--trainer.val_check_interval must be a number of batches, or a share",),
+    "--trainer.val_check_interval=0": ("--trainer.val_check_interval must be more than 0",),
 }
 
 
@@ -78,6 +89,21 @@ def test_block_pruning_is_refused_if_the_forward_pass_depends_on_the_block_index
     flags = ["--sparsity.scope=ffn+blocks", "--sparsity.block_share=0.8"]
     line = refused(f"--model.name={tmp_path / 'gpt2'}", *flags)
     assert "Model type 'gpt2' cannot lose whole blocks" in line
+
+
+TYPO = "{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}"
+BY_LIGHTNING = {  # flags that may be refused when a run has begun
+    f"--trainer.callbacks=[{TYPO}]": ("`development/perplexety` which is not available", "`development/perplexity`"),
+    "--trainer.logger=[{class_path: NoLogger}]": ("Unknown class 'lightning.pytorch.loggers.NoLogger'",),
+    "--trainer.logger=[{class_path: Timer}]": ("Unknown class 'lightning.pytorch.loggers.Timer'",),
+    "--trainer.logger=[{class_path: TensorBoardLogger, init_args: {x: 1}}]": ("Cannot log with TensorBoardLogger",),
+}
+
+
+@pytest.mark.parametrize("flag", BY_LIGHTNING)
+def test_a_flag_that_lightning_refuses_ends_the_run_in_one_line(flag, refused):
+    line = refused("--export=none", flag, started=True)
+    assert all(words in line for words in BY_LIGHTNING[flag]), line
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -298,28 +298,6 @@ def test_controls_log_their_development_curves_separately_from_the_main_row(worl
     assert not logged(run / "csv", "controls/gprune/perplexity")
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}]"],
-         "Early stopping conditioned on metric `development/perplexety` which is not available"),
-        (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}]"],
-         "`development/perplexity`"),
-        (["--trainer.logger=[{class_path: NoLogger}]"], "Unknown class 'lightning.pytorch.loggers.NoLogger'"),
-        (["--trainer.logger=[{class_path: Timer}]"], "Unknown class 'lightning.pytorch.loggers.Timer'"),
-        (["--trainer.logger=[{class_path: TensorBoardLogger, init_args: {x: 1}}]"], "Cannot log with TensorBoardL"),
-        (["--trainer.val_check_interval=99"], "val_check_interval must be 2 or less, the batches in an epoch"),
-        (["--trainer.val_check_interval=1.5"], "--trainer.val_check_interval must be a number of batches, or a share"),
-        (["--trainer.val_check_interval=0"], "--trainer.val_check_interval must be more than 0"),
-    ],
-)  # fmt: skip
-def test_invalid_trainer_flags_are_refused_in_one_line(more, message, world, tmp_path, capfd):
-    assert tiny_run.main(flags(world, tmp_path, *more)) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-
-
 def test_an_object_that_is_not_a_logger_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"^Loggers must be objects of lightning\.pytorch\.loggers\.Logger; got 7"):
         prune(parse(flags(world, tmp_path)), logger=[7])

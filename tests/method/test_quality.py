@@ -462,30 +462,6 @@ def test_unseen_text_above_the_limit_is_warned_of_on_a_line_of_its_own(trained, 
     assert all(warning in text for text in output_and_pages(result, capsys))
 
 
-REFUSED = {  # flags -> words of the message
-    "--sparsity.target=+0%": "got '+0%'",
-    "--sparsity.target=-5%": "got '-5%'",
-    "--sparsity.target=+5": "got 5",
-    "--sparsity.target=+1e9%": "got '+1e9%'",
-    "--sparsity.target=+1001%": "got '+1001%'",
-    "--sparsity.target=+5% --sparsity.target=1.4x": "got both +5% and 1.4x",
-    "--sparsity.target=[+5%,1.4x]": "got ['+5%', '1.4x']",
-    "--sparsity.target=+5% --evaluation.development_samples=1": "two or more --evaluation.development_samples",
-}
-
-
-@pytest.mark.parametrize("flags", REFUSED)
-def test_an_invalid_quality_target_is_refused_before_a_model_is_loaded(flags, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
-    capsys.readouterr()
-    assert tiny_run.main(trained.args(tmp_path / "runs", *flags.split())) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert REFUSED[flags] in error
-    assert "--sparsity.target" in error
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     short_corpus = tmp_path / "short.txt"

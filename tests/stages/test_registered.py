@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import gprune
 from gprune.__main__ import main as gprune_main
 from gprune.checks import Positive
-from gprune.config import RunConfig, config_from_mapping
+from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.method.prune import checked_labels
 from gprune.models.losses import next_token_losses
@@ -211,23 +211,6 @@ def test_a_list_compares_two_learners(world, cache, tmp_path, write_module):
 def test_default_settings_have_no_keys_of_stages():
     settings = RunConfig().settings()
     assert not {"options", "stages"} & {*settings}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"stages": "not_there"}, "--stages must be a module of --import; got 'not_there'. Add --import not_there."),
-        ({"stages": "json"}, "--stages must be a module that sets calibrator, refiner, learner, or some of them; got"),
-        ({"sparsity.learner": "x"}, "Settings: Unknown setting 'sparsity.learner'. Use --stages MODULE"),
-        ({"partition.refiner": "x"}, "Settings: Unknown setting 'partition.refiner'. Use --stages MODULE"),
-        ({"corpora.calibrator": "x"}, "Settings: Unknown setting 'corpora.calibrator'. Use --stages MODULE"),
-        ({"options.soft_assignment.tau": 1}, "--options must name recoveries that the run uses"),
-        ({"options": {"x": 1}}, "--options.x must be a mapping of names to values; got 1."),
-    ],
-)
-def test_invalid_stages_and_options_are_refused_by_name(settings, message):
-    with pytest.raises(UserError, match="^" + re.escape(message)):
-        config_from_mapping(settings)
 
 
 @pytest.mark.parametrize(
