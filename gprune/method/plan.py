@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.calibration.block_errors import BlockErrors
@@ -21,7 +22,7 @@ from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, quoting
 from gprune.export.convert import FORMATS, format_named
-from gprune.export.gguf import TYPES
+from gprune.export.gguf import BLOCK_SIZES, TYPES
 from gprune.export.hf import kept_in_float32
 from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
@@ -126,12 +127,22 @@ class Pricing:
     def exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
         """Return the cost of units in half bits of the export.
 
-        GGUF files store vectors as float32. Some parameters of Hugging Face folders are float32 in any case.
+        GGUF files store vectors as float32, and matrices whose rows are no whole blocks of q8_0 as float16. Rows of
+        output projections of attention may be shortened to any number of KV groups. Some parameters of Hugging Face
+        folders are float32 in any case.
         """
         export = self.cfg.export
         if export.format == "gguf":
-            of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS_PER_BYTE
-            return parameter_costs(model, blocks, weight=lambda p: of_matrix if p.ndim > 1 else of_vector)
+            cut = [block for block in blocks if self.cfg.attention and block.kv_groups]
+            projections = {id(block.parts["output"].host.weight): block.channels // block.kv_groups for block in cut}
+
+            def half_bits(parameter: Tensor) -> int:
+                if parameter.ndim < 2:
+                    return 4 * HALF_BITS_PER_BYTE
+                row = projections.get(id(parameter), parameter.shape[-1])
+                return 2 * 16 if row % BLOCK_SIZES[export.type] else int(2 * TYPES[export.type])
+
+            return parameter_costs(model, blocks, weight=half_bits)
         dtype = getattr(torch, self.exported_dtype)
         in_float32 = {id(model.get_parameter(name)) for name in kept_in_float32(model, dtype)}
         return parameter_costs(

@@ -36,7 +36,7 @@ from gprune.runs.numbers import ResultRow, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import VariantMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
-from gprune.sparsity.target import LEARNED_TRIES, TRIES, Target
+from gprune.sparsity.target import LEARNED_TRIES, TRIES, Target, format_cost
 from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
@@ -85,7 +85,7 @@ class Trials:
         if recovery_learns(row[1]):
             self.trained.setdefault(key, masks)
         if key not in self.measured:
-            name = f"{row_name(*row)} less {budget.target:,}"
+            name = f"{row_name(*row)} less {format_cost(budget.target, run.cfg.sparsity.currency)}"
             with run.folder.step("quality"), run.folder.part(name):
                 trial = self.number(masks, row)
                 model = prune_and_recover(run, masks, self.statistics, row=row, trial=trial)
@@ -214,7 +214,7 @@ def with_quality_budget(
         worst = trials.worst(results) if trials.limits_worst else None
         ratio, _, _ = trials.interval(results, worst)
         of_corpus = "" if worst is None else f" of '{worst}'"
-        removed = f"{smallest.removed_by(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
+        removed = format_cost(smallest.removed_by(masks_at(smallest)), s.currency)
         raise UserError(
             f"--sparsity.target must be above {percent(ratio)}, the change of development perplexity{of_corpus} by "
             f"the smallest cut ({removed}); got {s.target}."

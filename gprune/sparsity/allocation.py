@@ -153,8 +153,8 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget) -> 
     removed = budget.removed_by(masks)
     target = budget.target
     if not target <= removed < target + step:
-        needed = f"at least {target:,}, and less than {target + step:,}"
-        raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed:,}.")
+        needed = f"100 % to less than {1 + step / target:.2%} of the target"
+        raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed / target:.2%}.")
     return masks
 
 

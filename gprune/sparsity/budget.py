@@ -17,7 +17,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block, by_layer
 from gprune.models.masks import Masks, bypassed
 from gprune.sparsity.cost import BlockCosts, cost_beyond
-from gprune.sparsity.target import Target
+from gprune.sparsity.target import Target, format_cost
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,9 @@ class Budget:
                 return replace(largest, setting=setting)
         target = 0 if goal.is_searched else goal.removes(self.total, self.model)
         if target < 1:
-            sizes = f"the scope has {self.total:,}, the model {self.model:,}"
-            raise UserError(f"{flag} {setting} cannot remove anything: {sizes}.")
+            currency = goal.unit if goal.unit in ("parameters", "bytes") else ""
+            scope, model = (format_cost(cost, currency).strip() for cost in (self.total, self.model))
+            raise UserError(f"{flag} {setting} cannot remove anything: the scope has {scope}, the model {model}.")
         budget = replace(self, target=target, removed=self.blocks_that_fit(order, target), setting=setting)
         if target > budget.removable:
             protected = sum(block.protected for block in self.units)

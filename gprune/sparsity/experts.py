@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.errors import UserError
 from gprune.features import Feature, attribute, entry_figure
 from gprune.importance.metrics import EXPERT_IMPORTANCE
-from gprune.sparsity.target import HALF_BITS_PER_BYTE
+from gprune.sparsity.target import format_cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,8 +130,7 @@ def overshoot(plan: Any) -> str:
     cost, currency = plan.budget.overshoot, plan.cfg.sparsity.currency
     if not cost:
         return ""
-    amount = f"{cost // HALF_BITS_PER_BYTE:,} bytes" if currency == "bytes" else f"{cost:,} {currency}"
-    return f"; a whole number of experts is {amount} more than the target"
+    return f"; a whole number of experts is {format_cost(cost, currency)} more than the target"
 
 
 def span(numbers: Sequence[int]) -> str:

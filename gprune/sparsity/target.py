@@ -35,6 +35,12 @@ FORMS = (
 )
 
 
+def format_cost(cost: int, currency: str) -> str:
+    """Return a cost in words, such as "700,416 bytes". Costs in bytes are given in half-bits, rounded down here."""
+    number = cost // HALF_BITS_PER_BYTE if currency == "bytes" else cost
+    return f"{number:,} {currency.replace('_', ' ')}"
+
+
 @dataclass(frozen=True)
 class Target(Feature):
     """A parsed target: how much of a model's cost is to be removed."""

@@ -331,6 +331,22 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_p
     assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS_PER_BYTE * num_bytes
 
 
+@pytest.mark.parametrize(("hidden_size", "kv_groups"), [(48, 3), (64, 2)])
+def test_a_byte_budget_counts_rows_that_q8_0_stores_in_float16(hidden_size, kv_groups, tmp_path, monkeypatch):
+    """Rows of 48 numbers are no blocks of 32. Rows of the output projection are 72 numbers, or 48 with a group less."""
+    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
+    sizes = {"hidden_size": hidden_size, "num_attention_heads": kv_groups, "num_key_value_heads": kv_groups}
+    model = make_tiny_llama(**sizes, head_dim=24, intermediate_size=96, vocab_size=512)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    flags = [f"--model.name={tmp_path / 'model'}", "--export=gguf", "--export.type=q8_0"]
+    plan = make_plan(parse([*flags, "--sparsity.width_multiple=32", "--sparsity.scope=attention+ffn"]))
+    costs, outside = plan.pricing.costs_in("bytes")
+    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="q8_0")
+    num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
+    assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS_PER_BYTE * num_bytes
+
+
 def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
     args = world("llama").args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0")

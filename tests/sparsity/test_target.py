@@ -170,7 +170,8 @@ def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
 @pytest.mark.parametrize(
     ("value", "cost", "message"),
     [
-        ("200M", "parameters", "cannot remove anything: the scope has 13,824, the model"),
+        ("200M", "parameters", "cannot remove anything: the scope has 13,824 parameters, the model"),
+        ("200MB", "bytes", "cannot remove anything: the scope has 27,648 bytes, the model 54,720 bytes"),
         (0.3, "kv_cache", "cannot remove anything: the scope has 0, the model 96"),
         ("90%", "parameters", r"must be at most \d\d\.\d\d%, .*; got 90%\."),
         ("2K", "parameters", r"must be at least \d+,\d{3}, .*; got 2K\."),
@@ -178,7 +179,7 @@ def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
     ],
 )  # fmt: skip
 def test_impossible_targets_are_refused_with_the_limit(value, cost, message, tiny_model):
-    costs = costs_in(tiny_model, cost)
+    costs = costs_in(tiny_model, cost, **({"weight": lambda p: 2 * HALF_BITS_PER_BYTE} if cost == "bytes" else {}))
     with pytest.raises(UserError, match=f"^--sparsity.target .*{message}"):
         budget_of(tiny_model, costs, value, scope="ffn")
 
