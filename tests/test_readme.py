@@ -86,7 +86,7 @@ def test_every_flag_on_a_page_exists(page):
     others = "--print_config --help --sparsity.options.power --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
     others += "--write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat --clones"
-    others += " --no-deps --engine --prompt --batch --options.rescale.power"
+    others += " --no-deps --engine --prompt --batch --options.rescale.power --data --wheel"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     assert set(re.findall(flag, text)) <= {*re.findall(flag, PAGES["docs/flags.md"]), *others.split()}
 

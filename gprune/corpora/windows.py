@@ -118,7 +118,7 @@ def _what_fits(sample: Sample, tokens: int, windows: int) -> str:
         fits.append("--distill.repeat true")
     elif (shorter := (tokens // windows + bos) // 8 * 8) >= 8:
         fits.append(f"{length} {shorter}")
-    return f"Use {', '.join([*fits, 'or more text'])}"
+    return f"Use {', '.join([*fits, 'or more text'])}" if fits else "Use more text"
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:

@@ -1,4 +1,4 @@
-"""Tables of `gprune evaluate`: tasks, perplexity and speed, and means over groups of tasks and over lists.
+"""Tables of `gprune evaluate` and `experiments.engines`: tasks, perplexity, speed, and means over groups and lists.
 
 Differences from the dense model are paired over questions or windows.
 """
@@ -95,7 +95,8 @@ def compare_records(records: Sequence[Record], references: Sequence[Record]) -> 
             task += f", {r['seq_len']}"
         if "batch" in r:
             task += f", batch {r['batch']}"
-        comparisons[task] = _format_comparison(r, reference)
+        if comparison := _format_comparison(r, reference):
+            comparisons[task] = comparison
     return comparisons
 
 
@@ -104,7 +105,7 @@ def format_rate(r: Record) -> str:
     return f"{r['tokens_per_second']:.1f} tokens/s, {r['seconds']:.3f} s"
 
 
-def _format_comparison(r: Record, reference: Record) -> str:
+def _format_comparison(r: Record, reference: Record) -> str | None:
     """Format the ratio of perplexities with its interval, the ratio of speeds, or the difference of accuracies."""
     if r["kind"] == "perplexity":
         nll, reference_nll = {"": r["window_nll"]}, {"": reference["window_nll"]}
@@ -115,6 +116,8 @@ def _format_comparison(r: Record, reference: Record) -> str:
     if "scores" in r:  # of a task with a metric of its own
         return _with_error(*paired_difference(r["scores"], reference["scores"]), sign="+")
     key = "correct" if "correct" in r else "correct_norm"  # some tasks of lm_eval have only acc_norm
+    if key not in r:  # a metric over all questions together
+        return None
     return _with_error(*difference_of_answers(r, reference, key), sign="+")
 
 
@@ -225,7 +228,7 @@ def means_table(records: Sequence[Record]) -> Table:
     """Table with a row per mean and model: mean accuracies, and their differences from the dense model's."""
     dense, shown = _dense_and_shown(records)
     rows: list[list[Cell]] = []
-    for of_protocol in _by(filter(_has_accuracy, shown), "dtype", "limit"):
+    for of_protocol in _by(filter(_has_accuracy, shown), "dtype", "limit", "num_fewshot"):
         models = _by(of_protocol, "run", "stage", "recovery", "origin")
         models.sort(key=lambda of_model: of_model[0]["stage"] != "dense")
         for mean in _means(of_protocol):
@@ -260,19 +263,26 @@ def _row(mean: Mean, records: Mapping[str, Record], dense: Mapping[Any, Record])
 def compare_means(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
     """Compare means of two models over what both have. Return "zeroshot7, acc" -> the difference with its interval."""
     by_key = {pair_key(r): r for r in references}
-    shared = {r["task"]: r for r in records if _has_accuracy(r) and pair_key(r) in by_key}
-    complete = [mean for mean in _means(list(shared.values())) if len(mean.weights) == mean.num_tasks]
-    return {
-        f"{mean.name}, {metric}": format_estimate(mean.difference(shared, by_key, metric), 3)
-        for mean in complete
-        for metric in METRICS
-    }
+    differences = {}
+    for of_number in _by((r for r in records if _has_accuracy(r) and pair_key(r) in by_key), "num_fewshot"):
+        shared = {r["task"]: r for r in of_number}
+        for mean in _means(of_number):
+            if len(mean.weights) == mean.num_tasks:
+                for metric in METRICS:
+                    difference = mean.difference(shared, by_key, metric)
+                    differences[f"{mean.name}, {metric}"] = format_estimate(difference, 3)
+    return differences
 
 
 def _means(records: Sequence[Record]) -> list[Mean]:
-    """Return the means over all groups of the tasks, and over the list unless that is the same as a group."""
+    """Return the means over all groups of the tasks, and over the list unless that is the same as a group.
+
+    The prompts of all records have the same number of examples.
+    """
     tasks = {r["task"]: r for r in records}
     groups = {name: group for r in tasks.values() for name, group in r.get("groups", {}).items()}
+    (number,) = {r.get("num_fewshot") for r in tasks.values()} or {None}
+    with_examples = f", {number} examples" if number else ""
     means = []
     items: dict[str, list[str]] = defaultdict(list)  # of the list: a task, or all subjects of a group that is one task
     for task, r in tasks.items():
@@ -280,11 +290,11 @@ def _means(records: Sequence[Record]) -> list[Mean]:
     for name, group in groups.items():
         members = [task for task, r in tasks.items() if name in r.get("groups", {})]
         sizes = [tasks[task]["questions"] if group["by_size"] else 1 for task in members]
-        means.append(Mean(name, _shares(members, sizes), group["tasks"]))
+        means.append(Mean(name + with_examples, _shares(members, sizes), group["tasks"]))
     if len(items) > 1 and not any(mean.weights.keys() == tasks.keys() for mean in means):
         of_items = [_shares(members, [tasks[task]["questions"] for task in members]) for members in items.values()]
         weights = {task: share / len(items) for shares in of_items for task, share in shares.items()}
-        means.append(Mean(LIST, weights, len(tasks)))
+        means.append(Mean(LIST + with_examples, weights, len(tasks)))
     return means
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from gprune.benchmarks import task_sources
+from experiments import tasks as task_script
+from gprune.benchmarks import tasks
 from tests.tiny_run import WORDS
 
 
@@ -19,11 +17,12 @@ def needs_lm_eval():
     return pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[lm-eval]'")
 
 
-def manager_of(*folders: str):
-    """lm_eval's TaskManager for the tasks in these folders only. Reading all of its folders takes seconds."""
+def manager_of(*folders: str, include_path: str | None = None):
+    """lm_eval's TaskManager for the tasks in these folders of its own. Reading all of its folders takes seconds."""
     root = Path(needs_lm_eval().__file__).parent / "tasks"
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
-    return manager(include_defaults=False, include_path=[str(root / name) for name in folders])
+    paths = [str(root / name) for name in folders] + ([include_path] if include_path else [])
+    return manager(include_defaults=False, include_path=paths)
 
 
 def sentence(rng: np.random.Generator, words: int) -> str:
@@ -50,39 +49,50 @@ def pairs() -> list[dict]:
     ]
 
 
-def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
-    """Write the rows of a local task below the data folder `root`, and return the file's path."""
-    path = root / "tasks" / name / f"{split}.jsonl"
+def write_rows(root: Path, name: str, split: str, rows: list[dict]) -> Path:
+    """Write the rows of a task for `experiments.tasks`, and return the file's path."""
+    path = root / "rows" / name / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-class NoTasks:
-    """The part of lm_eval's TaskManager that gprune uses, without any task."""
-
-    all_tasks = all_subtasks = ()
-    task_index: ClassVar[dict] = {}
-
-
-def fake_hub(monkeypatch, *, reachable: bool, manager: object = NoTasks) -> None:
-    """Replace the check whether the Hugging Face hub is reachable, and lm_eval's TaskManager."""
-
-    @contextmanager
-    def is_reachable() -> Iterator[bool]:
-        yield reachable
-
-    monkeypatch.setattr(task_sources, "offline_if_unreachable", is_reachable)
-    monkeypatch.setattr(task_sources, "_task_manager", lambda: manager)
+def write_tasks(root: Path, **rows: dict[str, list[dict]]) -> None:
+    """Write YAML tasks into the data folder `root` from rows by task and split, as `experiments.tasks` does."""
+    for name, of_task in rows.items():
+        for split, of_split in of_task.items():
+            write_rows(root, name, split, of_split)
+    task_script.work(["--data", str(root / "rows"), "--output", str(root / "tasks")])
+    tasks._task_manager.cache_clear()
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    """A folder of local tasks. The Hugging Face hub is unreachable."""
+def only(monkeypatch):
+    """A function that restricts lm_eval to tasks in folders of its own, with an unreachable hub."""
+    import datasets
+    import huggingface_hub
+
+    for config in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    read = tasks._task_manager
+
+    def restrict(*folders: str) -> None:
+        def manager(folder, *, defaults):
+            return manager_of(*folders, include_path=folder) if defaults else read(folder, defaults=False)
+
+        monkeypatch.setattr(tasks, "_task_manager", manager)
+        manager.cache_clear = read.cache_clear
+        monkeypatch.setattr(task_script, "INDEX", dict(manager_of(*folders).task_index) if folders else {"": None})
+
     needs_lm_eval()
-    for name, split in (("piqa", "validation"), ("arc_easy", "test"), ("sciq", "validation"), ("mine", "test")):
-        write_task(tmp_path, name, split, questions(12))
-    write_task(tmp_path, "blimp", "test", pairs())
+    restrict()
+    return restrict
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch, only):
+    """A folder of local tasks. The Hugging Face hub is unreachable."""
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
-    fake_hub(monkeypatch, reachable=False)
+    twelve = {"validation": questions(12)}
+    write_tasks(tmp_path, piqa=twelve, sciq=twelve, mine={"test": questions(12)}, blimp={"test": pairs()})
     return tmp_path

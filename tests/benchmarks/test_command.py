@@ -15,14 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from gprune.__main__ import run as command
 from gprune.benchmarks import measurement
-from gprune.benchmarks.placement import placement
-from gprune.benchmarks.settings import Benchmarks
-from gprune.benchmarks.tasks import measure_tasks
+from gprune.benchmarks.tasks import load_tasks, measure_tasks
 from gprune.evaluation.intervals import paired_difference
 from gprune.models.offload import is_offloaded
 from gprune.storage.files import key_of, read_json, write_json
 from tests import tiny_run
-from tests.benchmarks.conftest import fake_hub, needs_lm_eval, questions, sentence, write_task
+from tests.benchmarks.conftest import questions, sentence, write_tasks
 from tests.tiny_run import isolated
 
 
@@ -34,7 +32,6 @@ def finished(tmp_path_factory):
         world = tiny_run.make_world(folder)
         kept = world.run(folder / "runs", "--sparsity.allocation=uniform", name="kept")
         world.run(folder / "runs", "--export=none", "--sparsity.allocation=uniform", name="masks")
-    write_task(folder, "mine", "test", questions(12))
     raw = folder / "corpora" / "wikitext2" / "wiki.test.raw"
     raw.parent.mkdir(parents=True)
     rng = np.random.default_rng(5)
@@ -43,12 +40,18 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def offline_runs(finished, monkeypatch):
-    """The finished runs, without an `evaluation.json` in the run `kept` and with an unreachable hub."""
-    fake_hub(monkeypatch, reachable=False)
+def offline_runs(finished):
+    """The finished runs, without an `evaluation.json` in the run `kept`."""
     (finished.runs / "kept" / "evaluation.json").unlink(missing_ok=True)
     with isolated(finished.folder / "cache", GPRUNE_DATA_DIR=str(finished.folder)):
         yield finished
+
+
+@pytest.fixture
+def mine(offline_runs, only):
+    """The finished runs, and the local tasks `mine` and `other`."""
+    write_tasks(offline_runs.folder, mine={"test": questions(12)}, other={"test": questions(12, seed=1)})
+    return offline_runs
 
 
 def exit_code_of_wikitext2(*models: Path, **options: Path) -> int:
@@ -61,14 +64,13 @@ def records_in(path: Path) -> list[dict]:
     return json.loads(path.read_text())["records"]
 
 
-def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_difference(offline_runs, capsys):
-    needs_lm_eval()
-    run = offline_runs.runs / "kept"
+def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_difference(mine, capsys):
+    run = mine.runs / "kept"
     assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
     out = capsys.readouterr().out
     records = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
     assert set(records) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
-    (in_memory,) = measure_tasks(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
+    (in_memory,) = measure_tasks(mine.result.model, mine.result.tokenizer, load_tasks(["mine"])[0]["mine"])
     exported = records["gprune", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5
@@ -79,35 +81,20 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     assert f"x {ratio:.3f} [" in out
 
 
-def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys):
-    needs_lm_eval()
-    write_task(offline_runs.folder, "other", "test", questions(12, seed=1))
-    run = offline_runs.runs / "kept"
-    assert command("evaluate", [str(run), "--tasks", "mine,nowhere,other", "--source", "local", "--dense"]) == 2
+def test_a_task_that_cannot_be_measured_does_not_end_the_others(mine, capsys):
+    run = mine.runs / "kept"
+    assert command("evaluate", [str(run), "--tasks", "mine,nowhere,other", "--dense"]) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
-    assert "'nowhere' needs the local file $GPRUNE_DATA_DIR/tasks/nowhere/test.jsonl" in line
+    assert "Cannot load task 'nowhere': " in line
     measured = [(r["stage"], r["task"]) for r in records_in(run / "evaluation.json")]
     assert measured == [(stage, task) for stage in ("dense", "gprune") for task in ("mine", "other")]
     assert "| mine " in printed.out
     assert "| all tasks " in printed.out  # the mean of the tasks
-    assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere", "--source", "local"]) == 2
+    assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gprune evaluate: Cannot measure 2 tasks: Task 'nowhere' needs")
-    assert "Task 'elsewhere' needs" in line
-
-
-def test_the_number_of_examples_is_a_flag(offline_runs, capsys):
-    needs_lm_eval()
-    write_task(offline_runs.folder, "shots", "test", questions(12))
-    write_task(offline_runs.folder, "shots", "train", questions(5, seed=1))
-    run = offline_runs.runs / "kept"
-    assert command("evaluate", [str(run), "--tasks", "shots", "--num_fewshot", "2"]) == 0
-    (record,) = records_in(run / "evaluation.json")
-    assert (record["num_fewshot"], record["own_num_fewshot"]) == (2, 0)
-    assert "2 examples in prompts, lm_eval's own number is 0" in capsys.readouterr().out
-    assert command("evaluate", [str(run), "--tasks", "shots", "--num_fewshot", "-1"]) == 2
-    assert "--num_fewshot must be 0 or more" in capsys.readouterr().err
+    assert line.startswith("gprune evaluate: Cannot measure 2 tasks: Cannot load task 'nowhere': ")
+    assert "Cannot load task 'elsewhere'" in line
 
 
 def test_a_record_is_replaced_only_by_a_record_of_the_same_protocol(offline_runs):
@@ -224,12 +211,6 @@ def test_invalid_arguments_end_with_one_line_and_exit_code_2(args, message, offl
 # --- Models larger than one device
 
 TASKS = ["--tasks", "mine,wikitext2", "--seq_len", "32"]
-SCRIPT = """
-import sys
-from gprune.__main__ import run
-
-raise SystemExit(run("evaluate", sys.argv[1:]))
-"""
 
 
 def numbers_of(path: Path) -> dict[str, object]:
@@ -237,47 +218,23 @@ def numbers_of(path: Path) -> dict[str, object]:
     return {r["task"]: r.get("window_nll") or r["correct"] for r in records_in(path)}
 
 
-def test_an_offloaded_model_has_the_results_of_the_model_in_memory(offline_runs, tmp_path, monkeypatch):
-    needs_lm_eval()
-    run, measured = offline_runs.runs / "kept", []
-    measure = measurement._measure_task
-    monkeypatch.setattr(
-        measurement, "_measure_task", lambda loaded, *rest: measured.append(loaded[0]) or measure(loaded, *rest)
-    )
+def test_an_offloaded_model_has_the_results_of_the_model_in_memory(mine, tmp_path, monkeypatch):
+    run, measured = mine.runs / "kept", []
+    measure = measurement._measure
+    monkeypatch.setattr(measurement, "_measure", lambda model, *rest: measured.append(model) or measure(model, *rest))
     in_memory, offloaded = tmp_path / "memory.json", tmp_path / "offloaded.json"
     assert command("evaluate", [str(run), *TASKS, "--output", str(in_memory)]) == 0
     placed = ["--device_map", "auto", "--max_memory", "{cpu: 100KB}"]
     assert command("evaluate", [str(run), *TASKS, *placed, "--output", str(offloaded)]) == 0
-    assert [is_offloaded(model) for model in measured] == [False, False, True, True]
-    assert numbers_of(offloaded) == numbers_of(in_memory)
-
-
-def test_an_evaluation_offloads_as_its_run_did(offline_runs, tmp_path):
-    run = shutil.copytree(offline_runs.runs / "kept", tmp_path / "run")
-    edit_settings(run, lambda settings: settings["model"].update(device_map="auto"))
-    config = (run / "config.yaml").read_text()
-    assert "device_map: null" in config
+    # The limits of the run's own settings are used without flags.
+    own = shutil.copytree(run, tmp_path / "run")
+    edit_settings(own, lambda settings: settings["model"].update(device_map="auto"))
+    config = (own / "config.yaml").read_text()
     limits = "device_map: auto\n  max_memory: {cpu: 100KB}"
-    (run / "config.yaml").write_text(re.sub(r"device_map: null\n  max_memory: null", limits, config))
-    with placement(Benchmarks(("wikitext2",)), run) as placed:
-        assert placed.loading == {"device_map": "auto", "max_memory": {"cpu": "100KB"}}
-    with placement(Benchmarks(("wikitext2",), device_map="auto"), run) as placed:
-        assert placed.loading == {"device_map": "auto", "max_memory": None}
-
-
-@pytest.mark.slow
-def test_a_model_sharded_over_two_processes_has_the_results_of_the_whole_model(offline_runs, tmp_path):
-    needs_lm_eval()
-    run, whole, sharded = offline_runs.runs / "kept", tmp_path / "whole.json", tmp_path / "sharded.json"
-    assert command("evaluate", [str(run), *TASKS, "--output", str(whole)]) == 0
-    (tmp_path / "evaluate.py").write_text(SCRIPT)
-    args = [str(run), *TASKS, "--shard", "--output", str(sharded)]
-    folder = {"GPRUNE_DATA_DIR": str(offline_runs.folder)}
-    first, second = tiny_run.train(args, tmp_path, processes=2, script=tmp_path / "evaluate.py", **folder)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "Records: " in first.stdout
-    assert second.stdout == ""
-    assert numbers_of(sharded) == numbers_of(whole)
+    (own / "config.yaml").write_text(re.sub(r"device_map: null\n  max_memory: null", limits, config))
+    assert command("evaluate", [str(own), "--tasks", "mine"]) == 0
+    assert [is_offloaded(model) for model in measured] == [False, False, True, True, True]
+    assert numbers_of(offloaded) == numbers_of(in_memory)
 
 
 def test_a_missing_folder_is_refused_before_the_hub_is_asked(offline_runs, capsys, monkeypatch):
@@ -290,14 +247,14 @@ def test_a_missing_folder_is_refused_before_the_hub_is_asked(offline_runs, capsy
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--shard"], "--shard needs two or more processes. Start them with torchrun"),
+        (["--shard"], "unrecognized arguments: --shard. Use --device_map auto."),
+        (["--source", "wheel"], "unrecognized arguments: --source wheel. Use --include_path FOLDER"),
         (["--max_memory", "{cpu: 2GiB}"], "--max_memory needs --device_map auto."),
         (
             ["--device_map", "auto", "--max_memory", "lots"],
             "--max_memory must be a mapping of names to values; got 'lots'",
         ),
         (["--device_map", "auto", "--max_memory", "{cpu: x}"], "--max_memory.cpu must be a size such as 2GiB or 500MB"),
-        (["--device_map", "auto", "--shard"], "--shard cannot be combined with --device_map."),
     ],
 )
 def test_invalid_placements_are_refused_in_one_line(flags, line, offline_runs, capsys):

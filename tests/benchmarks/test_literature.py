@@ -131,7 +131,7 @@ def test_records_contain_the_protocol_and_whether_it_is_the_standard_one(raw):
     [
         (257, "must be from 2 to 256"),
         (1, "got 1"),
-        (256, r"1 windows of 256 tokens; got 0\..*--seq_len"),
+        (256, r"1 windows of 256 tokens \(256 tokens\); got 0 \(3\)\. Use more text\."),
     ],
 )
 def test_invalid_window_lengths_and_texts_of_less_than_one_window_are_refused(seq_len, message, raw):

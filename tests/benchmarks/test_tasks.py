@@ -1,207 +1,220 @@
-"""Sources of tasks: local files, compared with lm_eval's task on the same questions, and the hub."""
+"""Tasks of lm_eval: answers compared with float64 log-likelihoods and with lm_eval's own results, and records."""
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
+import re
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from gprune.benchmarks import task_sources
+from gprune.benchmarks import tasks
 from gprune.errors import UserError
-from tests.benchmarks.conftest import NoTasks, fake_hub, manager_of, needs_lm_eval, pairs, questions, write_task
-
-# --- local files
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"not json", b'"text"', b"{}", b'{"prompt": "p", "choices": ["a"], "label": 0}',
-        b'{"prompt": "p", "choices": ["a", "b"], "label": 2}', b'{"prompt": "p", "choices": ["a", ""], "label": 0}',
-        b'{"prompt": 1, "choices": ["a", "b"], "label": 0}', b'{"good": "g", "bad": 3}',
-    ],
-)  # fmt: skip
-def test_an_invalid_line_of_a_task_is_refused_with_its_number(line, data):
-    with (data / "tasks" / "mine" / "test.jsonl").open("ab") as file:
-        file.write(line + b"\n")
-    with pytest.raises(UserError, match=r"mine/test\.jsonl:13: (Cannot read a JSON object|The line must be)"):
-        task_sources.load_tasks("mine", "local")
+from gprune.models.masks import Masks, masked
+from gprune.models.surgery import slice_model
+from gprune.report.task_tables import evaluation_table
+from gprune.runs.folder import check_evaluation
+from tests.benchmarks.conftest import pairs, questions, sentence, write_tasks
+from tests.tiny_llama import make_tiny_llama
+from tests.tiny_run import ROOT, SPECIAL, WORDS, tiny_tokenizer
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"", "empty file"), (b"\xe9", "Cannot read .* must hold a question")]
-)
-def test_empty_and_undecodable_task_files_are_refused(content, message, data):
-    (data / "tasks" / "mine" / "test.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        task_sources.load_tasks("mine", "local")
+def measured(*names, model=None, tokenizer=None, include_path=None, **options) -> list[dict]:
+    """Load and measure tasks. Raise the first error."""
+    by_name, errors = tasks.load_tasks(names, include_path)
+    for error in errors.values():
+        raise error
+    tokenizer = tokenizer or tiny_tokenizer()
+    model = model or make_tiny_llama()
+    return [r for loaded in by_name.values() for r in tasks.measure_tasks(model, tokenizer, loaded, **options)]
 
 
-def test_questions_of_blimp_alternate_between_paradigms(data):
-    (task,) = task_sources.load_tasks("blimp", "local")
-    paradigms = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
-    assert [paradigms[tuple(doc["choices"])] for doc in task.task.eval_docs] == ["island", "binding", "ellipsis"] * 4
+def words_and_numbers() -> PreTrainedTokenizerFast:
+    """One token for each number up to 77, for each word of GSM8K's prompts, and for 40 other words."""
+    words = [*SPECIAL, *map(str, range(78)), "####", "Question", "Answer", ":", "?", *WORDS[:40]]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def test_task_names_cannot_leave_the_tasks_folder(data):
-    write_task(data / "tasks" / "x", "secret", "test", questions(2))
-    for name in ("x/tasks/secret", "../tasks/mine", ".", "", "/etc"):
-        assert task_sources.local_file(name) is None
+def float64_loglikelihoods(model, tokenizer, row) -> np.ndarray:
+    """Sums of the float64 log-probabilities of each choice's tokens after the prompt."""
+    sums = []
+    for choice in row["choices"]:
+        context, whole = tokenizer(row["prompt"]).input_ids, tokenizer(f"{row['prompt']} {choice}").input_ids
+        logits = model.double()(torch.tensor([whole])).logits[0]
+        log_p = logits.log_softmax(-1)[torch.arange(len(whole) - 1), whole[1:]]
+        sums.append(float(log_p[len(context) - 1 :].sum()))
+    return np.array(sums)
 
 
-def test_the_test_split_is_preferred_to_the_validation_split(data):
-    write_task(data, "mine", "validation", questions(2))
-    assert task_sources.local_file("mine").name == "test.jsonl"
+def test_accuracies_equal_those_of_float64_loglikelihoods(data):
+    (record,), rows = measured("mine"), questions(12)
+    lls = [float64_loglikelihoods(make_tiny_llama(), tiny_tokenizer(), row) for row in rows]
+    normed = [ll / [len(choice) for choice in row["choices"]] for ll, row in zip(lls, rows, strict=True)]
+    for suffix, scores in (("", lls), ("_norm", normed)):
+        correct = [int(np.argmax(score) == row["label"]) for score, row in zip(scores, rows, strict=True)]
+        assert record[f"acc{suffix}"] == pytest.approx(np.mean(correct), abs=1e-12)
+        assert record[f"acc{suffix}_stderr"] == pytest.approx(np.std(correct, ddof=1) / 12**0.5, abs=1e-12)
+        assert record[f"correct{suffix}"] == "".join(map(str, correct))
+    assert record["correct"] != record["correct_norm"]
+    assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
+    check_evaluation({"records": [record | {"stage": "model"}]})
 
 
-def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(data, monkeypatch):
-    assert not any(task_sources.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
-    rows = questions(12)
-    scored_texts = (([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
-    scored = task_sources.questions_hash(scored_texts)
-    monkeypatch.setitem(task_sources.COMPLETE_SPLITS, "piqa", scored)
-    (whole,) = task_sources.load_tasks("piqa", "local")
-    assert (whole.complete, whole.task.VERSION, whole.note) == (True, "1.0", "lm_eval's prompts")
-    first, *others = rows
-    other_prompt, other_label = first | {"prompt": "Q: other\nA:"}, first | {"label": (first["label"] + 1) % 3}
-    for changed in (others, [*others, first], [other_prompt, *others], [other_label, *others]):
-        write_task(data, "piqa", "validation", changed)
-        (part,) = task_sources.load_tasks("piqa", "local")
-        assert not part.complete
-        assert f"{len(changed)} questions, not known to be all of lm_eval's" in part.note
+def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
+    """The choices of every second question have the most likely token as the right one."""
+    model, tokenizer, rows = make_tiny_llama(), tiny_tokenizer(), questions(12)
+    for row in rows[::2]:
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        row["choices"][row["label"]] = tokenizer.decode(model(ids).logits[0, -1].argmax())
+    write_tasks(data, mine={"test": rows})
+    (record,) = measured("mine")
+    assert record["correct_greedy"] == "10" * 6
+    assert (record["greedy"], record["greedy_stderr"]) == (0.5, pytest.approx((0.25 / 11) ** 0.5))
+    dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
+    pruned = dense | {"stage": "gprune", "greedy": 5 / 12, "correct_greedy": "00" + "10" * 5}
+    table = evaluation_table([dense, pruned])
+    cells = dict(zip(table.columns, table.rows[1], strict=True))
+    assert cells["greedy"] == "0.417 +- 0.151 (-0.083 +- 0.083)"
 
 
-# --- lm_eval's task on the same questions
+def test_a_masked_model_gives_the_answers_of_the_sliced_one_and_minimal_pairs_have_no_acc_norm(data):
+    generator = torch.Generator().manual_seed(0)
+    masks = Masks([torch.rand(48, generator=generator) < 0.2 for _ in range(3)], [torch.ones(2, dtype=torch.bool)] * 3)
+    model = make_tiny_llama()
+    with masked(model, masks):
+        (of_masked,) = measured("blimp", model=model)
+    (of_sliced,) = measured("blimp", model=slice_model(model, masks))
+    assert (of_masked["answers"], of_masked["correct"]) == (of_sliced["answers"], of_sliced["correct"])
+    assert of_sliced["acc_norm"] is None
+    lls = [
+        float64_loglikelihoods(make_tiny_llama(), tiny_tokenizer(), {"prompt": "<s>", "choices": [p["good"], p["bad"]]})
+        for p in pairs()
+    ]
+    (dense,) = measured("blimp")
+    assert sorted(map(int, dense["correct"])) == sorted(int(good > bad) for good, bad in lls)
 
 
-def hub_columns(task: str, row: dict) -> dict:
-    """A question in the columns of the data set that lm_eval reads."""
-    question = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-    if task == "piqa":
-        return {"goal": question, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["label"]}
-    letters = [*"ABCDE"][: len(row["choices"])]
-    choices = {"text": row["choices"], "label": letters}
-    return {"question": question, "choices": choices, "answerKey": letters[row["label"]]}
+def test_a_limit_an_unknown_set_and_other_examples_are_not_standard(data):
+    (whole,), (part,) = measured("mine"), measured("mine", limit=5)
+    assert (part["questions"], part["correct"], part["limit"]) == (5, whole["correct"][:5], 5)
+    assert part["note"].startswith("only the first 5 questions; 12 questions, not known to be all of lm_eval's, ")
+    assert (whole["standard_protocol"], part["standard_protocol"]) == (False, False)
+    assert whole["content_hash"] != part["content_hash"]
 
 
-def lm_evals_task(task: str, rows: list[dict]):
-    """lm_eval's task, with these questions instead of those on the hub."""
-    import datasets
-
-    columns = datasets.Dataset.from_list([hub_columns(task, row) for row in rows])
-    config = {"task": task, "custom_dataset": lambda **_: dict.fromkeys(("train", "validation", "test"), columns)}
-    return manager_of("piqa", "arc").load([{"group": "local", "task": [config]}])["tasks"][task]
+GSM8K = [{"question": f"{WORDS[i]} {i} ?", "answer": f"{WORDS[i]} <<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(9)]
 
 
-def requests_of(task) -> list[tuple[str, str]]:
-    task.set_config("num_fewshot", 0)
-    task.build_all_requests()
-    return [instance.args for instance in task.instances]
+def test_generated_answers_have_lm_evals_number_of_examples_and_both_filters(tmp_path, monkeypatch, only):
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    only("gsm8k")
+    model, rows = make_tiny_llama(max_position_embeddings=512), [dict(row) for row in GSM8K[:4]]
+    options = {"model": model, "tokenizer": words_and_numbers()}
+    # The first pass reads the model's answers. They become the expected answers of every second row.
+    for _ in range(2):
+        write_tasks(tmp_path, gsm8k={"train": GSM8K, "test": rows})
+        records = measured("gsm8k", **options)
+        for row, answer in zip(rows[::2], records[1]["answers"][::2], strict=True):
+            row["answer"] = f"ban\n#### {answer}"
+    for record, name in zip(records, ("strict-match", "flexible-extract"), strict=True):
+        assert (record["task"], record["num_fewshot"], record["acc"]) == (f"gsm8k/{name}", 5, None)
+        check_evaluation({"records": [record | {"stage": "model"}]})
+    assert (record["correct"], record["exact_match"]) == ("1010", 0.5)
+    assert record["exact_match_stderr"] == pytest.approx(12**-0.5)
+    (_, without) = measured("gsm8k", num_fewshot=2, **options)
+    assert (without["num_fewshot"], without["own_num_fewshot"]) == (2, 5)
+    assert without["note"].startswith("2 examples in prompts, lm_eval's own number is 5; ")
+    # One of four answers changes from correct to wrong in the table.
+    dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
+    pruned = dense | {"stage": "gprune", "answers": ["?", *dense["answers"][1:]], "correct": "0010"}
+    (_, cells) = evaluation_table([dense, pruned]).rows
+    assert cells[5:9] == ["0.500 +- 0.289", None, "-0.250 +- 0.250", "25.0%: -25.0% +0.0%"]
 
 
-@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
-def test_local_questions_give_the_requests_and_metrics_of_lm_evals_task(task, data):
-    rows = [row | {"choices": row["choices"][:2], "label": row["label"] % 2} for row in questions(12)]
-    write_task(data, task, task_sources.local_file(task).stem, rows)
-    (local,) = task_sources.load_tasks(task, "local")
-    theirs = lm_evals_task(task, rows)
-    assert requests_of(local.task) == requests_of(theirs)  # character for character
-    assert requests_of(local.task)[0][1].startswith(" ")
-    assert list(local.task._metric_fn_list) == list(theirs._metric_fn_list) == ["acc", "acc_norm"]
-    assert str(theirs.VERSION) == "1.0"  # the version of complete local files
+def test_metrics_of_a_tasks_own_are_compared_by_question(tmp_path, monkeypatch, only):
+    """TruthfulQA's mc2 is the share of probability that the model gives to correct answers."""
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    only("truthfulqa")
+    rng = np.random.default_rng(4)
+    rows = []
+    for _ in range(7):
+        targets = {"choices": [sentence(rng, 3) for _ in range(4)], "labels": [1, 1, 0, 0]}
+        rows.append({"question": sentence(rng, 5), "mc1_targets": targets, "mc2_targets": targets})
+    write_tasks(tmp_path, truthfulqa_mc2={"validation": rows})
+    (ours,) = measured("truthfulqa_mc2", model=make_tiny_llama(max_position_embeddings=512))
+    assert (ours["task"], ours["metric"], ours["acc"]) == ("truthfulqa_mc2/acc", "acc", None)
+    assert ours["score"] == pytest.approx(np.mean(ours["scores"]), abs=1e-12)
+    assert ours["score_stderr"] == pytest.approx(np.std(ours["scores"], ddof=1) / 7**0.5, abs=1e-12)
+    dense = ours | {"run": "r", "model": "tiny", "stage": "dense"}
+    differences = -0.1 * (np.arange(7) % 2)
+    shifted = list(ours["scores"] + differences)
+    pruned = dense | {"stage": "gprune", "scores": shifted, "score": np.mean(shifted)}
+    (_, cells) = evaluation_table([dense, pruned]).rows
+    error = differences.std(ddof=1) / 7**0.5
+    assert cells[5:8] == [f"{np.mean(shifted):.3f} +- {ours['score_stderr']:.3f}", None,
+                          f"{differences.mean():+.3f} +- {error:.3f}"]  # fmt: skip
+    corpus_level = [{k: v for k, v in r.items() if k != "scores"} for r in (dense, pruned)]
+    assert evaluation_table(corpus_level).rows[1][7] is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
-def test_questions_of_the_local_mirror_are_the_complete_set_of_lm_eval(task):
-    needs_lm_eval()
-    path = task_sources.local_file(task)
-    if path is None:
-        pytest.skip(f"no $GPRUNE_DATA_DIR/tasks/{task}")
-    theirs = lm_evals_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    choices = [theirs.doc_to_choice(doc) for doc in theirs.eval_docs]
-    labels = [theirs.doc_to_target(doc) for doc in theirs.eval_docs]
-    requests = iter(requests_of(theirs))  # one per choice
-    scored = [([next(requests) for _ in of_doc], label) for of_doc, label in zip(choices, labels, strict=True)]
-    assert task_sources.questions_hash(scored) == task_sources.COMPLETE_SPLITS[task]
-    assert task_sources.local_task(path).complete
+def test_presets_groups_and_tags_are_replaced_by_their_tasks_once(data):
+    folder = data / "tasks"
+    group = {"group": "both", "task": ["piqa", "mine"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(group))
+    config = yaml.safe_load((folder / "sciq.yaml").read_text())
+    (folder / "sciq.yaml").write_text(yaml.safe_dump(config | {"tag": "science"}))
+    by_name, errors = tasks.load_tasks(["both", "piqa", "science", "zeroshot7"])
+    groups = {loaded.task.task_name: loaded.groups for of_name in by_name.values() for loaded in of_name}
+    both = {"both": {"tasks": 2, "by_size": True}}
+    assert groups == {
+        "piqa": both | {"zeroshot7": {"tasks": 7, "by_size": False}}, "mine": both,
+        "sciq": {"science": {"tasks": 1, "by_size": False}},
+    }  # fmt: skip
+    assert by_name["piqa"] == []  # it is in `both`
+    assert [*errors] == ["boolq", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 
 
-# --- groups
+def test_tasks_that_cannot_be_loaded_or_measured_are_refused_with_lm_evals_reason(data, only):
+    only("sciq", "gsm8k")
+    with pytest.raises(tasks.TaskError, match=r"^Cannot load task 'pica': .*not a registered task.* YAML tasks"):
+        measured("pica")
+    with pytest.raises(tasks.TaskError, match=r"^Cannot load task 'gsm8k': .*(Hub|offline).* Without the hub"):
+        measured("gsm8k")
+    (data / "tasks/mine/test.jsonl").write_text("not json\n")
+    with pytest.raises(tasks.TaskError, match=r"^Cannot load task 'mine': "):
+        measured("mine")
+    config = yaml.safe_load((data / "tasks/piqa.yaml").read_text())
+    (data / "tasks/piqa.yaml").write_text(yaml.safe_dump(config | {"unsafe_code": True}))
+    with pytest.raises(tasks.TaskError, match=r"^Cannot measure task 'piqa': .* marked as unsafe"):
+        measured("piqa")
 
 
-def test_presets_groups_and_tags_are_replaced_by_their_tasks(data, monkeypatch):
-    assert [*task_sources.with_groups(["zeroshot7"])] == [
-        "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
-    ]  # fmt: skip
-    fake_hub(monkeypatch, reachable=False, manager=manager_of("mmlu/default", "arc"))
-    by_task = task_sources.with_groups(["mmlu", "ai2_arc", "arc_easy", "wikitext2", "mine", "zeroshot7"])
-    mmlu = {"mmlu": {"tasks": 57, "by_size": True}}
-    assert sum(groups == mmlu for groups in by_task.values()) == 57
-    tag, preset = {"ai2_arc": {"tasks": 2, "by_size": False}}, {"zeroshot7": {"tasks": 7, "by_size": False}}
-    assert by_task["arc_challenge"] == by_task["arc_easy"] == tag | preset
-    assert by_task["wikitext2"] == by_task["mine"] == {}
+def test_non_finite_log_likelihoods_are_refused(data):
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UserError, match="non-finite log-likelihood came up in task 'mine'"):
+        measured("mine", model=model)
 
 
-# --- hub or local files
-
-
-class Manager(NoTasks):
-    """A TaskManager with two tasks."""
-
-    all_tasks = ("piqa", "gsm8k")
-
-    def __init__(self, task: object = None):
-        self.task = task
-
-    def load(self, names):
-        if self.task is None:
-            raise ConnectionError("Couldn't reach it\nsecond line")
-        return {"tasks": dict.fromkeys(names, self.task)}
-
-
-def fake_task(
-    output_type="multiple_choice", metrics=None, process_results=None, repeats=1, metric_list=None, **attributes
-) -> SimpleNamespace:
-    config = SimpleNamespace(
-        process_results=process_results, repeats=repeats, metric_list=metric_list, num_fewshot=None
+def test_the_recipe_of_the_docs_measures_a_file_of_questions(tmp_path, monkeypatch, only):
+    """The YAML task and the lines of docs/experiments.md, in a folder that `--include_path` names."""
+    page = (ROOT / "docs/experiments.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(# my_tasks/mine\.yaml\n.*?)```", page, re.S)
+    (lines,) = re.findall(r"```json\n(\{\"prompt\".*?)```", page, re.S)
+    folder = tmp_path / "my_tasks"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(recipe.replace("/data/my_tasks", str(folder)))
+    (folder / "questions.jsonl").write_text(lines)
+    (record,) = measured("mine", include_path=str(folder))
+    assert (record["questions"], record["source"], record["standard_protocol"]) == (
+        len(lines.splitlines()),
+        "local",
+        False,
     )
-    attributes |= {"config": config, "aggregation": lambda: dict.fromkeys(metrics or {"acc", "acc_norm"})}
-    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, **attributes)
-
-
-def test_a_reachable_hub_is_preferred_to_local_files(data, monkeypatch):
-    fake_hub(monkeypatch, reachable=True, manager=Manager(fake_task()))
-    (task,) = task_sources.load_tasks("piqa", "auto")
-    assert (task.source, task.note, task.complete) == ("hub", "lm_eval's own task", True)
-    assert task_sources.load_tasks("piqa", "local")[0].source == "local"
-    assert task_sources.load_tasks("mine", "auto")[0].source == "local"  # lm_eval has no such task
-
-
-@pytest.mark.parametrize("reachable", [True, False])
-def test_local_files_are_the_fallback_for_an_unreachable_hub(reachable, data, monkeypatch):
-    fake_hub(monkeypatch, reachable=reachable, manager=Manager())
-    assert task_sources.load_tasks("piqa", "auto")[0].source == "local"
-    with pytest.raises(UserError, match=r"Cannot download task .* from the Hugging Face hub: Couldn't reach it\."):
-        task_sources.load_tasks("piqa", "hub")
-
-
-@pytest.mark.parametrize(
-    ("name", "source", "task", "message"),
-    [
-        ("pica", "auto", {}, "Unknown task 'pica'"),
-        ("piqa2", "local", {}, r"'piqa2' needs the local file \$GPRUNE_DATA_DIR/tasks/piqa2/test\.jsonl"),
-        ("gsm8k", "hub", {"output_type": "loglikelihood_rolling"}, r"'cola' \(loglikelihood_rolling\) must have"),
-        ("gsm8k", "hub", {"output_type": "generate_until"}, "must have lm_eval.s metric acc, .*; got its own acc"),
-        ("piqa", "hub", {"metrics": ["mcc"]}, "'cola' .* got its own mcc"),
-        ("piqa", "hub", {"process_results": dict}, "Task 'cola' .* must have lm_eval's metric"),
-        ("piqa", "hub", {"repeats": 3}, "Task 'cola' .* must have lm_eval's metric"),
-        ("piqa", "hub", {"metric_list": [{"metric": max}]}, "Task 'cola' .* must have lm_eval's metric"),
-        ("piqa", "hub", {"MULTIMODAL": True}, "Task 'cola' must have text only"),
-    ],
-)  # fmt: skip
-def test_unknown_and_unsupported_tasks_are_refused(name, source, task, message, data, monkeypatch):
-    fake_hub(monkeypatch, reachable=True, manager=Manager(fake_task(**task)))
-    with pytest.raises(UserError, match=message):
-        task_sources.load_tasks(name, source)
+    assert record["acc_norm"] is not None

@@ -117,3 +117,17 @@ def test_two_models_are_compared_on_complete_groups():
     )
     assert compared["pair, acc"] == "{:.3f} [{:.3f}, {:.3f}]".format(*value)
     assert "pair, acc" not in compare_means(pruned[1:], dense)
+
+
+def test_means_never_mix_numbers_of_examples():
+    """The same tasks with 5 examples, where boolq was answered without examples only."""
+    shots = [r | {"num_fewshot": 5, "content_hash": f"{r['task']}, 5"} for r in RECORDS if r["task"] != "boolq"]
+    zero = [r | {"num_fewshot": 0} for r in RECORDS]
+    rows, without = rows_by_name([*zero, *shots]), rows_by_name(zero)
+    assert {key: row for key, row in rows.items() if "examples" not in key[0]} == without
+    assert rows["mmlu, 5 examples", "gprune"]["acc"] == without["mmlu", "gprune"]["acc"]
+    assert (rows["pair, 5 examples", "gprune"]["tasks"], rows["pair, 5 examples", "gprune"]["acc"]) == ("1 of 2", None)
+    compared = compare_means(*([r for r in (*zero, *shots) if r["stage"] == of] for of in ("gprune", "dense")))
+    assert {key: value for key, value in compared.items() if "examples" not in key} == compare_means(zero[4:], zero[:4])
+    assert "mmlu, 5 examples, acc" in compared
+    assert "pair, 5 examples, acc" not in compared
