@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.benchmarks.settings import REMOVED, Benchmarks, parse_benchmarks
-from gprune.console import Parser, process_index, quiet, write_stdout
+from gprune.console import Parser, quiet, write_stdout
 from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks and perplexity of runs, model folders or any models by name.
@@ -79,7 +79,7 @@ def run(args: Sequence[str]) -> str:
             unmeasured, measured, path = error, error.records, error.path
         records += measured
         paths += [] if path is None else [path]
-    text = results_as_text(records, paths) if process_index() == 0 else ""
+    text = results_as_text(records, paths)
     if unmeasured is None:
         return text
     if records and text:

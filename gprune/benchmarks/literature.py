@@ -104,7 +104,7 @@ def literature_perplexity(
     batch_size = max(1, BATCH_TOKENS // seq_len)
     with Screen({0: windows.tokens.numel()}) as screen:
         screen.begin_part(f"Perplexity on {TEXTS[task]}")
-        result = perplexity(model, windows, batch_size=batch_size, progress=screen.add_batch, shared=True)
+        result = perplexity(model, windows, batch_size=batch_size, progress=screen.add_batch)
     _, low, high = mean_perplexity({task: result.window_nll}, seq_len - 1)
     if len(windows.tokens) < len(all_windows.tokens):
         missing = [f"only the first {len(windows.tokens)} windows", *missing]

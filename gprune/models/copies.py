@@ -75,36 +75,6 @@ def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTr
     return copied
 
 
-@torch.no_grad()
-def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
-    """Return a copy of a frozen model with decoder layers sharded over all processes by `fully_shard`.
-
-    Each process has a part of every layer. A layer is gathered while it computes, forward and backward. Embeddings,
-    final norm and head are on every process. All processes must call this function with the same model, in memory or
-    offloaded, and run the copy equally often.
-    """
-    # Imported here, because not every build of torch has them.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (processes,))
-    copied = without_weights(model).eval()
-    layers = list(decoder_layers(copied))
-    modules_of_layers = {module for layer in layers for module in layer.modules()}
-    for path, module in copied.named_modules():
-        if module not in modules_of_layers:
-            _copy_weights(module, model.get_submodule(path), device)
-    # One layer at a time, so that no process has all of them in memory.
-    for layer, source in zip(layers, decoder_layers(model), strict=True):
-        for path, module in layer.named_modules():
-            _copy_weights(module, source.get_submodule(path), device)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    if not has_own_head(model):
-        copied.tie_weights()
-    share_hooks(decoder_of(copied), decoder_of(model))
-    return copied.requires_grad_(False)
-
-
 def with_sharded_layers(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """Return a copy of a model with decoder layers sharded over the processes of a mesh by `fully_shard`.
 
@@ -157,15 +127,6 @@ def share_hooks(copied: nn.Module, module: nn.Module) -> None:
     """Share forward pre-hooks of a module, such as those that count tokens, with its copy."""
     for attribute in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         setattr(copied, attribute, getattr(module, attribute))
-
-
-def _copy_weights(module: nn.Module, source: nn.Module, device: torch.device) -> None:
-    """Copy parameters and buffers of `source`, without those of its submodules, to a module without weights."""
-    for name, _ in list(module.named_parameters(recurse=False)):
-        value = load_parameter(source, name).detach().to(device, copy=True)
-        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    for name, buffer in source.named_buffers(recurse=False):
-        module._buffers[name] = buffer.to(device, copy=True)
 
 
 @torch.no_grad()

@@ -91,9 +91,9 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
             pass
     for row in pending:
         if row.tasks:
-            measurement.check_tasks(row.benchmarks, rows=row is pending[0])
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
+            measurement.check_tasks(row.benchmarks, rows=row is pending[0])
     if is_rank_0:
         write_stdout(largest_costs(pending) + "\n")
     started = time.monotonic()

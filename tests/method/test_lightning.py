@@ -318,7 +318,7 @@ def test_masks_of_a_stage_that_a_callback_changed_are_refused_if_they_are_not_on
                 nothing_removed = type(masks)([k | True for k in masks.ffn], masks.attention)
                 pl_module.masks = lambda budget=None: nothing_removed
 
-    with pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"):
+    with pytest.raises(UserError, match=r"^Learner 'ThresholdLearning' must return masks on budget"):
         prune(parse(flags(world, tmp_path)), callbacks=[Changer()])
 
 

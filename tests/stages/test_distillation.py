@@ -719,7 +719,7 @@ def test_frozen_layers_do_not_change_and_one_window_is_one_step(problem):
     dense, pruned, tokens = problem
     start, first_layer = divergence(dense, pruned, tokens[:1]), copy.deepcopy(pruned.model.layers[0].state_dict())
     stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
-    stage._student.model.layers[0].requires_grad_(False)
+    stage.student.model.layers[0].requires_grad_(False)
     assert fit(stage, tokens[:1]).global_step == 1
     assert_same_tensors(stage.finished().model.layers[0].state_dict(), first_layer)
     assert divergence(dense, stage.finished(), tokens[:1]) < start

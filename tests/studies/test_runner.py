@@ -159,7 +159,8 @@ def measured(monkeypatch, bench):
         return records, bench.folder / "evaluation.json"
 
     monkeypatch.setattr(measurement, "evaluate", evaluate)
-    monkeypatch.setattr(measurement, "require_lm_eval", lambda: "0")
+    monkeypatch.setattr(measurement, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(measurement, "load_tasks", lambda *_: ({}, {}))
     monkeypatch.setattr(gprune, "prune", lambda cfg, **options: configs.append(cfg) or prune(cfg, **options))
     return calls, configs
 
