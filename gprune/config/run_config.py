@@ -224,11 +224,10 @@ class RunConfig(Group):
             raise UserError("Stages must be given to gprune.prune or by --stages; got both.")
         if isinstance(self.stages, dict) and (missing := sorted(self.stages.keys() - given)):
             raise UserError(f"Stages of these settings must be given again: gprune.prune(cfg, {missing[0]}=...).")
-        if not given:
-            return self
-        described = {kind: check_stage(kind, stage) for kind, stage in given.items()}
-        cfg = self.model_copy(deep=True, update={"stages": described})
-        cfg._given_stages = given
+        cfg = self.model_copy(deep=True)
+        if given:
+            cfg.stages = {kind: check_stage(kind, stage) for kind, stage in given.items()}
+            cfg._given_stages = given
         return cfg
 
     def user_stage(self, kind: str) -> Stage | None:

@@ -145,9 +145,7 @@ def prune(
         raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
     show_progress()
     cfg = cfg.with_stages(refiner=refiner, learner=learner, calibrator=calibrator)
-    cfg.run.name = (
-        cfg.run_name
-    )  # a constant of a notebook, which is part of the default name, may change during the run
+    cfg.run.name = cfg.run_name  # constants of a notebook, of which the default name has a hash, may change later
     with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         modules = None
         check_discovered_structure(run)

@@ -208,6 +208,18 @@ def test_a_list_compares_two_learners(world, cache, tmp_path, write_module):
     assert slow != fast
 
 
+def test_a_configuration_is_not_changed_by_its_run_and_can_be_changed_for_the_next_one(world, cache, tmp_path):
+    cfg = gprune.config.parse(world.args(tmp_path, "--recovery=none", "--gprune=false", "--export=none"))
+    cfg.run.name = None
+    before = cfg.model_dump()
+    with tiny_run.isolated(cache):
+        first = gprune.prune(cfg)
+        assert cfg.model_dump() == before
+        cfg.sparsity.target = 0.25
+        second = gprune.prune(cfg)
+    assert first.path != second.path
+
+
 def test_default_settings_have_no_keys_of_stages():
     settings = RunConfig().settings()
     assert not {"options", "stages"} & {*settings}
