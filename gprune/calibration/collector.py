@@ -1,6 +1,5 @@
 """Collect the statistics of a corpus in one pass, by hooks on the model that update torchmetrics states.
 
-
 with Collector(model) as collector:
     for batch in loader:
         collector.observe(batch["input_ids"], batch["half"])

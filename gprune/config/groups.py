@@ -146,6 +146,12 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
 }
 
 
+def refuse_removed(flag: str, value: str) -> None:
+    """Raise UserError for a value of a flag that was removed (`REPLACEMENTS`)."""
+    if replacement := REPLACEMENTS.get(f"{flag.removeprefix('--')}={value}"):
+        raise UserError(f"{flag} {value} was removed. Use {replacement}.")
+
+
 class Group(
     BaseModel, strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
 ):
@@ -458,8 +464,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""
         for allocation in (self.allocation, self.start):
-            if replacement := REPLACEMENTS.get(f"sparsity.allocation={allocation}"):
-                raise UserError(f"--sparsity.allocation {allocation} was removed. Use {replacement}.")
+            refuse_removed("--sparsity.allocation", allocation)
             ALLOCATION.check(allocation)
         if ALLOCATION[self.start].modules:
             raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")

@@ -189,9 +189,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if not isinstance(code, dict) or not all(isinstance(value, str | None) for value in code.values()):
         raise UserError(f"The settings must have code as a mapping of modules to hashes; got {format_value(code)}.")
     cfg = RunConfig()
-    optional = {
-        name: {} for name in ("options", "speed", "stages") if name in settings
-    }  # stored only if the run uses them
+    # Stored only if the run uses them.
+    optional = {name: {} for name in ("options", "speed", "stages") if name in settings}
     for group, expected in (cfg.settings() | optional).items():
         stored = settings.get(group)
         if group not in GROUPS:

@@ -15,7 +15,6 @@ from gprune.config.groups import (
     IF_CHANGED,
     MULTI_CORPUS_METRICS,
     NEVER,
-    REPLACEMENTS,
     CorporaConfig,
     Group,
     ModelConfig,
@@ -24,6 +23,7 @@ from gprune.config.groups import (
     ReliabilityConfig,
     SparsityConfig,
     name_or_list,
+    refuse_removed,
 )
 from gprune.config.running import (
     DistillConfig,
@@ -127,8 +127,7 @@ class RunConfig(Group):
     def _check_options(self) -> None:
         """Raise UserError for features that are not registered, and for options of a name that the run does not use."""
         for name in self.recovery.split("+"):
-            if replacement := REPLACEMENTS.get(f"recovery={name}"):
-                raise UserError(f"--recovery {name} was removed. Use {replacement}.")
+            refuse_removed("--recovery", name)
         # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
         allocation = self.base_allocation
         options = whole_numbers(self.sparsity.options)

@@ -16,7 +16,7 @@ from gprune.corpora.windows import Sample, Windows, check_tokens, leading_token,
 from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.export.gguf_writer import tokenizer_keys
-from gprune.models.loading import load_model
+from gprune.models.loading import load_without_tokenizer
 from gprune.models.offload import is_offloaded
 from gprune.recoveries import recovery_learns
 
@@ -32,22 +32,22 @@ def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
         )
 
 
-def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the frozen model with its structure, and its tokenizer.
+def load_dense(cfg: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the frozen model with its structure. Raise UserError if the export cannot express its tokenizer.
 
     The model is moved to the device of the Trainer, except with a `device_map`.
     """
     m = cfg.model
     log.info("Loading %s", m.name)
     settings = m.model_dump(include={"dtype", "device_map", "max_memory", "trust_remote_code"})
-    model, tokenizer = load_model(m.name, **settings)
+    model = load_without_tokenizer(m.name, **settings)
     family_of(model)
     check_backward(cfg, model)
     if cfg.export.format == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # raises if GGUF cannot express it
     if not m.device_map:
         model = model.to(device)
-    return model, tokenizer
+    return model
 
 
 @dataclass(frozen=True)

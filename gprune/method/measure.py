@@ -28,7 +28,7 @@ from gprune.evaluation.perplexity import PerplexityResult, perplexity, perplexit
 from gprune.method.evaluate import as_record, cached_perplexity
 from gprune.method.inputs import Text, load_dense, window_cutter
 from gprune.method.plan import Plan, device_memory, make_plan
-from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere
+from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, load_tokenizer
 from gprune.runs.numbers import DENSE, Record, ResultRow, by_row, number_frame, records_of, row_name
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.environment import peak_memory, reset_peak_memory
@@ -124,7 +124,8 @@ def measure_records(model: str | PreTrainedModel, cfg: RunConfig) -> Measured:
     plan = make_plan(cfg) if isinstance(model, PreTrainedModel) else check_models(model, cfg)
     cfg, start, tokens = plan.cfg, time.monotonic(), Counter()
     reset_peak_memory()
-    dense, tokenizer = load_dense(cfg, plan.device)
+    tokenizer = load_tokenizer(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    dense = load_dense(cfg, plan.device, tokenizer)
     if isinstance(model, PreTrainedModel):
         name, other, other_tokenizer = type(model).__name__, model, tokenizer
     else:

@@ -258,32 +258,19 @@ def open_run(
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     # Before weights are loaded, which may take minutes.
     text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings)
-    model, _ = load_dense(cfg, plan.device)
-    settings = cfg.settings() | {"inputs": {"model": fingerprint(model), "text": text.hashes()}}
+    model = load_dense(cfg, plan.device, tokenizer)
+    inputs = {"model": fingerprint(model), "text": text.hashes(), "gprune": VERSION}
     for feature in cfg.features:
-        settings["inputs"] |= attribute(feature, "inputs")(plan)
-    with in_folder(plan, model, tokenizer, text, settings, user_callbacks, loggers) as run:
-        if unpruned := describe_unpruned(plan):
-            log.info("Not pruned: %s", unpruned)
-        yield run
-
-
-@contextmanager
-def in_folder(
-    plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
-    callbacks: UserCallbacks, loggers: Sequence[Logger],
-) -> Iterator[Run]:  # fmt: skip
-    """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
-    cfg = plan.cfg
+        inputs |= attribute(feature, "inputs")(plan)
+    settings = cfg.settings() | {"inputs": inputs}
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
-    settings["inputs"]["gprune"] = VERSION
     code = settings.get("code", {})
-    if callbacks.given:  # identified by class and Lightning's state key
-        names = [f"{type(callback).__module__}.{callback.state_key}" for callback in callbacks.given]
-        settings["inputs"]["callbacks"] = names
-    for callback in callbacks.given:
+    if user_callbacks.given:  # identified by class and Lightning's state key
+        names = [f"{type(callback).__module__}.{callback.state_key}" for callback in user_callbacks.given]
+        inputs["callbacks"] = names
+    for callback in user_callbacks.given:
         code |= code_of(type(callback))
     if code:
         settings["code"] = code
@@ -302,15 +289,16 @@ def in_folder(
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
+        if unpruned := describe_unpruned(plan):
+            log.info("Not pruned: %s", unpruned)
         teacher = TeacherStates(keep=plan.caches_teacher)
-        fingerprint_of_model = settings["inputs"]["model"]
         try:
             yield Run(
-                plan, model, tokenizer, text, folder, all_loggers, meter, fingerprint_of_model, screen, callbacks,
+                plan, model, tokenizer, text, folder, all_loggers, meter, inputs["model"], screen, user_callbacks,
                 teacher,
             )  # fmt: skip
         except Exception as error:
-            raise_as_user_error(error, callbacks)
+            raise_as_user_error(error, user_callbacks)
             raise
 
 

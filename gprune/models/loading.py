@@ -152,10 +152,15 @@ def load_model(
     name: str, *, trust_remote_code: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model by embedded name, folder or hub id, and its tokenizer. Options are those of `load_weights`."""
+    model = load_without_tokenizer(name, trust_remote_code=trust_remote_code, **options)
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def load_without_tokenizer(name: str, **options: Any) -> PreTrainedModel:
+    """Load a model by embedded name, folder or hub id. Options are those of `load_weights`."""
     location = locate_model(name)
     with quoting(f"--model.name: '{name}' cannot be loaded: "):
-        model = load_weights(location, trust_remote_code=trust_remote_code, **options)
-    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+        return load_weights(location, **options)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

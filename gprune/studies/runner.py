@@ -138,8 +138,9 @@ def _plan_of(row: Row) -> Plan:
 def needs_of_list(cfg: RunConfig, rows: Sequence[Row]) -> dict[str, set[str]]:
     """Return corpus -> extra statistics that rows of a list need, of those that share the statistics of `cfg`."""
     needs: dict[str, set[str]] = {}
+    settings = _settings_of_statistics(cfg)
     for other in (row.config for row in rows if row.made_elsewhere is None):
-        if _settings_of_statistics(other) == _settings_of_statistics(cfg):
+        if _settings_of_statistics(other) == settings:
             # Saliency is cached by scope.
             kinds = other.needs if other.attention == cfg.attention else other.needs - {"saliency"}
             for corpus in other.calibration_corpora:
