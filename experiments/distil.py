@@ -28,7 +28,7 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.method.inputs import load_dense, prepare_text
 from gprune.method.plan import make_plan
-from gprune.models.loading import check_elsewhere, load_elsewhere
+from gprune.models.loading import check_elsewhere, load_elsewhere, load_tokenizer
 from gprune.stages.distillation import DistillationStage
 from gprune.storage.paths import expanded
 
@@ -40,7 +40,8 @@ def distil(model: str, cfg: RunConfig, output: Path) -> None:
     plan = make_plan(cfg.model_copy(update={"gprune": False, "recovery": "distill"}))
     cfg = plan.cfg
     check_structure(check_elsewhere(model))
-    dense, tokenizer = load_dense(cfg, plan.device)
+    tokenizer = load_tokenizer(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    dense = load_dense(cfg, plan.device, tokenizer)
     student, _ = load_elsewhere(model, dtype=getattr(torch, cfg.model.dtype))
     family_of(student)
     text = prepare_text(cfg, tokenizer, dense.get_input_embeddings().num_embeddings)

@@ -372,7 +372,7 @@ def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monke
 
 def test_runs_that_cannot_export_to_gguf_are_refused_before_loading_the_model(world, tmp_path, monkeypatch, capsys):
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
-    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("gprune.method.inputs.load_without_tokenizer", lambda *_, **__: pytest.fail("loaded"))
     assert main(args) == 2
     assert "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

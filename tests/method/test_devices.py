@@ -122,18 +122,17 @@ def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeyp
     flags += ("--evaluation.controls=[]", "--evaluation.curve=[]")
     expected = world.run(tmp_path, *flags, name="cpu")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    load = gprune.method.inputs.load_model
+    load = gprune.method.inputs.load_without_tokenizer
 
     def load_on_devices(name, *, device_map=None, max_memory=None, **options):
-        model, tokenizer = load(name, **options)
-        return place_on_devices(model, 2), tokenizer
+        return place_on_devices(load(name, **options), 2)
 
     def reload(folder, input_ids, *, device, **_):
         model = place_on_devices(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval(), 2)
         with torch.inference_mode():
             return model(input_ids.to(device), use_cache=False).logits
 
-    monkeypatch.setattr("gprune.method.inputs.load_model", load_on_devices)
+    monkeypatch.setattr("gprune.method.inputs.load_without_tokenizer", load_on_devices)
     monkeypatch.setattr("gprune.export.hf.reloaded_logits", reload)
     with simulate_devices():
         assert main(world.args(tmp_path, *flags, "--model.device_map=auto", name="simulated")) == 0

@@ -541,7 +541,7 @@ def test_prune_refuses_a_dry_run_configuration(tmp_path):
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr("gprune.method.inputs.load_without_tokenizer", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
     lines = {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines() if line.strip()}
