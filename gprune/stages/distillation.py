@@ -126,7 +126,7 @@ class DistillationStage(FrozenLMStage):
         self.kl = kl
         self.cross_entropy = cross_entropy
         self._student = Student(student, targets=targets, rank=rank, checkpointing=checkpointing)
-        self.learned = nn.ParameterDict(dict(self._student.learned))
+        self.learned = nn.ParameterDict(self._student.learned)
         self._whole: tuple[PreTrainedModel, ...] = ()  # both models, while sharded copies compute
         self.outliers = OutlierDetector()
         self._norm: Tensor | None = None  # gradient norm of the current step
@@ -169,7 +169,7 @@ class DistillationStage(FrozenLMStage):
         for parameter, part in zip(student.parameters(), sharded.parameters(), strict=True):
             parameter.data.copy_(full_tensor(part))
         self._frozen, self._student.model = (teacher,), student
-        self.learned = nn.ParameterDict(dict(self._student.learned))
+        self.learned = nn.ParameterDict(self._student.learned)
         for model in (teacher, student):
             model.to(self.trainer.strategy.root_device)
 

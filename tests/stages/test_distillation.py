@@ -273,6 +273,14 @@ def test_tokens_of_the_teacher_are_counted_when_it_computes_them(keep, passes, p
     assert meter.counts() == {"forward_tokens": passes * tokens[:2].numel(), "forward_backward_tokens": 0}
 
 
+def test_trained_tensors_are_in_the_order_of_the_model(problem):
+    # The gradient norm is a sum in this order, so another one (a ParameterDict sorts a plain dict) changes its bits.
+    dense, pruned, _ = problem
+    stage = DistillationStage(dense, pruned)
+    names = {id(parameter): name for name, parameter in pruned.model.layers.named_parameters()}
+    assert [names[id(parameter)] for parameter in stage.learned.values()] == list(names.values())
+
+
 def test_kl_to_a_student_with_another_output_embedding_is_refused(problem):
     """A recovery of the user may have trained it. The teacher's hidden states would then be used with a wrong head."""
     dense, student, _ = problem
