@@ -18,7 +18,7 @@ BLOCKS, NEURONS, GROUPS = 2, 8, 2
 
 def settings(**changes: Any) -> dict[str, Any]:
     """Return the settings of a run of the base metric, as in a manifest. `changes` replace entries."""
-    plain = json.loads(json.dumps(RunConfig(gprune=False, recovery="none").settings()))
+    plain = json.loads(json.dumps(RunConfig(gprune=False, recovery="none", sparsity={"target": 0.5}).settings()))
     return plain | {"inputs": {"model": "0123456789abcdef", "text": {"wiki train": "fedcba9876543210"}}} | changes
 
 

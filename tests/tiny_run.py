@@ -90,6 +90,7 @@ class World:
 
     def args(self, runs: Path, *more: str, name: str = "run") -> list[str]:
         """Return the flags of a run of a few seconds. Flags in `more` override them."""
+        has_target = any(flag.startswith("--sparsity.target") for flag in more)  # which may be in quality
         return [
             f"--model.name={self.model}",
             f"--corpora.score={self.corpora['alpha']}",
@@ -102,7 +103,7 @@ class World:
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
             "--evaluation.curve=[0.25]", "--logging.mode=disabled",
             "--trainer.accelerator=cpu", "--trainer.precision=32-true",  # the same bits on every processor
-            f"--run.dir={runs}", f"--run.name={name}", *more,
+            f"--run.dir={runs}", f"--run.name={name}", *([] if has_target else ["--sparsity.target=0.5"]), *more,
         ]  # fmt: skip
 
     def run(self, runs: Path, *more: str, name: str = "run") -> PruningResult:
