@@ -2,7 +2,7 @@
 
 import gprune
 
-result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M, half of its FFN neurons
+result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M without 30 % of its FFN
 result = gprune.load_run("runs/<name>")        # loads a finished run
 small = gprune.apply_masks(model, result.masks)  # the same masks on another copy of the model
 gprune.measure("path/to/model", "smollm2-135m")  # a model of another tool

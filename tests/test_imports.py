@@ -67,10 +67,10 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
     [
         (TRAIN, ["--help"], ["--sparsity.target", "--distill.tokens"]),
         (TRAIN, ["--help_all"], ["at most 5 %"]),
-        (TRAIN, ["--print_config"], ["target: 0.5"]),
+        (TRAIN, ["--print_config"], ["target: 0.3"]),
         (TRAIN, ["--sparsity.start", "owl", "--recovery", "distil"], ["Did you mean 'distill'?"]),
         (COUNT_IMPORTS + COMMANDS, list(command.COMMANDS), [f"usage: gprune {name}" for name in command.COMMANDS]),
-        (COUNT_IMPORTS + FIRST_LINE, ["--run.name", "first"], ["smollm2-135m: pruning ffn, target 0.5"]),
+        (COUNT_IMPORTS + FIRST_LINE, ["--run.name", "first"], ["smollm2-135m: pruning ffn, target 0.3"]),
         (COUNT_IMPORTS + OWN_METRIC + MAIN, ["--importance", "mine", "--print_config"], ["importance: mine"]),
         (TRAIN, ["--model.name", "nothing"], ["--model.name", "'nothing'", "smollm2-135m"]),
         (TRAIN, ["--corpora.score", "nothing"], ["Unknown corpus 'nothing'"]),

@@ -380,8 +380,8 @@ def _default_width_multiple(settings: dict[str, Any]) -> str | None:
 class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
-    target: Annotated[TargetSetting, Reads(COST)] = 0.5
-    """How much is removed: 0.5, 30%, 95M, 200MiB, 1.4x or +5%. 0.5: half of the scope's parameters. 30%: 30 % of all
+    target: Annotated[TargetSetting, Reads(COST)] = 0.3
+    """How much is removed: 0.3, 30%, 95M, 200MiB, 1.4x or +5%. 0.3: 30 % of the scope's parameters. 30%: 30 % of all
     parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
     times as fast in the setting of --speed. +5%: as much as possible while perplexity on development text, after
     --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""

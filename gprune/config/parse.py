@@ -172,7 +172,7 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     content = read_yaml(path, message)
     if not isinstance(content, dict | None):
         # The content is not quoted, because a study list from elsewhere may name any file of this machine.
-        raise UserError(f"--config {path}: The file must hold settings such as `sparsity: {{target: 0.5}}`.")
+        raise UserError(f"--config {path}: The file must hold settings such as `sparsity: {{target: 0.3}}`.")
     settings: dict[str, Any] = {}
     overlay(settings, content or {}, f"--config {path}")
     return settings

@@ -121,7 +121,7 @@ def prune(
     `logging.getLogger("gprune").setLevel("WARNING")` before the call turns progress off.
 
     Args:
-        cfg: all settings; `RunConfig()` prunes half of SmolLM2-135M's FFN neurons.
+        cfg: all settings; `RunConfig()` removes 30 % of SmolLM2-135M's FFN.
         callbacks: Lightning callbacks for the Trainers of all stages, in addition to `--trainer.callbacks`. An object
             of your own class is shared by all stages. A built-in callback of Lightning, or a subclass of one, is
             copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
