@@ -63,7 +63,7 @@ def fresh_process(monkeypatch):
 @pytest.fixture
 def tiny_model():
     """Return a `LlamaForCausalLM`."""
-    from tests.tiny_llama import make_tiny_llama
+    from tests.world import make_tiny_llama
 
     return make_tiny_llama()
 

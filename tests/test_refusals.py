@@ -1,13 +1,21 @@
-"""Settings that are refused, with the beginning of the message. Those that need a model: `method/test_bad_input.py`."""
+"""Settings and flags that are refused, with the beginning or a part of the message.
+
+Flags of a whole run with a tiny Llama: `method/test_bad_input.py`.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+from transformers import GPT2Config
 
+from experiments.architectures import default_config
 from gprune.config import config_from_mapping
+from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
+from tests import tiny_run
 
 CHAIN = "--recovery must be a chain such as [least_squares,distill]; got "
 REFUSED = [
@@ -28,6 +36,21 @@ REFUSED = [
      "--sparsity.uniform_width true needs --sparsity.allocation uniform, because all blocks lose equally much; got "
      "reconstruction."),
     ({"sparsity": {"uniform_width": True, "start": "owl"}}, "--sparsity.uniform_width true needs --sparsity.start"),
+    ({"sparsity": {"cost": "seconds"}, "trainer.devices": 2},
+     "--sparsity.cost seconds cannot be combined with 2 processes"),
+    ({"export": "onnx"}, "--export.format must be 'hf', 'gguf', 'nemotron-nas' or 'none'; got 'onnx'."),
+    ({"sparsity.width_multiple": "defalt"},
+     "--sparsity.width_multiple must be a whole number, default or auto; got 'defalt'."),
+    ({"sparsity.width_multiple": 0}, "--sparsity.width_multiple must be 1 or more; got 0"),
+    ({"sparsity.width_multiple": "auto", "trainer.devices": 2},
+     "--sparsity.width_multiple auto cannot be combined with 2 processes"),
+    ({"model.max_memory": {"cpu": "2GiB"}}, "--model.max_memory needs --model.device_map auto"),
+    ({"model": {"device_map": "auto", "max_memory": {"cpu": "lots"}}},
+     "--model.max_memory.cpu must be a size such as 2GiB or 500MB; got 'lots'"),
+    ({"model": {"device_map": "auto", "max_memory": {"cpu": "0GB"}}},
+     "--model.max_memory.cpu must be more than 0; got '0GB'"),
+    ({"model": {"device_map": "auto", "max_memory": {"disk": "2GB"}}}, "--model.max_memory"),
+    ({"model.device_map": "auto", "trainer.devices": 2}, "--model.device_map auto needs one process"),
     ({"sparsity.cost": "parametres"},
      "Unknown cost 'parametres'. Did you mean 'parameters'? Available: parameters, kv_cache"),
     ({"corpora.drift": []}, "--corpora.drift must name at least one corpus"),
@@ -63,3 +86,62 @@ def test_invalid_or_incompatible_settings_are_refused_with_the_reason(settings, 
     with pytest.raises(UserError, match="^" + re.escape(f"Row 'x': {message}")) as error:
         config_from_mapping(settings, where="Row 'x'")
     assert "\n" not in str(error.value)
+
+
+# --- flags that are refused with the model, before its weights are loaded
+
+GGUF = "--export=gguf"
+UNTIED = {"tie_word_embeddings": False}
+IN_GPT2 = UNTIED | {"text_config": shrunk(GPT2Config(**UNTIED)).to_dict()}
+BLOCKS = ["--sparsity.scope=ffn+blocks", "--sparsity.block_share=1", "--gprune=false", "--sparsity.target=0.4"]
+BY_MODEL = [  # model type, other entries of its config, flags, a part of the message
+    ("mixtral", {}, ["--recovery=bias"], "--recovery bias cannot recover experts"),
+    ("mixtral", {}, ["--importance=taylor"], "Taylor saliency cannot be collected for experts"),
+    ("opt", {}, ["--corpora.seq_len=129"], "must be at most 128 tokens"),
+    ("gpt2", {}, ["--corpora.seq_len=129"], "must be at most 128 tokens"),
+    ("llava", IN_GPT2, ["--corpora.seq_len=129"], "must be at most 128 tokens"),  # those of its text model
+    ("llama", {}, ["--sparsity.target=1.05x", "--speed.prompt=999", "--gprune=false"], "got 1,031."),
+    ("qwen3_next", {}, BLOCKS, "must name a layer with attention of model type 'qwen3_next'"),
+    ("roberta", {}, [],
+     "Cannot measure the perplexity of model type 'roberta': its logits are not the product of hidden"),
+    ("blt", {}, [], "Cannot measure the perplexity of model type 'blt': its config has no hidden_size."),
+    ("gpt_neox_japanese", {}, ["--recovery=distill", "--distill.checkpointing=true"],
+     "--distill.checkpointing must be false"),
+    ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, [], "got a quantised checkpoint (gptq)"),
+    ("gemma", {"quantization_config": {"quant_method": "bitnet"}}, [], "got a quantised checkpoint (bitnet)"),
+    ("llama", {"model_type": "own_type", "auto_map": {"AutoConfig": "code.OwnConfig"}},
+     ["--model.trust_remote_code=true"], "Model type 'own_type' needs a class in transformers that predicts next"),
+    ("qwen3", {}, [GGUF], "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights"),
+    ("llama", {}, ["--export=nemotron-nas", "--sparsity.scope=attention+ffn"],
+     "scope includes attention"),
+    ("llama", {}, ["--model.device_map=auto", "--export.dtype=float16"],
+     "--model.dtype (float32) with --model.device_map"),
+    ("llama", {}, [GGUF, "--export.type=q8_0", "--sparsity.width_multiple=1"],
+     "--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got 1."),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def structures(tmp_path_factory):
+    """Discover each type once."""
+    with tiny_run.isolated(tmp_path_factory.mktemp("structures")):
+        yield
+
+
+@pytest.mark.usefixtures("structures")
+@pytest.mark.parametrize(("model_type", "settings", "flags", "message"), BY_MODEL)
+def test_flags_that_do_not_fit_the_model_are_refused_in_one_line_before_its_weights_are_loaded(
+    model_type, settings, flags, message, world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
+    folder = tmp_path / "model"
+    shrunk(default_config(model_type)).save_pretrained(folder)  # no weights
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | settings))
+    own = "class OwnConfig(PretrainedConfig):\n    model_type = 'own_type'\n"
+    (folder / "code.py").write_text(f"from transformers import PretrainedConfig\n{own}")
+    tiny_run.tiny_tokenizer().save_pretrained(folder)
+    capsys.readouterr()
+    assert tiny_run.main(world.args(tmp_path / "runs", f"--model.name={folder}", *flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "runs").exists()

@@ -21,8 +21,7 @@ from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked
 from gprune.sparsity.budget import Budget, block_units
 from tests import registries
 from tests.calibration.test_collector import batches
-from tests.tiny_families import some_masks
-from tests.tiny_llama import collect, make_tiny_llama
+from tests.world import collect, make_tiny_llama, some_masks
 
 
 @pytest.fixture(scope="module")

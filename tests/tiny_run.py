@@ -37,7 +37,7 @@ from gprune.cli import main
 from gprune.export import hf, reload
 from gprune.method import summary
 from gprune.runs.results import PruningResult, load_run
-from tests.tiny_llama import make_tiny_llama
+from tests.world import make_tiny_llama
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"][:124]

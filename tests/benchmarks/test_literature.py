@@ -6,9 +6,7 @@ import gzip
 import io
 import json
 import math
-import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from gprune.benchmarks import literature
 from gprune.benchmarks.literature import join_lines, literature_perplexity, literature_windows
 from gprune.errors import UserError
-from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import WORDS, tiny_tokenizer
+from tests.world import make_tiny_llama
 
 
 @contextmanager
@@ -56,16 +54,6 @@ def rows_of_the_data_set(raw: str) -> list[str]:
 )  # fmt: skip
 def test_lines_keep_their_newline_and_blank_lines_become_empty(raw):
     assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
-
-
-def test_the_local_mirror_of_wikitext2_has_the_rows_of_the_data_set():
-    path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / literature.WIKITEXT_FILE
-    if not os.environ.get("GPRUNE_DATA_DIR") or not path.is_file():
-        pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
-    raw = path.read_text(encoding="utf-8")
-    assert len(rows_of_the_data_set(raw)) == 4358
-    assert literature.read_wikitext2() == "\n\n".join(rows_of_the_data_set(raw))
-    assert len(literature.read_wikitext2()) == literature.WIKITEXT_CHARACTERS
 
 
 def test_windows_are_consecutive_and_start_with_bos_if_the_tokenizer_adds_it():

@@ -12,7 +12,6 @@ import torch
 from experiments.architectures import example
 from gprune import report
 from gprune.cli import main
-from gprune.config.speed import speed_figure
 from gprune.errors import UserError
 from gprune.evaluation import speed
 from gprune.method import evaluate
@@ -24,7 +23,7 @@ from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
-from tests.tiny_llama import make_tiny_llama
+from tests.world import make_tiny_llama
 
 SETTING = {"batch": 1, "prompt": 8, "generate": 2}
 TABLE = {"neurons": [[1, 1e-3], [24, 3e-3], [48, 4e-3]], "groups": [[1, 3e-3], [2, 4e-3]], "rest": 2e-3, "spread": 0.0}
@@ -54,34 +53,6 @@ def test_the_latency_table_is_measured_once_per_machine_and_setting(measurements
     assert table(measure=False) is None
     table()
     assert len(measurements) == 3
-
-
-def test_a_cached_table_is_measured_again_only_on_request(measurements):
-    dense = without_weights(make_tiny_llama())
-    arguments = dense, torch.device("cpu"), torch.float32, SETTING
-    for options, times in (({"measure": True}, 1), ({"measure": True}, 1), ({"measure": False, "again": True}, 1),
-                           ({"measure": True, "again": True}, 2)):  # fmt: skip
-        assert speed.speed_table(*arguments, **options) == TABLE
-        assert len(measurements) == times
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.read_text()[:40],
-        lambda path: path.read_text().replace("0.002", "0.001"),
-        lambda path: "",
-        lambda path: "[]",
-        lambda path: '{"neurons": "x"}',
-        lambda path: json.dumps(TABLE),
-    ],
-)
-def test_a_damaged_or_edited_table_is_measured_again(damage, measurements, tmp_path):
-    table()
-    (path,) = (tmp_path / "speed").glob("*.json")
-    path.write_text(damage(path))
-    assert table() == TABLE
-    assert len(measurements) == 2
 
 
 def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the_maximum():
@@ -245,33 +216,3 @@ def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
     assert result.summary["speed_table"] == TABLE | {"layers": 3}
     assert ("speed" in result.summary, len(measurements)) == (False, 1)
     assert (tmp_path / "run/figures/speed.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        (
-            "--sparsity.width_multiple=defalt",
-            "--sparsity.width_multiple must be a whole number, default or auto; got 'defalt'.",
-        ),
-        ("--sparsity.width_multiple=0", "must be 1 or more; got 0"),
-        ("--trainer.devices=2", "--sparsity.width_multiple auto cannot be combined with 2 processes"),
-    ],
-)
-def test_invalid_width_multiples_are_refused(flag, message, world, tmp_path, capsys):
-    assert main(world.args(tmp_path, "--sparsity.width_multiple=auto", flag)) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_speed_figure_has_curves_for_neurons_and_kv_groups_and_a_line_for_the_rest():
-    figure = speed_figure(TABLE | {"layers": 3}, None)
-    lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
-    curves, rest_lines = zip(*lines, strict=True)
-    # Three layers, in milliseconds.
-    assert list(curves) == [[[n, 3000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
-    assert all({y for _, y in line} == {2.0} for line in rest_lines)
-
-
-def test_speed_prompts_longer_than_the_models_positions_are_refused(world, tmp_path, capsys):
-    assert main(world.args(tmp_path, *FLAGS, "--speed.prompt=999")) == 2
-    assert "got 1,001." in capsys.readouterr().err

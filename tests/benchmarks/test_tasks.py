@@ -18,8 +18,8 @@ from gprune.models.surgery import slice_model
 from gprune.report.task_tables import evaluation_table
 from gprune.runs.folder import check_evaluation
 from tests.benchmarks.conftest import pairs, questions, sentence, write_tasks
-from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import ROOT, SPECIAL, WORDS, tiny_tokenizer
+from tests.world import make_tiny_llama
 
 
 def measured(*names, model=None, tokenizer=None, include_path=None, **options) -> list[dict]:

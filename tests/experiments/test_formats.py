@@ -19,8 +19,8 @@ from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model, widths
 from tests.export.test_gguf import byte_tokenizer
 from tests.export.test_hf import LLAMA3_ROPE, make_pruned
-from tests.models.test_surgery import random_masks
 from tests.tiny_llama import make_tiny_llama
+from tests.world import masks_keeping
 
 INSTALLED = importlib.metadata.version("transformers")
 
@@ -30,7 +30,7 @@ INSTALLED = importlib.metadata.version("transformers")
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 777.0}, LLAMA3_ROPE], ids=["plain", "llama3"])
 def test_a_standard_export_has_the_rotary_settings_in_the_fields_of_older_transformers(rope, tmp_path, token_batch):
-    model = slice_model(make_tiny_llama(rope_parameters=rope), random_masks([20] * 3, [2] * 3))
+    model = slice_model(make_tiny_llama(rope_parameters=rope), masks_keeping([20] * 3, [2] * 3))
     folder = hf.save_pruned(model, None, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -22,9 +22,8 @@ from gprune.models.surgery import slice_model
 from gprune.storage.files import write_json
 from tests import synthetic_run
 from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned, needs_llama_cpp
-from tests.models.test_surgery import random_masks
-from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import isolated, tiny_tokenizer
+from tests.world import make_tiny_llama, masks_keeping
 
 # Sizes of a model whose rows fit the blocks of all types.
 WIDE = {
@@ -105,7 +104,7 @@ def test_a_model_folder_and_an_output_path_can_be_given(run, tmp_path):
 def test_a_decilm_folder_is_written_next_to_the_model_and_checked(tmp_path, capsys):
     run = tmp_path / "mine"
     model = make_tiny_llama(vocab_size=SIZE)
-    pruned = slice_model(model, random_masks([1, 32, 47], [2, 2, 2]))
+    pruned = slice_model(model, masks_keeping([1, 32, 47], [2, 2, 2]))
     write_run_of(run, make_dense(tmp_path / "dense"), pruned)
     assert command("export", [str(run), "--format", "nemotron-nas", "--check"]) == 0
     printed = capsys.readouterr().out
@@ -120,7 +119,7 @@ def test_a_decilm_folder_is_written_next_to_the_model_and_checked(tmp_path, caps
 
 def narrowed(dense, width):
     """Remove neurons from two of three blocks of a model with the sizes `WIDE`."""
-    return slice_model(dense, random_masks([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
+    return slice_model(dense, masks_keeping([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
 
 
 def printed_sizes(text):

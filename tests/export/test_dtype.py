@@ -12,7 +12,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.discovery import family_of
 from gprune.discovery.tiny import shrunk
-from gprune.errors import UserError
 from gprune.export import hf
 from gprune.method.plan import make_plan
 from gprune.models.agreement import random_masks
@@ -21,7 +20,7 @@ from gprune.runs.results import load_run
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS_PER_BYTE
 from tests import tiny_run
-from tests.tiny_families import make_tiny, some_masks, tiny_of
+from tests.world import make_tiny, some_masks, tiny_of
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
@@ -105,11 +104,3 @@ def test_export_accepts_a_format_or_a_group_and_does_not_affect_result_settings(
     (tmp_path / "a.yaml").write_text("export: none\n")
     from_file, from_mapping = parse(["--config", f"{tmp_path}/a.yaml"]), config_from_mapping({"export": "none"})
     assert from_file.export.format == from_mapping.export.format == "none"
-
-
-def test_an_unknown_export_format_and_a_cast_with_device_map_are_refused():
-    formats = r"--export.format must be 'hf', 'gguf', 'nemotron-nas' or 'none'; got 'onnx'\."
-    with pytest.raises(UserError, match=formats):
-        parse(["--export", "onnx"])
-    with pytest.raises(UserError, match=r"--model.dtype \(float32\) with --model.device_map"):
-        make_plan(parse(["--model.name=tiny-random", "--model.device_map=auto", "--export.dtype=float16"]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -23,28 +25,15 @@ from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaMod
 from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
-from tests.models.test_surgery import GREEDY, masks_without, random_masks
-from tests.tiny_families import make_tiny, some_masks, tiny_of
-from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import WORDS, environment, tiny_tokenizer
+from tests.world import TYPES, make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks, tiny_of
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
+BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 50000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 50000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}
-VARIANTS = {
-    "tied": {},
-    "untied": {"tie_word_embeddings": False},
-    "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-    "rope": {"rope_parameters": LLAMA3_ROPE},
-    "eager": {"attn_implementation": "eager"},
-    "bfloat16": {"dtype": torch.bfloat16},
-}
+}  # fmt: skip
 
 
 def randomise_biases(model: nn.Module) -> None:
@@ -57,7 +46,7 @@ def randomise_biases(model: nn.Module) -> None:
 
 def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
     """A tiny pruned Llama with odd widths. If `recovered`, some down and output projections have biases."""
-    model = slice_model(make_tiny_llama(**overrides), random_masks(*shape))
+    model = slice_model(make_tiny_llama(**overrides), masks_keeping(*shape))
     if recovered:
         blocks = blocks_of(model)
         for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
@@ -68,8 +57,7 @@ def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
     return model
 
 
-# Rotary embeddings whose frequencies depend on the length of the text. Not in VARIANTS, because the tests of GGUF use
-# VARIANTS and GGUF does not support these types.
+# Rotary embeddings whose frequencies depend on the length of the text
 ROPE_BY_LENGTH = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -95,21 +83,27 @@ def load(folder, auto=AutoModelForCausalLM, **options):
     return model
 
 
-@pytest.mark.parametrize("recovered", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_exported_models_reload_with_the_same_bits(variant, recovered, tmp_path, token_batch):
-    model = make_pruned(recovered, **VARIANTS[variant])
-    attention = {"attn_implementation": model.config._attn_implementation}
+@pytest.mark.parametrize(
+    ("recovered", "overrides"),
+    [
+        (True, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+        (False, {"dtype": torch.bfloat16}),
+    ],
+    ids=["biases", "bfloat16"],
+)
+def test_exported_models_reload_with_the_same_bits_also_saved_by_transformers_and_without_head(
+    recovered, overrides, tmp_path, token_batch
+):
+    model = make_pruned(recovered, **overrides)
     expected = model(token_batch).logits
-    loaded = load(hf.save_pruned(model, None, tmp_path / "model"), **attention)
+    loaded = load(hf.save_pruned(model, None, tmp_path / "model"))
     assert type(loaded) is PrunedLlamaForCausalLM
     assert loaded.dtype == model.dtype
     assert largest_difference(loaded(token_batch).logits, expected) == 0.0
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
-    # Saved again by transformers, and loaded as a decoder without head.
     loaded.save_pretrained(tmp_path / "again")
-    assert largest_difference(load(tmp_path / "again", **attention)(token_batch).logits, expected) == 0.0
-    decoder = load(tmp_path / "again", AutoModel, **attention)
+    assert largest_difference(load(tmp_path / "again")(token_batch).logits, expected) == 0.0
+    decoder = load(tmp_path / "again", AutoModel)
     assert type(decoder) is PrunedLlamaModel
     reference = model.model(token_batch).last_hidden_state
     assert largest_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
@@ -193,10 +187,10 @@ def test_a_folder_of_an_earlier_version_loads_and_can_be_pruned_and_saved_again(
 
 def test_equal_blocks_that_llama_cannot_describe_use_another_model_type(tmp_path, token_batch):
     """A bias of a single projection, and a number of heads that does not divide the hidden size."""
-    biased = slice_model(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
+    biased = slice_model(make_tiny_llama(), masks_keeping([20] * 3, [2] * 3))
     biased.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(32), requires_grad=False)
     uneven = slice_model(
-        make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), random_masks([20] * 3, [3] * 3, of_groups=4)
+        make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), masks_keeping([20] * 3, [3] * 3, of_groups=4)
     )
     for model_type, model in (("pruned_llama", biased), ("mistral", uneven)):  # equal to Llama without a sliding window
         loaded = load(hf.save_pruned(model, None, tmp_path / model_type))
@@ -216,7 +210,7 @@ def test_set_attn_implementation_reaches_every_layer(tmp_path, token_batch):
 
 def test_apply_masks_keeps_modes_settings_and_with_inplace_the_memory():
     """Training mode, requires_grad, attention implementation, generation config; in place, weights are not copied."""
-    model, masks = make_tiny_llama(attn_implementation="eager").train(), random_masks(NEURONS, GROUPS)
+    model, masks = make_tiny_llama(attn_implementation="eager").train(), masks_keeping(NEURONS, GROUPS)
     model.generation_config.max_length = 33
     blocks_of(model)[1].gate.weight.requires_grad_(True)
     small = gprune.apply_masks(model, masks)
@@ -239,7 +233,7 @@ def test_apply_masks_keeps_the_class_of_subclasses_and_of_models_with_added_modu
     of_subclass.__class__ = Subclass
     with_module.adapter = nn.Linear(2, 2)
     for model in (of_subclass, with_module):
-        small = gprune.apply_masks(model, random_masks(NEURONS, GROUPS))
+        small = gprune.apply_masks(model, masks_keeping(NEURONS, GROUPS))
         assert type(small) is type(model)
         assert widths(small) == {"neurons": NEURONS, "kv_groups": GROUPS}
 
@@ -250,46 +244,19 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
     loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
     masks = masks_without(loaded, 0)
     shallow = slice_model(loaded, masks)
-    # Both configs describe their own layers in order.
     for model, neurons, groups in ((loaded, NEURONS, GROUPS), (shallow, NEURONS[1:], GROUPS[1:])):
         assert widths(model) == {"neurons": neurons, "kv_groups": groups}
         layers = layer_configs(model.config)
-        assert [layer.intermediate_size for layer in layers] == neurons
-        assert [layer.num_key_value_heads for layer in layers] == groups
+        assert [(layer.intermediate_size, layer.num_key_value_heads) for layer in layers] == list(
+            zip(neurons, groups, strict=True)
+        )
         biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
         assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
-    # Narrower and then with fewer layers, saved and reloaded each time.
-    narrow = slice_model(shallow, masks_without(shallow, narrow=True))
-    narrow_reloaded = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
-    last_masks = masks_without(narrow_reloaded, 0)
-    last = slice_model(narrow_reloaded, last_masks)
-    assert last.config.num_hidden_layers == len(last.model.layers) == 1
-    folder = hf.save_pruned(last, None, tmp_path / "last")
-    assert set(json.loads((folder / "config.json").read_text()).get("per_layer_config", {})) <= {"0"}
-    for before, cut, after in (
-        (loaded, masks, shallow),
-        (narrow_reloaded, last_masks, last),
-        (narrow_reloaded, last_masks, load(folder)),
-    ):
-        with masked(before, cut):
-            logits = before(token_batch).logits
-            continued = before.generate(token_batch[:2, :9], **GREEDY)
-        assert largest_difference(after(token_batch).logits, logits) <= 1e-4
-        assert torch.equal(after.generate(token_batch[:2, :9], **GREEDY), continued)
-    assert largest_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
-
-
-@pytest.mark.slow
-def test_the_tokenizer_of_a_folder_loads_without_gprune_and_without_a_question_with_remote_code(tmp_path):
-    folder = hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "model")
-    assert (folder / "modeling_pruned.py").is_file()
-    load = "transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"
-    code = f"import sys, transformers\nprint({load}(sys.argv[2]).input_ids, 'gprune' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, folder, f"{WORDS[1]} {WORDS[0]}"], cwd=tmp_path, stdin=subprocess.DEVNULL,
-        env=environment(tmp_path, HF_MODULES_CACHE=str(tmp_path)), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("[5, 4] False\n", "")
+    with masked(loaded, masks):
+        expected = loaded(token_batch).logits
+    assert largest_difference(shallow(token_batch).logits, expected) <= 1e-4
+    last = load(hf.save_pruned(slice_model(shallow, masks_without(shallow, 0)), None, tmp_path / "last"))
+    assert set(last.config.to_dict().get("per_layer_config", {})) <= {"0"}
 
 
 def test_tokenizer_chat_templates_and_model_card_are_exported(tmp_path):
@@ -373,7 +340,7 @@ def test_weights_are_restored_if_the_forward_pass_of_the_check_fails(tmp_path, t
 def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(
     tmp_path, token_batch, fresh_process
 ):
-    model = make_pruned(recovered=True, **VARIANTS["biases"])
+    model = make_pruned(recovered=True, **BIASES)
     model = slice_model(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
@@ -399,8 +366,7 @@ def load_with_own_head(family, folder):
     return load(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kept", [(17, 48, 33), (20, 20, 20)], ids=["unequal", "equal"])
+@pytest.mark.parametrize(("family", "kept"), [("llama", (17, 48, 33)), ("gemma3_text", (20, 20, 20))])
 def test_a_head_with_its_own_weights_stays_untied_whatever_the_config_says(family, kept, tmp_path, token_batch):
     model = load_with_own_head(family, tmp_path / "dense")
     masks = some_masks(model, kept, attention=False)
@@ -443,3 +409,68 @@ def test_a_corrupted_export_is_detected_and_removed(value, tmp_path, token_batch
     with pytest.raises(UserError, match=r"logits of the reloaded model differ .* removed"):
         hf.check_reload(model, folder, token_batch)
     assert not folder.exists()
+
+
+def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Train one step without dropout, so that losses are comparable. Returns the loss before the step."""
+    optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), lr=1e-3)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
+    block = blocks_of(model)[0]
+    record = block.family
+    targets = {path.rpartition(".")[2] for path in (record.query, record.key, record.value, record.output)}
+    if not record.experts:
+        targets |= {path.rpartition(".")[2] for path in (record.gate, record.up, record.down) if path}
+    config = peft.LoraConfig(
+        r=2, target_modules=sorted(targets), task_type="CAUSAL_LM", init_lora_weights=False,
+        fan_in_fan_out=block.output.transposed,
+    )  # fmt: skip
+    return peft.get_peft_model(model.requires_grad_(False), config).eval()
+
+
+@pytest.mark.slow
+def test_exported_and_fine_tuned_models_load_without_gprune(tmp_path):
+    """Exports and fine-tuned models, loaded by a process that cannot import gprune."""
+    folders, models = tmp_path / "folders", {}
+    ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))  # longer than the sliding window
+    for family in TYPES:
+        model = make_tiny(family)
+        models[family] = small = gprune.apply_masks(model, some_masks(model, attention=True))
+        hf.save_pruned(small, tiny_tokenizer(), folders / family)
+        tuned = copy.deepcopy(small)
+        train_a_step(tuned, ids)
+        models[f"{family}-tuned"] = with_lora(tuned).merge_and_unload()
+    for name, model in models.items():
+        if not (folder := folders / name).exists():
+            model.save_pretrained(folder)
+        assert sorted(path.name for path in folder.glob("*.py")) == ["modeling_pruned.py"]
+        logits = model(ids, use_cache=False).logits.detach().contiguous()
+        save_file({"logits": logits, "ids": ids}, folder / "expected.safetensors")
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "for folder in Path(sys.argv[1]).iterdir():\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "    want = load_file(folder / 'expected.safetensors')\n"
+        "    got = model(want['ids'], use_cache=False).logits\n"
+        "    if (folder / 'tokenizer.json').exists():\n"
+        "        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # asks no question\n"
+        "    print(folder.name, (got - want['logits']).abs().max().item())\n"
+        "assert 'gprune' not in sys.modules\n"
+    )
+    variables = environment(tmp_path / "cache", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    process = subprocess.run(
+        [sys.executable, "-P", str(script), str(folders)], cwd=tmp_path, env=variables, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    differences = dict(line.split() for line in process.stdout.splitlines() if line)
+    assert {name: float(value) for name, value in differences.items()} == dict.fromkeys(models, 0.0)

@@ -9,17 +9,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export import export
 from gprune.export.hf import reloaded_logits, save_pruned
 from gprune.export.nemotron import ffn_settings, write
-from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
-from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import tiny_tokenizer
+from tests.world import make_tiny, some_masks
 
 IDS = torch.tensor([[3, 17, 4, 99, 23, 8]])
 
@@ -172,13 +170,6 @@ def test_a_config_that_transformers_refuses_is_found_without_check(tmp_path):
     vars(model.config)["initializer_range"] = 2.0  # the class would refuse it
     with pytest.raises(UserError, match=r"Cannot export 'llama' to nemotron-nas: .*initializer_range.*"):
         write(model, tiny_tokenizer(), tmp_path / "folder")
-
-
-def test_a_run_that_may_remove_different_numbers_of_heads_is_refused_in_the_plan():
-    flags = ["--model.name=tiny-random", "--export=nemotron-nas", "--sparsity.scope=attention+ffn"]
-    with pytest.raises(UserError, match=r"scope includes attention.* Export to hf or gguf"):
-        make_plan(parse(flags))
-    make_plan(parse([*flags, "--sparsity.uniform_width=true", "--gprune=false"]))
 
 
 def test_the_folder_has_the_dtype_of_the_model_folder(tmp_path):

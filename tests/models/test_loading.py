@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gprune.errors import UserError
-from gprune.models.loading import check_weight_dtypes, load_model
+from gprune.models.loading import check_weight_dtypes, fingerprint, load_model
 from tests import tiny_run
 
 
@@ -77,3 +77,35 @@ def test_weights_that_remain_quantized_after_loading_are_refused(quantization, t
 def test_weights_in_float64_are_refused_as_float64_and_not_as_quantized(tiny_model):
     with pytest.raises(UserError, match=r"got 'here', which has weights in float64\. Convert them to float32\."):
         check_weight_dtypes(tiny_model.double(), "here")
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_depends_on_weights_and_config_but_not_on_the_path(tmp_path):
+    model, copy = (load_model(str(tiny_run.save_tiny_model(tmp_path / name)))[0] for name in ("a", "b"))
+    assert fingerprint(copy) == fingerprint(model)
+    with torch.no_grad():
+        copy.model.norm.weight[0] += 1e-3
+    assert fingerprint(copy) != fingerprint(model)
+    other_config, _ = load_model(str(tmp_path / "b"))
+    other_config.config.rms_norm_eps *= 2
+    assert fingerprint(other_config) != fingerprint(model)
+
+
+def test_a_fingerprint_includes_the_models_custom_code(tmp_path):
+    """Two models with the same weights and config, whose custom classes have different activations."""
+    fingerprints = []
+    for name, activation in (("one", "silu"), ("two", "relu")):
+        tiny_run.save_tiny_model(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "modeling_own.py").write_text(
+            "import torch\nfrom transformers import LlamaForCausalLM\n\n\n"
+            f"class Own(LlamaForCausalLM):\n    act = torch.nn.functional.{activation}\n"
+        )
+        for trust in (False, True):
+            fingerprints.append(fingerprint(load_model(str(tmp_path / name), trust_remote_code=trust)[0]))
+    assert fingerprints[0] == fingerprints[2]  # without trust, both load as the stock class
+    assert len(set(fingerprints)) == 3

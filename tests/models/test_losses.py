@@ -19,8 +19,7 @@ from gprune.models.losses import (
     same_head,
 )
 from gprune.models.masks import gated
-from tests.tiny_families import make_tiny, tiny_of
-from tests.tiny_llama import make_tiny_llama
+from tests.world import make_tiny, make_tiny_llama, tiny_of
 
 
 def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
@@ -127,6 +126,31 @@ def test_losses_and_gradients_equal_autograd_through_all_logits(dtype, tied, div
     torch.testing.assert_close(losses, expected_losses, rtol=2e-5, atol=1e-6)
     assert expected_gradient.abs().max() > 1e-3
     assert (gradient - expected_gradient).abs().max() <= 1e-4 * expected_gradient.abs().max()
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("gemma2", {"final_logit_softcapping": 3.0}), ("granite", {})])
+def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrides):
+    model = make_tiny(family, **overrides)
+    ids = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
+
+    def gradient(loss_of) -> torch.Tensor:
+        """The gradient of a loss with respect to gates of neurons."""
+        gates = [torch.linspace(0.2, 1, 48, requires_grad=True) for _ in range(3)]
+        with gated(model, gates):
+            loss_of().backward()
+        return torch.stack([gate.grad for gate in gates])
+
+    log_q, teacher = model(ids).logits[:, :-1].log_softmax(-1), final_hidden(model, ids)  # of the dense model
+
+    def divergence() -> torch.Tensor:
+        return (log_q.exp() * (log_q - model(ids).logits[:, :-1].log_softmax(-1))).sum(-1).mean()
+
+    # Cross-entropy without a teacher, and KL divergence with the dense model as the teacher.
+    for reference, hidden in ((lambda: model(input_ids=ids, labels=ids).loss, None), (divergence, teacher)):
+        expected = gradient(reference)
+        assert float(expected.abs().max()) > 1e-4
+        chunked = gradient(lambda hidden=hidden: next_token_losses(model, ids, teacher=hidden).mean())
+        torch.testing.assert_close(chunked, expected, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("divergence", [False, True], ids=["cross_entropy", "kl"])

@@ -18,7 +18,6 @@ from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.discovery import family_of
 from gprune.discovery.tiny import shrunk
-from gprune.export import hf
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.method.save import masked_logits
@@ -27,7 +26,6 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.experts import watch_experts
 from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
-    StoredWeights,
     device_of,
     is_offloaded,
     load_parameter,
@@ -38,10 +36,7 @@ from gprune.models.surgery import slice_model, slice_to_files
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
-from tests.export.test_hf import load_with_own_head
-from tests.models.test_families import EXPERTS
-from tests.tiny_families import TYPES, make_tiny, some_masks, tiny_of
-from tests.tiny_llama import collect
+from tests.world import TYPES, WITH_EXPERTS, collect, make_tiny, some_masks, tiny_of
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
@@ -191,18 +186,7 @@ def test_saved_buffers_of_offloaded_layers_are_exported(model_type, ids, tmp_pat
     assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
-def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config_says(ids, tmp_path):
-    dense = load_with_own_head("llama", tmp_path / "dense")
-    offloading = {"device_map": "auto", "max_memory": {"cpu": f"{bytes_in(decoder_layers(dense)[0])}B"}}
-    offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
-    assert offloaded.lm_head.weight.is_meta
-    masks = some_masks(dense, attention=True)
-    in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
-    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
-    assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
-
-
-@pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
+@pytest.mark.parametrize("family", ["llama", *WITH_EXPERTS[:1]])
 def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family, placed):
     whole, offloaded = placed(family)
     layer, layer_in_memory = decoder_layers(offloaded)[2], decoder_layers(whole)[2]
@@ -213,13 +197,6 @@ def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family
     with pytest.raises(ZeroDivisionError), resident(layer):
         _ = 1 / 0
     assert all(p.is_meta for p in layer.parameters())
-
-
-@pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
-def test_stored_weights_of_an_offloaded_model_equal_those_in_memory(family, placed):
-    whole, offloaded = placed(family)
-    weights = StoredWeights(offloaded)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state_dict().items())
 
 
 def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
@@ -282,34 +259,6 @@ def test_memory_limits_parse_sizes_with_units():
     flags = ["--model.device_map=auto", "--model.max_memory={cpu: 2GiB, 0: 1GB}"]
     assert memory_limits(parse(flags).model.max_memory) == {"cpu": 2**31, 0: 10**9}
     assert parse(flags).settings() == parse(flags[:1]).settings()  # memory limits do not affect results
-
-
-TWO = "--trainer.devices=2"
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--model.max_memory={cpu: 2GiB}"], "--model.max_memory needs --model.device_map auto"),
-        ([AUTO, "--model.max_memory={cpu: lots}"], ".cpu must be a size such as 2GiB or 500MB; got 'lots'"),
-        ([AUTO, "--model.max_memory={cpu: 0GB}"], ".cpu must be more than 0; got '0GB'"),
-        ([AUTO, "--model.max_memory={disk: 2GB}"], "cpu or a device number such as 0"),
-        ([AUTO, TWO], "--model.device_map auto needs one process"),
-    ],
-)
-def test_invalid_placements_are_refused_in_one_line(flags, line, capsys):
-    assert main(flags) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert line in error
-
-
-def test_a_model_above_the_shard_size_is_saved_in_several_files(tmp_path, monkeypatch, ids):
-    monkeypatch.setattr(hf, "MAX_FILE_BYTES", 20_000)
-    model = make_tiny("llama")
-    small = slice_model(model, some_masks(model, attention=True))
-    folder = save_pruned(small, None, tmp_path / "model")
-    assert len(list(folder.glob("model-*.safetensors"))) > 3
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, small(ids).logits)
 
 
 # --- whole runs

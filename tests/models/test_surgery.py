@@ -6,25 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.architectures import default_config, example
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks, masked
 from gprune.models.modeling_pruned import experts_aligned
-from gprune.models.surgery import slice_model, widths
-from tests.tiny_families import make_tiny
-from tests.tiny_llama import make_tiny_llama
-
-
-def random_masks(neurons: list[int], groups: list[int], of_neurons=48, of_groups=2, seed: int = 0) -> Masks:
-    """Masks that keep the given numbers of units per block at random positions."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def keep(count: int, total: int) -> torch.Tensor:
-        mask = torch.zeros(total, dtype=torch.bool)
-        mask[torch.randperm(total, generator=generator)[:count]] = True
-        return mask
-
-    return Masks([keep(n, of_neurons) for n in neurons], [keep(g, of_groups) for g in groups])
+from gprune.models.surgery import attention_by_layer, slice_model, widths
+from tests import tiny_run
+from tests.world import make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks
 
 
 @pytest.mark.parametrize("removed", [(), (1,)])
@@ -45,7 +34,7 @@ def test_slice_model_changes_the_original_only_with_inplace(removed, tiny_model,
 def test_sliced_parameters_keep_dtype_requires_grad_and_tying(tiny_model):
     tiny_model.to(torch.bfloat16)
     blocks_of(tiny_model)[1].gate.weight.requires_grad_(True)
-    pruned = slice_model(tiny_model, random_masks([5, 7, 9], [1, 2, 1]))
+    pruned = slice_model(tiny_model, masks_keeping([5, 7, 9], [1, 2, 1]))
     assert [name for name, p in pruned.named_parameters() if p.requires_grad] == ["model.layers.1.mlp.gate_proj.weight"]
     for block in blocks_of(pruned):
         for linear in (block.gate, block.up, block.down, block.query, block.key, block.value, block.output):
@@ -82,30 +71,30 @@ def test_invalid_masks_are_refused_before_anything_is_sliced(tiny_model, kind, i
     assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
 
 
+def test_masks_that_keep_no_layer_no_layer_with_attention_or_a_part_of_a_layer_are_refused(tmp_path, tiny_model):
+    with pytest.raises(ValueError, match="keep at least 1 of 3 blocks; got 0"):
+        slice_model(tiny_model, masks_without(tiny_model, 0, 1, 2))
+    with tiny_run.isolated(tmp_path):
+        shared_expert, hybrids = example("qwen2_moe"), [example(name) for name in ("qwen3_next", "nemotron_h")]
+    masks = masks_without(shared_expert)
+    masks.ffn[3][:] = False  # of two blocks of layer 1
+    with pytest.raises(UserError, match=r"Masks of blocks 2 to 3, of layer 1, must keep units of all"):
+        slice_model(shared_expert, masks)
+    for model in hybrids:
+        (last,) = {block.layer_index for block in blocks_of(model) if block.kv_groups}
+        with pytest.raises(UserError, match=rf"must keep a layer with attention, .* remove all of them: {last}\."):
+            slice_model(model, masks_without(model, last))
+        other = next(block.layer_index for block in blocks_of(model) if block.neurons and block.layer_index != last)
+        small = slice_model(model, masks_without(model, other))
+        assert small.generate(torch.arange(3, 12)[None], max_new_tokens=4, eos_token_id=None).shape == (1, 13)
+    assert attention_by_layer(default_config("blt")) == []  # a type without a cache: no layer has to remain
+
+
 def test_pruning_refuses_a_quantised_model_of_any_type(tiny_model):
     """Scales of blocks of weights cannot be sliced with neurons."""
     tiny_model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(UserError, match=r"'llama' must have weights in float32.*got a quantised checkpoint \(fp8\)"):
         slice_model(tiny_model, masks_without(tiny_model))
-
-
-# --- whole blocks
-
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def masks_without(model: nn.Module, *removed: int, narrow: bool = False) -> Masks:
-    """Masks that remove these blocks. `narrow` also removes a third of the units of the other blocks."""
-
-    def keep(count: int, kept: bool) -> torch.Tensor:
-        return torch.tensor([kept and not (narrow and i % 3 == 1) for i in range(count)], dtype=torch.bool)
-
-    sizes = [(b.index not in removed, b.experts * b.neurons, b.kv_groups) for b in blocks_of(model)]
-    return Masks([keep(n, kept) for kept, n, _ in sizes], [keep(g, kept) for kept, _, g in sizes])
-
-
-def layer_indices(model: nn.Module) -> list[int]:
-    return [layer.self_attn.layer_idx for layer in model.model.layers]
 
 
 def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
@@ -121,10 +110,10 @@ def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
     assert (pruned.config.no_rope_layers, pruned.config.mlp_only_layers) == ([1, 0], [1])
     assert (pruned.config.activation_sparsity_pattern, pruned.config.moe_layers) == ([0.2, 0.4], [0, 1])
     assert pruned.config.eos_token_id == [1, 2, 3, 4]
-    assert layer_indices(pruned) == [0, 1]
+    assert [layer.self_attn.layer_idx for layer in pruned.model.layers] == [0, 1]
     assert pruned.model.config is pruned.config
     assert len(model.config.layer_types) == 4  # of the original
-    assert layer_indices(model) == [0, 1, 2, 3]
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
     for new_index, old_index in enumerate((1, 3)):
         for name, parameter in pruned.model.layers[new_index].named_parameters():
             assert torch.equal(parameter, before[f"model.layers.{old_index}.{name}"])
@@ -150,11 +139,6 @@ def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_bat
         assert (slice_model(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
 
 
-def test_masks_that_remove_all_blocks_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="keep at least 1 of 3 blocks; got 0"):
-        slice_model(tiny_model, masks_without(tiny_model, 0, 1, 2))
-
-
 def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_not_set_others():
     model = make_tiny("mixtral")
 
@@ -176,3 +160,20 @@ def test_alignment_of_experts_is_checked_only_for_expert_weights(width, aligned)
     model = nn.ModuleDict({"convolution": nn.Conv1d(8, 8, 4, groups=8)})
     model.register_parameter("down_proj", nn.Parameter(torch.zeros(4, 32, width)))
     assert experts_aligned(model) == aligned
+
+
+def test_the_factor_of_norms_over_kept_heads_is_not_rounded_to_bfloat16():
+    """With 7 of 8 heads kept the factor is 1.06904, and 1.07031 in bfloat16."""
+    model = make_tiny("olmo2", hidden_size=64, num_attention_heads=8, num_key_value_heads=8).to(torch.bfloat16)
+    masks, ids = some_masks(model, attention=True), torch.arange(3, 67).view(2, 32)
+
+    def size_of_keys(m):
+        """Return the sum of absolute values of the normalised keys."""
+        norm, found = m.model.layers[0].self_attn.k_norm, []
+        with norm.register_forward_hook(lambda _module, _inputs, output: found.append(output.double().abs())):
+            m(ids)
+        return float(found[0].sum())
+
+    with masked(model, masks):
+        of_masked = size_of_keys(model)
+    assert of_masked == pytest.approx(size_of_keys(slice_model(model, masks)), rel=3e-4)

@@ -17,25 +17,20 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
-    CLIPVisionConfig,
-    GPT2Config,
-    LlavaConfig,
     LlavaProcessor,
     PreTrainedModel,
 )
 
 from experiments.architectures import example, image_arguments
-from gprune.cli import main
 from gprune.discovery import family_of
-from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import check_reload, save_pruned
 from gprune.export.reload import align_weights
 from gprune.models.agreement import random_masks
 from gprune.models.loading import PROCESSOR_FILES
 from gprune.models.surgery import slice_model
 from tests import tiny_run
-from tests.tiny_llama import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer
+from tests.world import make_tiny_llama
 
 PATCH, IMAGE = 8, 32  # pixels
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -131,19 +126,19 @@ def hub_cache(tmp_path, monkeypatch):
     return snapshot
 
 
-def test_processor_files_are_copied_from_a_folder(pruned, tmp_path):
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_processor_files_are_copied_from_a_folder_or_without_network_from_the_cache_of_the_hub(
+    on_hub, pruned, hub_cache, tmp_path
+):
     (tmp_path / "dense").mkdir()
-    contents = write_processor_files(tmp_path / "dense")
-    folder = save_pruned(pruned.small, tokenizer_from(tmp_path / "dense"), tmp_path / "model")
-    assert processor_files(folder) == contents
-
-
-def test_processor_files_of_a_hub_id_are_copied_from_the_cache_without_network(pruned, hub_cache, tmp_path):
-    contents = write_processor_files(hub_cache)
-    (hub_cache / PROCESSOR_FILES[0]).unlink()  # few models have all files
+    source = hub_cache if on_hub else tmp_path / "dense"
+    contents = write_processor_files(source)
+    (source / PROCESSOR_FILES[0]).unlink()  # few models have all files
     del contents[PROCESSOR_FILES[0]]
-    folder = save_pruned(pruned.small, tokenizer_from("owner/model"), tmp_path / "model")
-    assert processor_files(folder) == contents
+    tokenizer = tokenizer_from("owner/model" if on_hub else source)
+    assert processor_files(save_pruned(pruned.small, tokenizer, tmp_path / "model")) == contents
+    text_model = slice_model(make_tiny_llama(), random_masks(make_tiny_llama()))
+    assert processor_files(save_pruned(text_model, tokenizer, tmp_path / "text")) == {}
 
 
 def test_a_warning_names_the_processor_files_that_the_hub_does_not_provide(pruned, hub_cache, tmp_path, caplog):
@@ -153,16 +148,6 @@ def test_a_warning_names_the_processor_files_that_the_hub_does_not_provide(prune
     (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "The processor of 'owner/model' is not saved" in message
     assert "preprocessor_config.json" in message
-
-
-def test_a_text_model_is_saved_without_processor_files(tmp_path):
-    (tmp_path / "dense").mkdir()
-    write_processor_files(tmp_path / "dense")
-    model = make_tiny_llama()
-    folder = save_pruned(
-        slice_model(model, random_masks(model)), tokenizer_from(tmp_path / "dense"), tmp_path / "model"
-    )
-    assert processor_files(folder) == {}
 
 
 # --- whole runs
@@ -213,18 +198,3 @@ def test_a_command_line_run_saves_a_model_that_its_card_loads_with_its_processor
     assert loaded["processor"].chat_template == TEMPLATE
     with torch.no_grad():
         assert torch.equal(loaded["model"](**inputs).logits, result.model(**inputs).logits)
-
-
-def test_windows_longer_than_the_learned_positions_of_the_text_model_are_refused(tmp_path, capsys):
-    """LLaVA's configuration has no number of positions; the one of its text model has."""
-    vision = CLIPVisionConfig(hidden_size=48, num_attention_heads=6, image_size=IMAGE, patch_size=PATCH)
-    untied = {"tie_word_embeddings": False}  # because the class looks for tied embeddings where GPT-2 has none
-    config = shrunk(LlavaConfig(text_config=GPT2Config(**untied), vision_config=vision, **untied))
-    tiny_model(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    positions = config.text_config.max_position_embeddings
-    world = tiny_run.World(tmp_path / "model", tiny_run.make_world(tmp_path).corpora)
-    with tiny_run.isolated(tmp_path / "cache"):
-        assert main(world.args(tmp_path, f"--corpora.seq_len={positions + 1}")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"must be at most {positions} tokens" in line

@@ -18,8 +18,7 @@ from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.tiny_families import some_masks
-from tests.tiny_llama import collect
+from tests.world import collect, some_masks
 
 H, C, TOKENS = 10, 24, 400  # outputs, channels, tokens
 BY_PROJECTION = [name for name in RECOVERY if isinstance(RECOVERY[name], Projection)]

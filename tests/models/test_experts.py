@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 import gprune
-from gprune.calibration.statistics import CorpusStatistics, Routing, pool_statistics
-from gprune.discovery import family_of
-from gprune.discovery.tiny import tiny_model
+from experiments.architectures import example
+from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE
 from gprune.importance.scores import idle_experts, score_experts, score_units
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import block_units
 from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
 from tests.registries import restored
-from tests.tiny_llama import collect, hooks_of
+from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, some_masks
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "num_experts": 8, "num_local_experts": 8,
-    "moe_num_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 40, "first_k_dense_replace": 1, "num_dense_layers": 1, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "n_shared_experts": 1, "moe_num_shared_experts": 1, "moe_k": 2,
-}  # fmt: skip
-GROUPS = {"n_group": 2, "topk_group": 1}  # a token is sent to experts of one of two groups
-TYPES: dict[str, dict] = {
-    "mixtral": {}, "qwen3_moe": {}, "olmoe": {}, "gpt_oss": {}, "deepseek_v3": GROUPS | {"num_key_value_heads": 4},
-    "qwen2_moe": {}, "glm4_moe": GROUPS, "ernie4_5_moe": {"moe_layer_start_index": 1}, "granitemoe": {}, "phimoe": {},
-    "minimax_m2": {}, "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]}, "afmoe": {},
-}  # fmt: skip
 # Types whose routers divide weights by their sum only with a setting.
 RENORMALISING = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}}
-
-
-def make(model_type: str, **overrides: object) -> PreTrainedModel:
-    """Return a tiny random mixture, frozen, with biases and correction biases of routers other than zero."""
-    known = CONFIG_MAPPING[model_type]()
-    names = known.to_dict().keys() | known.attribute_map.keys()
-    config = CONFIG_MAPPING[model_type](
-        **{k: v for k, v in SIZES.items() if k in names} | TYPES[model_type] | overrides
-    )
-    model = tiny_model(config, seed=3).requires_grad_(False)
-    generator = torch.Generator().manual_seed(4)
-    for name, buffer in model.named_buffers():
-        if "bias" in name:
-            buffer += torch.randn(buffer.shape, generator=generator) / 8
-    family_of(model)
-    return model
 
 
 def tokens(seed: int = 1) -> Tensor:
@@ -85,6 +52,52 @@ def mixtures(model: PreTrainedModel) -> list[Block]:
 # --- statistics and scores
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_statistics_of_experts_equal_those_of_activations_computed_expert_by_expert(name):
+    """Experts of gpt_oss have biases, and interleave gate and up."""
+    model, ids, calls = mixture(name), tokens(), []
+    for block in blocks_of(model):
+        block.down.host.register_forward_pre_hook(lambda m, x: calls.append((m, x[0].flatten(0, -2), x[1])))
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
+    for (module, hidden, routed), channel in zip(calls, statistics.ffn, strict=True):
+        for expert in range(8):
+            chosen = (routed == expert).any(-1).flatten().nonzero()[:, 0]
+            if name == "gpt_oss":
+                gate_up = hidden[chosen] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+            else:
+                gate_up = hidden[chosen] @ module.gate_up_proj[expert].T
+            x = module._apply_gate(gate_up).double()
+            for half in (0, 1):  # windows alternate between halves
+                of_half, moments = x[chosen // 24 % 2 == half], channel.halves[half].of_expert(expert, 8)
+                assert (moments.count == len(of_half)).all()
+                torch.testing.assert_close(moments.sum, of_half.sum(0), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(moments.sum_sq, of_half.square().sum(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(channel.gram[expert].double(), x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_an_expert_without_tokens_is_ranked_by_an_activation_free_metric():
+    model, ids = mixture("mixtral"), tokens()
+    gate = decoder_layers(model)[0].mlp.gate
+
+    def constant_routing(_module, _inputs, output):
+        return output[0], output[1], torch.tensor([0, 1]).expand_as(output[2])
+
+    with gate.register_forward_hook(constant_routing):
+        statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}])
+    assert statistics.ffn[0].total.count.view(8, -1)[:, 0].tolist() == [ids.numel()] * 2 + [0] * 6
+    blocks = blocks_of(model)
+    scores, activation_free = (
+        score_units(metric, blocks, statistics, attention=False).ffn[0].view(8, -1)
+        for metric in ("wanda_sp", "magnitude")
+    )
+    # Idle experts have the order of the other metric, and the mean distribution of the experts with tokens.
+    mean_of_busy_experts = scores[:2].sort(1).values.mean(0)
+    for expert in range(2, 8):
+        assert torch.equal(scores[expert].argsort(), activation_free[expert].argsort())
+        torch.testing.assert_close(scores[expert].sort().values, mean_of_busy_experts)
+    assert not torch.equal(scores[0].argsort(), activation_free[0].argsort())
+
+
 def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """Return the sums of `Routing`, (4, E), of each mixture by a loop over tokens and chosen experts, in float64.
 
@@ -109,9 +122,9 @@ def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
-    model, ids = make(name, **RENORMALISING.get(name, {})).double(), tokens()
+    model, ids = mixture(name, **RENORMALISING.get(name, {})).double(), tokens()
     statistics = collect_routing(model, ids)
     scores = score_experts("reap", blocks_of(model), statistics)
     assert hooks_of(model) == 0
@@ -122,35 +135,13 @@ def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
         torch.testing.assert_close(scores[block.index], reap.where(expected[0] > 0, -torch.inf))
 
 
-@pytest.mark.parametrize("norm_topk_prob", [False, True])
-def test_reap_is_the_definition_of_its_authors_for_a_softmax(norm_topk_prob):
-    """Router weight: softmax over all experts, divided by the sum over the chosen ones if the model does so."""
-    model, ids = make("qwen3_moe", norm_topk_prob=norm_topk_prob), tokens()
-    (first, *_), calls = mixtures(model), []
-    moe, stack = first.layer.mlp, first.layer.mlp.experts
-    moe.register_forward_pre_hook(lambda _m, args: calls.append(args[0]))
-    statistics = collect_routing(model, ids)
-    hidden = calls[0].flatten(0, 1).double()
-    probabilities = (hidden @ moe.gate.weight.double().T).softmax(1)
-    chosen = probabilities.topk(2).indices
-    if norm_topk_prob:
-        probabilities /= probabilities.gather(1, chosen).sum(1, keepdim=True)
-    for expert in range(8):
-        routed = (chosen == expert).any(1)
-        gate, up = (hidden[routed] @ stack.gate_up_proj[expert].double().T).chunk(2, 1)
-        outputs = (nn.functional.silu(gate) * up) @ stack.down_proj[expert].double().T
-        expected = (probabilities[routed, expert] * outputs.norm(dim=1)).mean() if routed.any() else 0.0
-        found = Routing(*statistics.ffn[first.index].routing).mean("weighted_norm")[expert]
-        assert float(found) == pytest.approx(float(expected), rel=1e-5)
-
-
 def collect_routing(model: PreTrainedModel, ids: Tensor, weight: Tensor | None = None) -> CorpusStatistics:
     batch = {"input_ids": ids, "index": torch.arange(len(ids))} | ({} if weight is None else {"weight": weight})
     return collect(model, [batch], routing=True)
 
 
 def test_routing_ignores_padded_windows_is_pooled_and_does_not_change_other_statistics():
-    model, ids = make("mixtral"), tokens()
+    model, ids = mixture("mixtral"), tokens()
     counted = collect_routing(model, ids, torch.tensor([1, 0, 1, 0]))
     alone = collect_routing(model, ids[[0, 2]])
     both = pool_statistics([alone, collect_routing(model, ids[[1, 3]])])
@@ -166,16 +157,16 @@ def test_routing_ignores_padded_windows_is_pooled_and_does_not_change_other_stat
 
 
 def test_expert_metrics_equal_their_formulas_and_scores_of_a_registered_one_are_checked():
-    model, ids = make("mixtral"), tokens()
+    model, ids = mixture("mixtral"), tokens()
     statistics = collect_routing(model, ids)
     sums = statistics.ffn[1].routing
     with restored(EXPERT_IMPORTANCE):
 
         @gprune.expert_metric("energy")
         def energy(weights, routing, generator):
-            assert weights.output.shape == (32, 8 * 24)
-            assert weights.of_expert(3, 8).output.shape == (32, 24)
-            return routing.weight * weights.output.unflatten(1, (8, 24)).square().sum((0, 2))
+            assert weights.output.shape == (48, 8 * 64)
+            assert weights.of_expert(3, 8).output.shape == (48, 64)
+            return routing.weight * weights.output.unflatten(1, (8, 64)).square().sum((0, 2))
 
         def scores(name: str, seed: int = 0) -> Tensor:
             return score_experts(name, blocks_of(model), statistics, seed=seed)[1]
@@ -196,7 +187,7 @@ def test_expert_metrics_equal_their_formulas_and_scores_of_a_registered_one_are_
 
 
 def test_experts_without_tokens_are_named_and_have_the_lowest_score():
-    model, ids = make("gpt_oss"), tokens()
+    model, ids = mixture("gpt_oss"), tokens()
     model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
     statistics = collect_routing(model, ids)
     assert "layer 1: 2, 5" in idle_experts(blocks_of(model), [statistics])
@@ -209,7 +200,7 @@ def test_experts_without_tokens_are_named_and_have_the_lowest_score():
 
 @pytest.mark.parametrize("metric", ["reap", "negative"])
 def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
-    model, ids = make("gpt_oss"), tokens()
+    model, ids = mixture("gpt_oss"), tokens()
     model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
     for layer in model.model.layers:  # scores far below 1
         layer.mlp.experts.down_proj *= 1e-3
@@ -267,7 +258,7 @@ def choice_without(router: nn.Module, name: str, logits: Tensor, removed: list[i
 def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_experts_are_minus_infinity(
     name, settings, removed
 ):
-    model, ids = make(name, **settings), tokens()
+    model, ids = mixture(name, **settings), tokens()
     masks, handles = experts_only(model), []
     for block in mixtures(model):
         kept = ~torch.isin(torch.arange(8), torch.tensor(removed))
@@ -288,8 +279,16 @@ def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_exper
     torch.testing.assert_close(sliced(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_masks_with_experts_of_unequal_widths_are_refused():
+    model = make_tiny("mixtral")
+    masks = some_masks(model, attention=False)
+    masks.ffn[0][:] = torch.arange(4 * 48) > 0
+    with pytest.raises(ValueError, match=r"Masks\.ffn\[0\] must keep equally many neurons of every expert"):
+        slice_model(model, masks)
+
+
 def test_experts_of_a_router_with_groups_must_be_removed_equally_from_each_group():
-    model = make("deepseek_v3")
+    model = mixture("deepseek_v3")
     for kept, found in (((0, 1, 2, 3), "4, 0"), ((0, 1, 2, 4), "3, 1"), ((0, 4), "1, 1")):
         masks = experts_only(model, kept=8)
         block = mixtures(model)[0]
@@ -300,18 +299,16 @@ def test_experts_of_a_router_with_groups_must_be_removed_equally_from_each_group
 
 
 def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are_refused():
-    model = make("mixtral")
+    model = mixture("mixtral")
     with pytest.raises(UserError, match=r"Experts of block 0 \(model type 'mixtral'\) must be at least 2; got 1"):
         slice_model(model, experts_only(model, kept=1))
-    llama4 = CONFIG_MAPPING["llama4_text"](**{k: v for k, v in SIZES.items() if k != "num_experts"}, attn_scale=0.1)
-    model = tiny_model(llama4)
-    family_of(model)
+    model = example("llama4_text")
     with pytest.raises(UserError, match=r"'llama4_text'\) cannot be removed as a whole: .*not called with numbers"):
-        slice_model(model, experts_only(model, kept=4))
+        slice_model(model, experts_only(model, kept=2))
 
 
 def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_the_reason():
-    model = make("mixtral", num_experts_per_tok=8)
+    model = mixture("mixtral", num_experts_per_tok=8)
     (block, *_) = mixtures(model)
     assert RouterRule.of(block, model.config).why_not == "its router chooses all 8 experts"
     vars(model.config)["num_experts_per_tok"] = None  # the class would refuse it
@@ -319,21 +316,8 @@ def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_t
     assert RouterRule.of(block, model.config).why_not == reason
 
 
-def test_an_exception_in_a_masked_forward_pass_restores_the_router():
-    model, ids = make("deepseek_v3"), tokens()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with masked(model, experts_only(model)), pytest.raises(IndexError):
-        model(torch.full((1, 4), 999))
-    handle = model.model.layers[2].mlp.experts.register_forward_pre_hook(lambda *_: 1 / 0)
-    with masked(model, experts_only(model)), pytest.raises(ZeroDivisionError):
-        model(ids)
-    handle.remove()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.model.layers[2].mlp.gate.num_experts == 8
-
-
 def test_gradients_pass_routers_without_the_removed_experts():
-    model, ids = make("mixtral"), tokens()
+    model, ids = mixture("mixtral"), tokens()
     pruned, gradients = slice_model(model, experts_only(model)), []
     for computing in (model, pruned):
         x = computing.get_input_embeddings()(ids).detach().requires_grad_()
@@ -341,14 +325,3 @@ def test_gradients_pass_routers_without_the_removed_experts():
             computing(inputs_embeds=x, use_cache=False).logits.square().mean().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
-
-
-def test_the_layout_of_a_mixture_that_keeps_all_experts_has_no_entries_for_experts_and_routers(tmp_path: Path):
-    """So folders of mixtures are those of earlier versions, which could not remove experts."""
-    pruned = gprune.apply_masks(make("deepseek_v3"), random_masks(make("deepseek_v3")))
-    pruned.save_pretrained(tmp_path)
-    own = json.loads((tmp_path / "config.json").read_text())["pruned_layout"]["own"]
-    assert own
-    for of_layer in own.values():
-        assert "experts" not in of_layer
-        assert not [path for path in of_layer["sizes"] if "gate.weight" in path or "correction_bias" in path]
