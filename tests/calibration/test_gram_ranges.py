@@ -20,8 +20,7 @@ from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.storage.files import read_json, read_tensors
 from tests import tiny_run
-from tests.tiny_families import make_tiny
-from tests.tiny_llama import collect
+from tests.world import collect, make_tiny
 
 
 def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from experiments.architectures import example
 from gprune.calibration.collector import Collector
-from gprune.calibration.saliency import StreamingGradients, weight_saliency
+from gprune.calibration.saliency import StreamingGradients, channel_saliency, weight_saliency
 from gprune.calibration.statistics import kind_of, pool_statistics
 from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.tiny_llama import collect, hooks_of, make_tiny_llama
+from tests.world import collect, hooks_of, make_tiny_llama
 
 BOTH = ("ffn", "attention")
 
@@ -147,16 +151,6 @@ def test_an_exception_leaves_no_hooks_and_no_gradients(tiny_model, token_batch, 
     assert not tiny_model(token_batch).logits.requires_grad
 
 
-def test_saliency_is_zero_where_gradients_vanish(tiny_model, token_batch):
-    for layer in tiny_model.model.layers:  # the hidden states are the embeddings
-        layer.mlp.gate_proj.weight.data.zero_()
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.self_attn.v_proj.weight.data.zero_()
-    statistics = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
-    for name, value in saliency_tensors(statistics).items():
-        assert torch.equal(value, torch.zeros_like(value)), name
-
-
 def test_a_non_finite_gradient_raises_a_user_error(token_batch):
     model = make_tiny_llama(tie_word_embeddings=False)
     model.lm_head.weight.data *= 1e38  # the logits overflow, the inputs of the projections do not
@@ -165,3 +159,23 @@ def test_a_non_finite_gradient_raises_a_user_error(token_batch):
     with pytest.raises(UserError, match=r"non-finite gradient.*--model\.dtype float32"):
         collect(model, batches(token_batch, 6), saliency=BOTH)
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "deepseek_v3"])
+def test_saliency_counts_every_row_of_a_head(model_type):
+    """One type has a gate per query row, the other has key heads larger than value heads.
+
+    Every row counts for a channel, so that the saliency of all channels sums to that of all weights.
+    """
+    (block, *_) = [block for block in blocks_of(example(model_type)) if block.output is not None]
+    generator, total, gradients = torch.Generator().manual_seed(0), torch.zeros(()), {}
+    for name in ("query", "key", "value", "output"):
+        weight = block.parts[name].weight
+        gradient = torch.randn(weight.shape, generator=generator)
+        sums = torch.ones(2), torch.stack([gradient, gradient])  # of a single window
+        gradients[name] = SimpleNamespace(compute=lambda sums=sums: sums)
+        total = total + (weight * gradient).abs().double().sum()
+    whole = channel_saliency(block, "attention", gradients)[2]
+    assert whole.shape == (block.channels,)
+    torch.testing.assert_close(whole.sum(), total, rtol=1e-6, atol=0)
+    assert block.query.out_features > block.channels or block.key.out_features > block.value.out_features

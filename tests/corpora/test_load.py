@@ -44,18 +44,18 @@ def test_the_local_mirror_takes_precedence_over_the_registry(data_dir):
     assert train == [text for text in texts("a", 25) if text not in ("a 9", "a 19")]
 
 
-def test_a_mirrored_validation_file_is_the_test_split(data_dir):
-    write_jsonl(data_dir / "corpora/mine/train.jsonl", texts("a", 2))
-    write_jsonl(data_dir / "corpora/mine/validation.jsonl", texts("v", 2))
-    assert load_corpus("mine", "test") == texts("v", 2)
-
-
 @pytest.mark.parametrize(
-    "names", [("Train.jsonl", "Test.jsonl"), ("train_0.jsonl", "test_0.jsonl"), ("training.jsonl", "dev.jsonl")]
+    "names",
+    [
+        ("Train.jsonl", "Test.jsonl"),
+        ("train_0.jsonl", "test_0.jsonl"),
+        ("training.jsonl", "dev.jsonl"),
+        ("train.jsonl", "validation.jsonl"),
+    ],
 )
 def test_files_of_splits_may_have_other_spellings(names, data_dir):
     for name, letter in zip(names, "ab", strict=True):
-        write_jsonl(data_dir / "corpora/mine" / name, texts(letter, 25))
+        write_jsonl(data_dir / "corpora/mine" / f"{name}.jsonl", texts(letter, 25))
     assert load_corpus("mine", "test") == texts("b", 25)
     assert set(load_corpus("mine", "train")) < set(texts("a", 25))
 
@@ -103,14 +103,6 @@ def test_an_unknown_corpus_lists_the_available_ones(data_dir):
 def test_an_unknown_split_is_refused():
     with pytest.raises(UserError, match=r"Unknown split 'dev'.*development"):
         load_corpus("python_docs", "dev")
-
-
-def test_a_registered_function_is_a_corpus():
-    with registries.restored(CORPORA):
-        CORPORA.register("mine")(lambda split: texts(split, 10))
-        assert load_corpus("mine", "development") == ["train 9"]
-        assert load_corpus("mine", "train") == texts("train", 9)
-        assert load_corpus("mine", "test") == texts("test", 10)
 
 
 @pytest.mark.parametrize(

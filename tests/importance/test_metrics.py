@@ -1,7 +1,7 @@
 """Each metric against its formula in NumPy on raw activations, gradients and weights, for neurons and KV groups.
 
 Activations are recorded by hooks of the tests and summed in float64. Gradients are from autograd on an unfrozen float64
-copy of the model, with one backward pass per window.
+copy of the model.
 """
 
 from __future__ import annotations
@@ -10,24 +10,21 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import gprune
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.importance.scores import fractional_ranks, score_units
+from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from tests import registries
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.tiny_llama import collect, make_tiny_llama
+from tests.world import collect, make_tiny_llama
 
 BUILT_IN = registries.BUILT_IN_METRICS
 BOTH = ("ffn", "attention")
@@ -56,134 +53,71 @@ def scores_of(name: str, model, statistics: CorpusStatistics, **options) -> list
     return [*scores.ffn, *scores.attention]
 
 
-def window_gradients(model, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    """Gradients of each window's mean cross-entropy by parameter name, (windows, *shape) in float64."""
-    unfrozen = copy.deepcopy(model).double().requires_grad_(True)
-    gradients = {name: [] for name, _ in unfrozen.named_parameters()}
-    for window in tokens:
-        unfrozen.zero_grad()
-        F.cross_entropy(unfrozen(window[None]).logits[0, :-1], window[1:]).backward()
-        for name, parameter in unfrozen.named_parameters():
-            gradients[name].append(parameter.grad.numpy().copy())
-    return {name: np.stack(of_windows) for name, of_windows in gradients.items()}
-
-
-@dataclass
-class BlockInputs:
-    """Inputs of a reference formula for the neurons or the KV groups of one block, as NumPy arrays in float64."""
-
-    x: np.ndarray  # (n, C) activations of all tokens
-    W: np.ndarray  # (H, C)
-    rows: list[np.ndarray]  # (C, H) each: row c computes channel c
-    units: list[list[tuple[str, int, list[int]]]]  # per unit: (projection, axis, its rows or columns)
-    weights: dict[str, np.ndarray]
-    window_gradients: Callable[[], dict[str, np.ndarray]]  # by projection, (windows, *shape); computed on first use
-
-    @cached_property
-    def vectors(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """Per unit its weight vectors w (k,) with the windows' gradients g (windows, k)."""
-        g = self.window_gradients()
-        return [
-            [
-                (np.take(self.weights[part], i, axis), np.take(g[part], i, axis + 1))
-                for part, axis, indices in unit
-                for i in indices
-            ]
-            for unit in self.units
-        ]
-
-
-def reference_inputs(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, list[BlockInputs]]:
-    """Inputs of the reference formulas by kind and block, from all windows or those of one half."""
-    tokens_of_half = tokens[slice(None) if half is None else slice(half, None, 2)]
-    activations, config = projection_inputs(model, tokens_of_half), model.config
-    heads = config.num_attention_heads // config.num_key_value_heads  # query heads per group
-    d = config.head_dim
-    gradients: dict[str, np.ndarray] = {}
-
-    def lazy_gradients(prefix: str, names: dict[str, str]) -> Callable[[], dict[str, np.ndarray]]:
-        """A function that computes gradients on first use, because most formulas do not need them."""
-
-        def gradients_by_projection() -> dict[str, np.ndarray]:
-            if not gradients:
-                gradients.update(window_gradients(model, tokens_of_half))
-            return {part: gradients[f"{prefix}.{name}.weight"] for part, name in names.items()}
-
-        return gradients_by_projection
-
-    def linear(module, names: dict[str, str]) -> dict[str, np.ndarray]:
-        return {part: getattr(module, name).weight.double().numpy() for part, name in names.items()}
-
-    inputs = {"ffn": [], "attention": []}
-    for index, layer in enumerate(model.model.layers):
-        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-        w = linear(layer.mlp, names)
-        inputs["ffn"].append(
-            BlockInputs(
-                x=activations["ffn"][index].reshape(-1, config.intermediate_size),
-                W=w["down"],
-                rows=[w["gate"], w["up"]],
-                units=[[("gate", 0, [j]), ("up", 0, [j]), ("down", 1, [j])] for j in range(config.intermediate_size)],
-                weights=w,
-                window_gradients=lazy_gradients(f"model.layers.{index}.mlp", names),
-            )
-        )
-        names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-        w = linear(layer.self_attn, names)
-        # The row of the value projection that computes each channel.
-        value_rows = [(c // d // heads) * d + c % d for c in range(config.num_attention_heads * d)]
-        units = []
-        for g in range(config.num_key_value_heads):
-            of_group = list(range(g * d, (g + 1) * d))
-            of_heads = list(range(g * heads * d, (g + 1) * heads * d))
-            units.append(
-                [("query", 0, of_heads), ("key", 0, of_group), ("value", 0, of_group), ("output", 1, of_heads)]
-            )
-        inputs["attention"].append(
-            BlockInputs(
-                x=activations["attention"][index].reshape(-1, config.num_attention_heads * d),
-                W=w["output"],
-                rows=[w["value"][value_rows]],
-                units=units,
-                weights=w,
-                window_gradients=lazy_gradients(f"model.layers.{index}.self_attn", names),
-            )
-        )
-    return inputs
-
-
 def norms(m: np.ndarray, axis: int) -> np.ndarray:
     return np.sqrt((m**2).sum(axis))
 
 
-def per_vector(r: BlockInputs, term: Callable[[np.ndarray, np.ndarray], float]) -> np.ndarray:
-    """Per unit, the sum of term(w, g) over its rows and columns. Shared key and value rows count once."""
-    return np.array([sum(term(w, g) for w, g in unit) for unit in r.vectors])
-
-
-# Per channel (C,) or per unit.
-REFERENCES: dict[str, Callable[[BlockInputs], np.ndarray]] = {
-    "wanda_sp": lambda r: np.sqrt((r.x**2).mean(0)) * np.abs(r.W).sum(0),
-    "wifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0) * (r.W**2).sum(0),
-    "ifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0),
-    "wifn": lambda r: (np.sqrt((r.x**2).mean(0)) * np.abs(r.W).mean(0)) ** 2,
-    "act_norm": lambda r: np.sqrt((r.x**2).mean(0)),
-    "taylor": lambda r: per_vector(r, lambda w, g: np.abs(w * g.mean(0)).sum()),
-    "magnitude": lambda r: norms(r.W, 0) * np.prod([norms(rows, 1) for rows in r.rows], axis=0),
-    "magnitude_down": lambda r: norms(r.W, 0),
+# Scores of channels from activations x (n, C), the output projection W (H, C), and rows (C, H) that compute a channel
+FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray, list[np.ndarray]], np.ndarray]] = {
+    "wanda_sp": lambda x, W, rows: np.sqrt((x**2).mean(0)) * np.abs(W).sum(0),
+    "wifv": lambda x, W, rows: ((x - x.mean(0)) ** 2).mean(0) * (W**2).sum(0),
+    "ifv": lambda x, W, rows: ((x - x.mean(0)) ** 2).mean(0),
+    "wifn": lambda x, W, rows: (np.sqrt((x**2).mean(0)) * np.abs(W).mean(0)) ** 2,
+    "act_norm": lambda x, W, rows: np.sqrt((x**2).mean(0)),
+    "magnitude": lambda x, W, rows: norms(W, 0) * np.prod([norms(part, 1) for part in rows], axis=0),
+    "magnitude_down": lambda x, W, rows: norms(W, 0),
 }
+REFERENCES = [*FORMULAS, "taylor"]
+
+
+def reference_scores(model, tokens: torch.Tensor, name: str) -> list[np.ndarray]:
+    """Scores in float64 of the neurons of each block, and then of the KV groups, which have the sum of their channels.
+
+    Taylor saliency is the sum of |weight x mean gradient| over all weights of a unit. All windows are equally long, so
+    the gradient of the mean loss is the mean gradient.
+    """
+    inputs, config = projection_inputs(model, tokens), model.config
+    groups, d = config.num_key_value_heads, config.head_dim
+    heads = config.num_attention_heads // groups
+    value_rows = [(c // d // heads) * d + c % d for c in range(groups * heads * d)]  # the row that computes a channel
+    double = copy.deepcopy(model).double()
+    if name == "taylor":
+        double.requires_grad_(True)(tokens, labels=tokens).loss.backward()
+
+    def weights_of(module) -> list[np.ndarray]:
+        found = [p for part, p in module.named_parameters() if part.endswith("proj.weight")]
+        return [np.abs(p.detach() * p.grad).numpy() if name == "taylor" else p.numpy() for p in found]
+
+    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in BOTH}
+    for index, layer in enumerate(double.model.layers):
+        gate, up, down = weights_of(layer.mlp)
+        query, key, value, output = weights_of(layer.self_attn)
+        x, y = (inputs[kind][index].reshape(-1, inputs[kind][index].shape[-1]) for kind in BOTH)
+        if name == "taylor":
+            scores["ffn"].append(gate.sum(1) + up.sum(1) + down.sum(0))
+            scores["attention"].append(sum(w.reshape(groups, -1).sum(1) for w in (query, key, value, output.T.copy())))
+        else:
+            scores["ffn"].append(FORMULAS[name](x, down, [gate, up]))
+            channels = FORMULAS[name](y, output, [value[value_rows]])
+            scores["attention"].append(channels.reshape(groups, -1).sum(1))
+    return [*scores["ffn"], *scores["attention"]]
+
+
 # Relative tolerances. Gradients have the precision of a float32 backward pass.
 RTOL = dict.fromkeys(REFERENCES, 2e-6) | {"taylor": 1e-5}
 
 
 class Cached:
-    """Cached models by shape, statistics by batch size, and inputs of references. Tests must not change them."""
+    """Cached models by shape, statistics by batch size, and reference scores. Tests must not change them."""
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
         self.model = functools.cache(lambda shape: with_random_norms(**SHAPES[shape]))
         self.statistics = functools.cache(lambda shape, size: all_statistics(self.model(shape), self.tokens, size))
-        self.raw = functools.cache(lambda shape, half: reference_inputs(self.model(shape), self.tokens, half))
+
+    def expected(self, name: str, shape: int, half: int | None = None) -> list[np.ndarray]:
+        """Reference scores from all windows, or from those of one half."""
+        return reference_scores(self.model(shape), self.tokens[slice(half, None, None if half is None else 2)], name)
 
     def scores_of(self, name: str, shape: int, size: int, *, half: int | None = None) -> list[torch.Tensor]:
         """Scores of neurons and KV groups from statistics of all windows, or of those of one half."""
@@ -197,16 +131,6 @@ class Cached:
 @pytest.fixture(scope="module")
 def shared() -> Cached:
     return Cached(torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1)))
-
-
-def reference_scores(raw: dict[str, list[BlockInputs]], name: str) -> list[np.ndarray]:
-    """Scores by the formula: neurons of each block, and then KV groups, which have the sum of their channels."""
-    per_block = []
-    for kind in BOTH:
-        for block in raw[kind]:
-            scores = REFERENCES[name](block)  # per channel or per unit
-            per_block.append(scores.reshape(len(block.units), -1).sum(1))
-    return per_block
 
 
 def assert_scores(name: str, scores: list[torch.Tensor], expected: list[np.ndarray]) -> None:
@@ -224,19 +148,13 @@ def test_every_built_in_metric_has_a_reference():
 def test_metrics_equal_their_formula(name, shape, shared):
     scores = shared.scores_of(name, shape, 4)
     assert [len(s) for s in scores] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
-    assert_scores(name, scores, reference_scores(shared.raw(shape, None), name))
-
-
-def test_wifn_and_wanda_sp_rank_neurons_equally(shared):
-    """A mean instead of a sum, and a square, preserve the order of non-negative scores."""
-    wifn, wanda_sp = (shared.scores_of(name, 0, 4)[:3] for name in ("wifn", "wanda_sp"))  # neurons of three blocks
-    assert all(torch.equal(a.argsort(), b.argsort()) for a, b in zip(wifn, wanda_sp, strict=True))
+    assert_scores(name, scores, shared.expected(name, shape))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("half", [0, 1])
 def test_scores_of_a_half_equal_the_formula_on_its_windows(name, half, shared):
-    assert_scores(name, shared.scores_of(name, 0, 6, half=half), reference_scores(shared.raw(0, half), name))
+    assert_scores(name, shared.scores_of(name, 0, 6, half=half), shared.expected(name, 0, half))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -263,37 +181,6 @@ def test_kv_groups_out_of_scope_score_zero_and_neuron_scores_do_not_change(tiny_
         assert all(torch.equal(s, nothing) for s in [*scores.attention, *scores.channels]), name
 
 
-# Metrics whose scores do not depend on the gate row, and metrics that do not depend on the output column.
-GATE_BLIND = {"magnitude_down", "random"}
-DOWN_BLIND = {"act_norm", "ifv", "random"}
-
-
-def ranked(scores: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Ranks of finite scores in each block."""
-    for s in scores:
-        assert bool(torch.isfinite(s).all())
-    ranks = [fractional_ranks(s) for s in scores]
-    assert all(float(r.min()) > 0 and float(r.max()) < 1 for r in ranks)
-    return ranks
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_dead_neurons_score_zero_by_metrics_that_depend_on_the_dead_weights(name, tiny_model, token_batch):
-    mlp = tiny_model.model.layers[0].mlp
-    mlp.gate_proj.weight.data[3] = 0.0
-    mlp.down_proj.weight.data[:, 4] = 0.0
-    tiny_model.model.layers[1].mlp.gate_proj.weight.data.zero_()  # a whole dead block
-    scores = scores_of(name, tiny_model, all_statistics(tiny_model, token_batch))
-    ranks = ranked(scores)
-    assert (float(scores[0][3]) == 0) == (name not in GATE_BLIND)
-    assert (float(scores[0][4]) == 0) == (name not in DOWN_BLIND)
-    assert float(scores[0][[i for i in range(48) if i not in (3, 4)]].min()) > 0
-    if name not in GATE_BLIND:
-        assert scores[0].argmin() in (3, 4)
-        # All neurons of the dead block have the same score.
-        assert torch.equal(ranks[1], torch.full((48,), 0.5, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_metrics_read_only_the_statistics_that_they_declare(name, shared):
     """Only the extras in `needs` are collected. Without the other extras, scores have the same bits."""
@@ -318,22 +205,6 @@ def test_random_scores_are_seeded_differ_between_blocks_and_keep_the_global_rand
     state = torch.random.get_rng_state()
     draw(5)
     assert torch.equal(torch.random.get_rng_state(), state)  # the global random state is unchanged
-
-
-@pytest.mark.usefixtures("scratch_registry")
-def test_a_registered_metric_scores_neurons_channels_and_kv_groups(tiny_model, token_batch):
-    @gprune.metric("mean_square")
-    def mean_square(weights, moments, generator):
-        return (moments.sum_sq / moments.count).float()
-
-    raw = projection_inputs(tiny_model, token_batch)
-    scores = score_units("mean_square", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
-    for index in range(3):
-        neurons, channels = ((raw[kind][index] ** 2).mean((0, 1)) for kind in BOTH)
-        np.testing.assert_allclose(scores.ffn[index].numpy(), neurons, rtol=1e-6)
-        np.testing.assert_allclose(scores.channels[index].numpy(), channels, rtol=1e-6)
-        np.testing.assert_allclose(scores.attention[index].numpy(), channels.reshape(2, 16).sum(1), rtol=1e-6)
-    assert scores.ffn[0].dtype == torch.float64
 
 
 @pytest.mark.usefixtures("scratch_registry")

@@ -18,10 +18,8 @@ from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.whole_blocks import choose_blocks
-from tests import tiny_run
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.models.test_surgery import masks_without
-from tests.tiny_llama import collect, make_tiny_llama
+from tests.world import collect, make_tiny_llama, masks_without
 
 BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules]
 
@@ -215,38 +213,6 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
 # --- registered allocations
 
 
-@pytest.mark.slow
-def test_a_registered_allocation_works_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
-    world, calls = tiny_run.make_world(tmp_path), []
-    with tiny_run.isolated(tmp_path / "cache"):
-        args = world.args(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
-        assert tiny_run.main(args) == 2
-        assert "Unknown allocation 'mine'" in capsys.readouterr().err
-
-        @allocation("mine")
-        def mine(scores, statistics, blocks, budget, *, offset=0.0, count: int = 1, flip: bool = False):
-            calls.append((budget.sparsity, offset, count, flip))
-            assert (type(offset), type(count), type(flip)) == (float, int, bool)
-            return [torch.full_like(s, float(b)) for b, s in enumerate(scores.ffn)], scores.attention
-
-        result = world.run(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
-        # Margins rise with the block index: block 0 keeps one neuron, and block 1 loses the rest.
-        assert [int(m.sum()) for m in result.masks.ffn] == [1, 79, 160]
-        assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"mine"}
-        flags = ["--sparsity.start=mine", "--sparsity.options={offset: 2, count: 3, flip: true}"]
-        learned = world.run(tmp_path / "runs", *flags, name="learned")
-        assert {r["allocation"] for r in learned.records if r["stage"] == "base"} == {"mine"}
-        for option, message in (
-            ("count: 2.5", "count must be a valid integer"),
-            ("flip: 1", "flip must be a valid bool"),
-        ):
-            assert tiny_run.main(world.args(tmp_path, flags[0], f"--sparsity.options={{{option}}}")) == 2
-            assert f"--sparsity.options.{message}" in capsys.readouterr().err
-    first, later = (0.5, 0.0, 1, False), (0.5, 2.0, 3, True)
-    assert calls == [first, later, later]  # first run: base; second run: base and averaged
-
-
 # --- whole blocks
 
 
@@ -265,10 +231,6 @@ def uneven():
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = with_influence(collect(model, batches(tokens, 4)), [0.2, 0.9, 0.1, 0.5])
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=False)
-
-
-def removed_parameters(model, masks: Masks) -> int:
-    return Budget(block_units(blocks_of(model), scope="ffn"), 0).removed_by(masks)
 
 
 @pytest.mark.parametrize(("share", "protect"), [(0.9, []), (0.6, [-1]), (0.1, [])])

@@ -17,7 +17,7 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import BlockCosts
 from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
-from tests.tiny_llama import make_tiny_llama
+from tests.world import make_tiny_llama
 
 
 def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> list[BlockUnits]:
@@ -139,12 +139,12 @@ def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
 
 
 @st.composite
-def problems(draw, width_multiples=(1, 4, 8), largest=30):
-    """Draw blocks of at most `largest` neurons, one of the width multiples and a sparsity."""
-    width_multiple = draw(st.sampled_from(width_multiples))
+def problems(draw):
+    """Draw blocks of at most 30 neurons, a width multiple and a sparsity."""
+    width_multiple = draw(st.sampled_from((1, 2, 3, 4, 8)))
     depth = draw(st.integers(1, 4))
     lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)  # noqa: E731
-    neurons = draw(lists(st.integers(width_multiple, largest)))
+    neurons = draw(lists(st.integers(width_multiple, 30)))
     group = draw(lists(st.integers(1, 60))) if draw(st.booleans()) else None
     protected = draw(st.just(frozenset()) | st.frozensets(st.integers(0, depth - 1), max_size=depth - 1))
     neuron, groups = draw(lists(st.integers(1, 9))), draw(lists(st.integers(1, 4)))
@@ -177,42 +177,6 @@ def solve(problem, data):
     neuron = draw_margins(data, [block.neurons for block in units])
     group = draw_margins(data, [block.groups for block in units]) if budget.attention else None
     return keep_masks(budget, neuron, group), neuron, group, budget
-
-
-@settings(max_examples=50)
-@given(problem=problems(), data=st.data())
-def test_masks_meet_the_budget_with_widths_in_multiples_and_units_in_order_of_margins(problem, data):
-    units, width_multiple, _ = problem
-    masks, neuron, group, budget = solve(problem, data)
-    # The budget is met, counted independently.
-    removed = budget.removed_by(masks)
-    group_costs = [block.costs.groups[1] for block in units]
-    pairs = [*zip(neuron_costs(units), masks.ffn, strict=True), *zip(group_costs, masks.attention, strict=True)]
-    assert removed == sum(cost * int((~mask).sum()) for cost, mask in pairs)
-    step = width_multiple * max(neuron_costs(units))
-    if budget.attention and removable_neurons(units, width_multiple) < max(group_costs):
-        step = max(step, *group_costs)  # too few neurons to replace a group
-    assert 0 <= removed - budget.target < step
-    # Each block keeps at least one unit, and widths are multiples.
-    for mask, block in zip(masks.ffn, units, strict=True):
-        kept = int(mask.sum())
-        assert (mask.dtype, len(mask)) == (torch.bool, block.neurons)
-        assert kept >= width_multiple
-        assert kept % width_multiple == 0 or kept == block.neurons  # an unpruned block may have another width
-    assert [len(mask) for mask in masks.attention] == [block.groups for block in units]
-    assert all(bool(mask.any()) if budget.attention else bool(mask.all()) for mask in masks.attention)
-    assert all(bool(masks.ffn[b].all() and masks.attention[b].all()) for b in budget.protected)
-    # Removed units of a block are the first by (margin, index).
-    for mask, margin in zip([*masks.ffn, *masks.attention], [*neuron, *(group or [])], strict=False):
-        order = sorted(range(len(mask)), key=lambda i, m=margin: (float(m[i]), i))
-        kept = [bool(mask[i]) for i in order]
-        assert kept == sorted(kept)
-    # The same holds in the whole model, except for the best neuron of each block, which is always kept.
-    if width_multiple == 1 and not budget.attention:
-        blocks = zip(neuron, masks.ffn, units, strict=True)
-        unprotected = [(m, keep) for m, keep, block in blocks if not block.protected]
-        highest_removed = max((float(m[~keep].max()) for m, keep in unprotected if not keep.all()), default=-math.inf)
-        assert all(highest_removed <= float(m[keep].min()) for m, keep in unprotected if int(keep.sum()) > 1)
 
 
 def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
@@ -260,12 +224,20 @@ def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
     return masks
 
 
-@settings(max_examples=50)
-@given(problem=problems(width_multiples=(1, 2, 3), largest=9), data=st.data())
-def test_masks_of_small_problems_equal_the_documented_rule(problem, data):
+@settings(max_examples=80)
+@given(problem=problems(), data=st.data())
+def test_masks_equal_the_documented_rule_and_exceed_the_budget_by_less_than_a_step(problem, data):
     units, width_multiple, _ = problem
     masks, neuron, group, budget = solve(problem, data)
     assert masks == reference_masks(units, neuron, group, budget.target, width_multiple)
+    group_costs = [block.costs.groups[1] for block in units]
+    pairs = [*zip(neuron_costs(units), masks.ffn, strict=True), *zip(group_costs, masks.attention, strict=True)]
+    removed = sum(cost * int((~mask).sum()) for cost, mask in pairs)
+    assert budget.removed_by(masks) == removed
+    step = width_multiple * max(neuron_costs(units))
+    if budget.attention and removable_neurons(units, width_multiple) < max(group_costs):
+        step = max(step, *group_costs)  # too few neurons to replace a group
+    assert 0 <= removed - budget.target < step
 
 
 ZEROS, RISING = torch.zeros, lambda n: torch.arange(float(n))

@@ -72,13 +72,6 @@ def test_a_coarse_search_ends_within_its_resolution_of_the_exhaustive_scan(steps
     assert len(measured) == len(set(measured))
 
 
-def test_the_cut_is_within_the_limit_with_any_number_of_tries():
-    measure, measured = recording(np.linspace(0.001, 2, 1000) ** 2)
-    result = find_largest_cut(measure, 0.01, 1000, first=900, unused=0.01, tries=2)
-    assert result.best.rise <= 0.01
-    assert measured[-1] == result.best.cut, "measurements go on until one is within the limit, and no longer"
-
-
 def search_on_a_power_law(*, doubled: int | None = None) -> list[Point]:
     """Return the points of a search. The measurement of one of them may be doubled."""
     calls = itertools.count()

@@ -24,7 +24,7 @@ from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_co
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
 from tests.registries import restored
-from tests.tiny_llama import collect, make_tiny_llama
+from tests.world import collect, make_tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,6 @@ INVALID = [
 def test_invalid_targets_are_refused_in_one_line(value):
     with pytest.raises(UserError, match=r"\A--sparsity\.target must be a share .*; got .*\.\Z"):
         RunConfig(sparsity={"target": value})
-
-
-def test_settings_have_keys_of_costs_and_of_the_export_only_if_the_target_depends_on_them():
-    by_share = RunConfig(sparsity={"target": 0.4}).settings()
-    assert by_share["sparsity"].keys() == RunConfig().settings()["sparsity"].keys()
-    assert "cost" not in RunConfig().settings()["sparsity"]
-    assert "export" not in RunConfig().settings()
-    # The exported dtype changes which units a byte target removes, so it is part of the run's identity.
-    configs = [RunConfig(sparsity={"target": "9MiB"}, export={"dtype": dtype}) for dtype in ("float32", "float16")]
-    assert configs[0].run_name != configs[1].run_name
-    assert RunConfig(sparsity={"target": "30%", "cost": "kv_cache"}).settings()["sparsity"]["cost"] == "kv_cache"
 
 
 # --- each cost is met within a step
@@ -152,19 +141,6 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
             removed[b].append(i)
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == list(map(sorted, removed))
     assert budget.removed_by(masks) == spent >= target
-
-
-def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
-    model, statistics, scores = scored
-    blocks = blocks_of(model)
-    for scope, share in (("ffn", 0.41), ("attention+ffn", 0.29)):
-        budgets = (
-            Budget.of(block_units(blocks, scope=scope), share),
-            budget_of(model, costs_in(model, "parameters"), share, scope=scope),
-        )
-        masks, masks_by_cost = (allocate("global", scores, statistics, blocks, budget) for budget in budgets)
-        assert masks_by_cost == masks
-        assert len({budget.removed_by(masks) for budget in budgets}) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from gprune.corpora.windows import Windows
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
 from gprune.stages.distillation import DistillationStage
-from tests.tiny_families import some_masks
+from tests.world import some_masks
 
 WARNING = "The loss of distillation is not finite in bfloat16. Falling back to float32."
 

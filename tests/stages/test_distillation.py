@@ -36,7 +36,7 @@ from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
 from tests.test_readme import run_recipe
-from tests.tiny_families import make_tiny, some_masks, tiny_of
+from tests.world import make_tiny, some_masks, tiny_of
 
 TARGETS = ("mlp", "all", "lora")
 
@@ -131,14 +131,6 @@ def test_checkpointing_and_accumulation_train_the_same_weights(settings, family,
     if family != "llama":
         dense = make_tiny(family)
     assert relative_difference(dense, tokens, **settings) < 1e-3
-
-
-def test_mixed_precision_changes_weights_in_nearly_the_same_way(problem):
-    dense, _, tokens = problem
-    # Rounding to bfloat16 changes gradients. The first steps of AdamW are about equally long for all weights, so one
-    # whose gradient is as small as these errors may move the other way. Here 1 % of the weights do, and the relative
-    # difference is 0.13.
-    assert relative_difference(dense, tokens, precision="bf16-mixed") < 0.2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -32,8 +32,7 @@ from gprune.stages.threshold_learning import ThresholdLearning
 from tests import registries, tiny_run
 from tests.stages.test_refinement import planted, refinement
 from tests.stages.test_threshold_learning import make_stage, sampled_tokens, trainer_of
-from tests.tiny_families import some_masks
-from tests.tiny_llama import hooks_of
+from tests.world import hooks_of, some_masks
 
 
 class GateLearner(L.LightningModule):
@@ -74,10 +73,6 @@ class Doubled(CalibrationStage):
     def __init__(self, *args, times: int = 2, **kwargs):
         super().__init__(*args, **kwargs)
         CALLS.append(("times", times))
-
-
-class WithoutMasks(L.LightningModule):
-    """A stage that cannot be a learner."""
 
 
 class Masked:
@@ -220,16 +215,11 @@ def test_a_configuration_is_not_changed_by_its_run_and_can_be_changed_for_the_ne
     assert first.path != second.path
 
 
-def test_default_settings_have_no_keys_of_stages():
-    settings = RunConfig().settings()
-    assert not {"options", "stages"} & {*settings}
-
-
 @pytest.mark.parametrize(
     ("learner", "message"),
     [
         ("GateLearner", "A learner must be a LightningModule class with the method masks, or a functools.partial"),
-        (WithoutMasks, "A learner must be a LightningModule class with the method masks"),
+        (CalibrationStage, "A learner must be a LightningModule class with the method masks"),
         (Masked, "A learner must be a LightningModule class with the method masks"),
         (functools.partial(GateLearner, 1), "A learner must be a LightningModule class"),
         (

@@ -19,8 +19,7 @@ from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
-from tests.tiny_families import make_tiny
-from tests.tiny_llama import hooks_of, make_tiny_llama
+from tests.world import hooks_of, make_tiny, make_tiny_llama
 
 K = 4
 
@@ -350,33 +349,22 @@ def test_windows_of_weight_zero_do_not_affect_the_loss(tiny_model):
     assert losses["weighted"] == pytest.approx(losses["without"], rel=1e-6)
 
 
-@pytest.mark.parametrize("hook", ["on_train_start", "on_before_backward", "on_train_epoch_end"])
-def test_an_exception_inside_fit_leaves_no_hooks(hook, tiny_model, token_batch):
-    dense, tokens = tiny_model(token_batch).logits, sampled_tokens(tiny_model)
-    hooks = []
-
-    def fail(*_args):
-        hooks.append(hooks_of(tiny_model))
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        trainer_of(type("Failing", (L.Callback,), {hook: fail})()).fit(make_stage(tiny_model), data_of(tokens))
-    assert hooks == [0]  # gates are attached only during a training step
-    assert hooks_of(tiny_model) == 0
-    assert torch.equal(tiny_model(token_batch).logits, dense)
-
-
-def test_an_exception_inside_a_gated_forward_pass_leaves_no_hooks(tiny_model, token_batch, monkeypatch):
-    dense, hooks = tiny_model(token_batch).logits, []
+@pytest.mark.parametrize("place", ["on_train_start", "on_before_backward", "on_train_epoch_end", "forward pass"])
+def test_an_exception_inside_fit_leaves_no_hooks(place, tiny_model, token_batch, monkeypatch):
+    dense, tokens, hooks = tiny_model(token_batch).logits, sampled_tokens(tiny_model), []
 
     def fail(*_args, **_kwargs):
         hooks.append(hooks_of(tiny_model))
         raise RuntimeError("stop")
 
-    monkeypatch.setattr("gprune.stages.threshold_learning.next_token_losses", fail)
+    callback = L.Callback()
+    if place == "forward pass":
+        monkeypatch.setattr("gprune.stages.threshold_learning.next_token_losses", fail)
+    else:
+        callback = type("Failing", (L.Callback,), {place: fail})()
     with pytest.raises(RuntimeError, match="stop"):
-        trainer_of().fit(make_stage(tiny_model), data_of(sampled_tokens(tiny_model)))
-    assert hooks == [3]  # one per block
+        trainer_of(callback).fit(make_stage(tiny_model), data_of(tokens))
+    assert hooks == [3 if place == "forward pass" else 0]  # gates, one per block, are attached only during a step
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, dense)
 
@@ -457,15 +445,6 @@ def test_soft_gate_equals_the_formula_in_numpy(dtype):
     gate = soft_gate(p, t, labels, sizes)
     assert gate.dtype == dtype
     np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_soft_gates_decrease_with_the_threshold_of_their_module_only():
-    labels, sizes = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
-    t = torch.tensor([0.1, -0.3], dtype=torch.float64, requires_grad=True)
-    p = torch.tensor([0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
-    soft_gate(p, t, labels, sizes)[:2].sum().backward()
-    assert t.grad[0] < 0
-    assert t.grad[1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
