@@ -19,20 +19,19 @@ from experiments.summary import DENSE, Lines, draw_curves, runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.report.figures import add_title, save, style
 from gprune.report.tables import Estimate, Table, ratio_to
-from gprune.runs.numbers import ResultRow, by_row
+from gprune.runs.numbers import by_row
 from gprune.runs.results import FinishedRun
 
 COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
 PEERS, PEERS_GEMMA, GEMMA = "questions/peers.yaml", "questions/peers_gemma.yaml", "gemma.yaml"
-AVERAGED: ResultRow = ("averaged", "none")
-Place = tuple[str, str] | tuple[str, str, ResultRow] | None  # list, row and, unless it is the last one, stage
+Place = tuple[str, str] | None  # list and row
 
 # Label: rows of SmolLM2 before and after training, then of Gemma. All have weights in bfloat16 and seed 0.
 ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
     "base": ((PEERS, "base"), None, (GEMMA, "base"), None),
     "paper": (("questions/parts.yaml", "paper"), None, (GEMMA, "paper"), None),
     "paper, centred": (("questions/parts.yaml", "centred"), None, (GEMMA, "paper, centred"), None),
-    "averaged": (("questions/parts.yaml", "paper", AVERAGED), None, (GEMMA, "averaged"), None),
+    "averaged": (("questions/parts.yaml", "averaged"), None, (GEMMA, "averaged"), None),
     "averaged, least squares": (
         (PEERS, "averaged, least squares"), (PEERS, "averaged, least squares, 49k"),
         (GEMMA, "averaged, least squares"), (GEMMA, "best, 49k"),
@@ -60,12 +59,12 @@ ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
 
 # Names of lines, in the order of their colours: the same masks have the same colour in all panels.
 SUBJECTS = ("trained", "paper", "averaged", "untrained", "base", "best")
-# Line of the figure: for each removed share its list, row and stage.
+# Line of the figure: list and row of each point.
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 SMOLLM2_LINES: dict[str, list[Place]] = {
-    "base": [("questions/sparsity.yaml", f"wanda_sp {share}", ("base", "none")) for share in SHARES],
+    "base": [("questions/sparsity.yaml", f"wanda_sp {share}, base") for share in SHARES],
     "paper": [("questions/sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
-    "averaged": [("questions/sparsity.yaml", f"wanda_sp {share}", AVERAGED) for share in SHARES],
+    "averaged": [("questions/sparsity.yaml", f"wanda_sp {share}, averaged") for share in SHARES],
     "untrained": [("questions/untrained.yaml", "smollm2, act_norm, reconstruction")],
     "trained": [
         *(("questions/distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
@@ -74,11 +73,11 @@ SMOLLM2_LINES: dict[str, list[Place]] = {
 }  # fmt: skip
 GEMMA_LINES: dict[str, list[Place]] = {
     "base": [
-        *(("gemma_budgets.yaml", f"{share} %, paper", ("base", "none")) for share in (20, 30)), (GEMMA, "base"),
+        *(("gemma_budgets.yaml", f"{share} %, base") for share in (20, 30)), (GEMMA, "base"),
     ],
     "paper": [*(("gemma_budgets.yaml", f"{share} %, paper") for share in (20, 30)), (GEMMA, "paper")],
     "averaged": [
-        *(("gemma_budgets.yaml", f"{share} %, paper", AVERAGED) for share in (20, 30)), (GEMMA, "averaged"),
+        *(("gemma_budgets.yaml", f"{share} %, averaged") for share in (20, 30)), (GEMMA, "averaged"),
     ],
     "trained": [*(("gemma_budgets.yaml", f"{share} %, best, 49k") for share in (20, 30)), (GEMMA, "best, 49k")],
 }  # fmt: skip
@@ -97,11 +96,10 @@ def find(place: Place) -> tuple[FinishedRun, Estimate] | None:
     """Return the run of a row of a list and its unseen perplexity divided by dense; None without a record."""
     if place is None:
         return None
-    path, name, *stages = place
+    path, name = place
     for run in runs_of(path):
         if run.name == name:
-            stage = stages[0] if stages else list(by_row(run.records))[-1]
-            ratio = ratio_to(run, stage, run, DENSE)
+            ratio = ratio_to(run, list(by_row(run.records))[-1], run, DENSE)
             return None if ratio is None else (run, ratio)
     return None
 

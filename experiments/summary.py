@@ -36,14 +36,14 @@ from gprune.studies.study import pair_ratios
 
 HERE = Path(__file__).resolve().parent
 DENSE = ("dense", "none")
-# Stages of the headline's rows by the names in its comparisons, in the order in which parts are added.
+# Rows of the headline in the order in which parts are added.
 PARTS = {
-    "paper: gprune": "the paper: modules, thresholds",
-    "paper, centred: gprune": "the same, centred gradient",
-    "paper: averaged": "scores averaged over corpora",
-    "averaged, least squares: averaged + least_squares": "and least squares",
-    "gates: gprune + least_squares": "and gates by KL, 49k tokens",
-    "best: averaged + least_squares+distill": "or distillation, 98k tokens",
+    "paper": "the paper: modules, thresholds",
+    "paper, centred": "the same, centred gradient",
+    "averaged": "scores averaged over corpora",
+    "averaged, least squares": "and least squares",
+    "gates": "and gates by KL, 49k tokens",
+    "best": "or distillation, 98k tokens",
     "base: dense": "the dense model",
 }
 # (stage, recovery, tokens of distillation): label in the figure
@@ -57,7 +57,9 @@ LINES_BY_BUDGET = {
     ("averaged", "least_squares+distill", 98304): "or distillation, 98k",
 }
 SMOLLM2 = {
-    "questions/sparsity.yaml": [f"wanda_sp {share}" for share in (0.2, 0.3, 0.4, 0.5, 0.6)],
+    "questions/sparsity.yaml": [
+        f"wanda_sp {share}{row}" for share in (0.2, 0.3, 0.4, 0.5, 0.6) for row in ("", ", base", ", averaged")
+    ],
     "questions/distill_budgets.yaml": None,
     "questions/distill.yaml": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "gates"],
 }
@@ -65,7 +67,7 @@ GEMMA = {
     "gemma_budgets.yaml": [
         f"{share} %, {row}"
         for share in (20, 30)
-        for row in ("paper", "averaged, least squares", "averaged, 49k at 3e-5", "gates")
+        for row in ("base", "averaged", "paper", "averaged, least squares", "averaged, 49k at 3e-5", "gates")
     ],
     "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 3e-5", "paper", "gates"],
 }
@@ -127,20 +129,21 @@ def by_tokens() -> Lines:
 
 
 def over_base() -> Lines:
-    """Perplexity relative to the row's base against the share removed: thresholds and averaged scores by metric."""
+    """Perplexity relative to base against the share removed: thresholds and averaged scores by metric."""
     lines: Lines = {}
-    for run in runs_of("questions/sparsity.yaml"):
-        for stage in ("averaged", "gprune"):
-            if (ratio := ratio_to(run, (stage, "none"), run, ("base", "none"))) is not None:
-                point = run.settings["sparsity"]["target"], ratio
-                lines.setdefault((run.settings["importance"], stage), []).append(point)
+    runs = {run.name: run for run in runs_of("questions/sparsity.yaml")}
+    for name, run in runs.items():
+        row, _, control = name.partition(", ")
+        if control != "base" and (ratios := pair_ratios(list(runs.values()), name, f"{row}, base")):
+            point = run.settings["sparsity"]["target"], ratios[0]
+            lines.setdefault((run.settings["importance"], control or "gprune"), []).append(point)
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 
 
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows relative to the unrecovered base, pooled over seeds."""
     runs = runs_of("headline.yaml")
-    by_part = [(label, pair_ratios(runs, stage, "base: base")) for stage, label in PARTS.items()]
+    by_part = [(label, pair_ratios(runs, row, "base")) for row, label in PARTS.items()]
     return [("the base metric", Estimate(1.0))] + [(label, pool_estimates(of)) for label, of in by_part if of]
 
 

@@ -361,9 +361,11 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
     seconds = sum(step.get("seconds", 0) for step in run.steps.values())
     cost = (
         f"{summary['sparsity_of_model']:.1%} of the model removed: {summary['parameters_after']:,} of "
-        f"{summary['parameters_before']:,} parameters are left. Cost: {summary['forward_tokens']:,} tokens forward, "
-        f"{summary['forward_backward_tokens']:,} forward and backward, {seconds:,.0f} seconds of all steps."
+        f"{summary['parameters_before']:,} parameters are left."
     )
+    if summary["forward_tokens"] is not None:  # of a record that was split, the costs are those of several rows
+        cost += f" Cost: {summary['forward_tokens']:,} tokens forward, {summary['forward_backward_tokens']:,} forward "
+        cost += f"and backward, {seconds:,.0f} seconds of all steps."
     if other is not None:
         about = f"Made elsewhere, recovery {settings['recovery']}, seed {run.seed}."
         return f"{model_label(other)} beside {label}", [about, cost]
