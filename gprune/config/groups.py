@@ -267,7 +267,8 @@ def name_or_list(names: list[str] | None) -> list[str] | str | None:
 
 class CorporaConfig(Group, prefix="corpora."):
     """Corpora for each step. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or the
-    path of a .txt, .jsonl or .parquet file or of a folder."""
+    path of a .txt, .jsonl or .parquet file or of a folder. Lines of .jsonl have a string `text`, or `messages` for
+    the chat template of the model's tokenizer."""
 
     score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list)] = Field(
         ["wiki"]

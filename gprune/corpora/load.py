@@ -41,6 +41,17 @@ MADE_BY = {
     ),
 }  # fmt: skip
 
+
+class Conversation(str):
+    """Messages as JSON: a document that `windows.make_windows` renders by the chat template of the model's tokenizer.
+
+    Attributes:
+        location: where the messages are, such as `mine.jsonl:12`.
+    """
+
+    location: str
+
+
 Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
 
@@ -218,7 +229,8 @@ def _read_all(files: list[Path]) -> list[str]:
 def _read(path: Path) -> Iterator[str]:
     """Yield the documents of a file.
 
-    A .txt file is cut at blank lines. A .jsonl or .parquet file has one document per row, in the column `text`.
+    A .txt file is cut at blank lines. A .jsonl or .parquet file has one document per row, in the column `text`, or in
+    `messages` of a .jsonl file.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -252,13 +264,33 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
             row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:  # its message would name line 1, because only one line was parsed
             raise ValueError(f"{error.msg} at column {error.colno}") from error
+        if isinstance(row, dict) and "messages" in row and "text" not in row:
+            return _conversation_of(row["messages"], f"{path}:{number}")
         return _text_of(row, f"{path}:{number}")
+
+
+def _conversation_of(messages: object, location: str) -> Conversation:
+    """Return the messages of a row. UserError, which begins with `location`, if they are not messages."""
+    must = "must be a list of objects with the strings 'role' and 'content'"
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{location}: The field 'messages' {must}; got {messages!r:.100}.")
+    for number, message in enumerate(messages, start=1):
+        values = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{location}: The field 'messages' {must}; message {number} is {message!r:.100}.")
+    conversation = Conversation(json.dumps(messages, ensure_ascii=False))
+    conversation.encode()  # raises ValueError for an unpaired surrogate
+    conversation.location = location
+    return conversation
 
 
 def _text_of(row: object, location: str) -> str:
     """Return the field `text` of a row. UserError, which begins with `location`, if there is none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise UserError(f"{location}: The row must be an object with a string field 'text'; got {row!r:.100}.")
+        raise UserError(
+            f"{location}: The row must be an object with a string 'text' or, in a .jsonl file, with 'messages'; got "
+            f"{row!r:.100}."
+        )
     text.encode()  # raises ValueError for an unpaired surrogate
     return text

@@ -7,17 +7,20 @@ WikiText).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gprune.corpora.load import Conversation
 from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
@@ -70,10 +73,10 @@ def make_windows(
 ) -> Windows:
     """Cut joined documents into windows without overlap. Only as much text is tokenised as the windows need.
 
-    Documents are joined by a blank line. An end-of-sequence token would have to be predicted, though the end of a
-    sampled piece is random.
+    A `Conversation` becomes text by the tokenizer's chat template. Documents are joined by a blank line. An
+    end-of-sequence token would have to be predicted, though the end of a sampled piece is random.
     """
-    pieces = list(texts)
+    texts = pieces = [chat_text(text, tokenizer) if isinstance(text, Conversation) else text for text in texts]
     seq_len = sample.seq_len - (sample.bos is not None)  # tokens of text in a window
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
@@ -105,6 +108,21 @@ def make_windows(
     if sample.bos is not None:
         windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
     return Windows(corpus, split, windows, bos=sample.bos is not None)
+
+
+def chat_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Render messages by the tokenizer's chat template. Raise UserError if there is none, or it refuses them."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{conversation.location}: The tokenizer of the model must have a chat template for 'messages'; it has "
+            "none. Use an instruction-tuned model, or rows with a string 'text'."
+        )
+    try:
+        return tokenizer.apply_chat_template(json.loads(conversation), tokenize=False)
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"{conversation.location}: The chat template of the model refuses the messages: {error}."
+        ) from error
 
 
 def _what_fits(sample: Sample, tokens: int, windows: int) -> str:

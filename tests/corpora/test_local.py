@@ -57,6 +57,18 @@ INVALID_FILES = {  # file name, content, expected error
         b'{"text": "a"}\n{"body": "b"}\n',
         ":2: The row must be an object",
     ),
+    "messages without a content": (
+        "x.jsonl",
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}\n',
+        r":1: The field 'messages' must be a list of objects with .*; message 2 is {'role': 'assistant'}",
+    ),
+    "messages with parts": (
+        "x.jsonl",
+        b'{"messages": [{"role": "user", "content": ["a"]}]}\n',
+        r"message 1 is .*\['a'\]",
+    ),
+    "messages that are no list": ("x.jsonl", b'{"messages": "a"}\n', "got 'a'"),
+    "no messages": ("x.jsonl", b'{"messages": []}\n', r"got \[\]"),
     "a list": ("x.jsonl", b"[1]\n", r"got \[1\]"),
     "an object": ("x.jsonl", b'{"text": {}}\n', "got {'text': {}}"),
     "no JSON": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
+from gprune.corpora.load import load_corpus
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
 from gprune.corpora.windows import Sample, Windows, cut_text, leading_token, make_windows
 from gprune.errors import UserError
@@ -251,6 +253,48 @@ def test_bos_is_the_first_token_of_every_window():
 def test_bos_auto_follows_the_tokenizer_and_other_values_override_it(bos, adds_bos, token):
     tokenizer = word_tokenizer(WORDS)
     assert leading_token(adding_bos(tokenizer) if adds_bos else tokenizer, bos) == token
+
+
+CHAT = """{% for m in messages %}{{ raise_exception("no tools") if m.role == "tool" }}{{ m.role }} {{ m.content }}
+{% endfor %}"""
+
+
+def write_chat(path, *, role="w1", messages=40):
+    """Write a corpus of as many conversations of two messages."""
+    lines = [
+        {"messages": [{"role": role, "content": f"w{4 * n}"}, {"role": "w2", "content": f"w{4 * n + 3}"}]}
+        for n in range(messages)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_messages_are_text_by_the_chat_template_of_the_tokenizer(tmp_path):
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.chat_template = CHAT
+    documents = load_corpus(str(write_chat(tmp_path / "chat.jsonl")), "test")
+    sample = Sample(num_samples=2, seq_len=8, shuffle=False)
+    windows = make_windows(documents, tokenizer, sample, corpus="chat", split="test")
+    assert tokenizer.decode(windows.tokens[0]) == "w1 w112 w2 w115 w1 w116 w2 w119"  # the last 12 of 40 conversations
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "message"),
+    [
+        (
+            None,
+            "w1",
+            r"chat\.jsonl:1: The tokenizer of the model must have a chat template for 'messages'; it has none",
+        ),
+        (CHAT, "tool", r"chat\.jsonl:1: The chat template of the model refuses the messages: no tools"),
+    ],
+)
+def test_messages_that_cannot_be_rendered_are_refused_by_file_and_line(template, role, message, tmp_path):
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.chat_template = template
+    documents = load_corpus(str(write_chat(tmp_path / "chat.jsonl", role=role)), "train")
+    with pytest.raises(UserError, match=message):
+        make_windows(documents, tokenizer, Sample(2, 8), corpus="chat", split="train")
 
 
 def test_bos_always_is_refused_for_a_tokenizer_without_bos():
