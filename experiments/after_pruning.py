@@ -29,6 +29,7 @@ from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
+from gprune.export.gguf import window_nll
 from gprune.models.loading import load_weights, locate_model
 from gprune.runs.results import PruningResult, load_run
 
@@ -84,22 +85,12 @@ def in_transformers(model: PreTrainedModel) -> Callable[[Windows], float]:
     return lambda windows: perplexity(model.eval(), windows).perplexity
 
 
-def in_llama_cpp(path: Path, windows: Windows) -> list[float]:
-    """Negative log-likelihood of each window in nats without its first token, as in `gprune.evaluation.perplexity`."""
-    from gprune.export.llamacpp import load_llama, logprobs_of  # gprune itself uses it only in a subprocess
-
-    ids = windows.tokens.numpy()
-    model = load_llama({"model": str(path), "threads": torch.get_num_threads()}, ids.shape[1])
-    steps = range(ids.shape[1] - 1)
-    return [-float(logprobs_of(model, window.tolist())[steps, window[1:]].sum()) for window in ids]
-
-
 def gguf_rows(name: str, folder: Path, text: Text, scratch: Path) -> list[Row]:
     """Export a model folder as GGUF files, and measure them in llama.cpp."""
     rows = []
     for kind in GGUF_TYPES:
         path = export(folder, type=kind, output=scratch / f"{name.replace(' ', '-').replace(',', '')}-{kind}.gguf")
-        measure = lambda w, path=path: math.exp(np.mean(in_llama_cpp(path, w)) / (w.tokens.shape[1] - 1))  # noqa: E731
+        measure = lambda w, path=path: math.exp(np.mean(window_nll(path, w.tokens)) / (w.tokens.shape[1] - 1))  # noqa: E731
         rows.append(Row.measured(f"{name}, GGUF {kind}", path, text, measure))
     return rows
 

@@ -250,7 +250,7 @@ def time_models(
             for i, model in enumerate(models):
                 about = {
                     "engine": choice.name, "engine_version": version, "engine_class": classes[i], "form": choice.form,
-                    "dtype": choice.form if choice.form in gguf.TYPES_OF_FILE else model.dtype, "rounds": same_rounds,
+                    "dtype": choice.form if choice.form in gguf.LIMITS else model.dtype, "rounds": same_rounds,
                 }  # fmt: skip
                 times = [of_round[i] for of_round in rounds]
                 records[i] += [about | record for record in timing_records(choice.label, about, times, batch, prompt)]

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import AutoTokenizer
 
-from experiments.after_pruning import GGUF_TYPES, in_llama_cpp
+from experiments.after_pruning import GGUF_TYPES
 from experiments.engines import NEW_TOKENS
 from experiments.summary import DENSE, Lines, draw_curves, runs_of
 from gprune.console import Parser, quiet, run_guarded
@@ -31,7 +31,7 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.export import export
-from gprune.export.gguf import TYPES, has_llama_cpp
+from gprune.export.gguf import QUANTISED, has_llama_cpp, window_nll
 from gprune.models.loading import locate_model
 from gprune.report.figures import FORMATS, add_title, save, style
 from gprune.report.tables import Cell, Estimate, Table
@@ -67,7 +67,7 @@ def pruned(run: FinishedRun) -> list[Cell]:
 def quantised(run: FinishedRun, scratch: Path) -> list[list[Cell]]:
     """Cells of the dense model of a row as GGUF files, by `COLUMNS`."""
     folder, has_build = locate_model(run.settings["model"]["name"]), has_llama_cpp()
-    types = [kind for kind in GGUF_TYPES if has_build or kind in TYPES]
+    types = [kind for kind in GGUF_TYPES if has_build or kind != QUANTISED]
     files = [export(folder, scratch / f"{kind}.gguf", type=kind, check=has_build) for kind in types]
     seconds = seconds_in_llama_cpp(files) if has_build else []
     faster = [seconds[0] / own for own in seconds] or [None] * len(files)
@@ -83,7 +83,7 @@ def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
         bos = leading_token(tokenizer, run.settings["corpora"]["bos"])
         sample = Sample(len(r["window_nll"]), r["seq_len"], bos=bos)
         w = make_windows(load_corpus(r["corpus"], r["split"]), tokenizer, sample, corpus=r["corpus"], split=r["split"])
-        own.append(r | {"content_hash": w.content_hash, "window_nll": in_llama_cpp(file, w)})
+        own.append(r | {"content_hash": w.content_hash, "window_nll": window_nll(file, w.tokens)})
     return unseen_ratio(own, DENSE, run.records, DENSE)
 
 

@@ -111,7 +111,7 @@ BY_MODEL = [  # model type, other entries of its config, flags, a part of the me
     ("gemma", {"quantization_config": {"quant_method": "bitnet"}}, [], "got a quantised checkpoint (bitnet)"),
     ("llama", {"model_type": "own_type", "auto_map": {"AutoConfig": "code.OwnConfig"}},
      ["--model.trust_remote_code=true"], "Model type 'own_type' needs a class in transformers that predicts next"),
-    ("qwen3", {}, [GGUF], "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights"),
+    ("qwen3", {}, [GGUF], "Cannot export 'qwen3' to GGUF: it must compute like Llama, but is not one of"),
     ("llama", {}, ["--export=nemotron-nas", "--sparsity.scope=attention+ffn"],
      "scope includes attention"),
     ("llama", {}, ["--model.device_map=auto", "--export.dtype=float16"],

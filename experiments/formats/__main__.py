@@ -30,10 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gprune.errors import UserError
-from gprune.export import gguf_check, hf
+from gprune.export import gguf, hf
 from gprune.export.convert import load_folder
-from gprune.export.gguf import LLAMA_CPP, TYPES, has_llama_cpp
-from gprune.export.gguf_writer import write_gguf
 from gprune.models import agreement
 
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, embedded, make
@@ -48,22 +46,23 @@ Figures = dict[str, Any]  # cells of the table by column
 
 def rows(work: Path, vllm: Path) -> Iterator[tuple[str, str, str, str, Callable[[], Figures] | None]]:
     """Format, model, consumer, the call that loads it, and a function for the figures; None if not installed."""
-    installed = importlib.metadata.version("transformers")
+    version_here = importlib.metadata.version("transformers")
     for name in MODELS:
         folder = work / name / "hf"
         code = ", trust_remote_code=True" if any(folder.glob("*.py")) else ""
         load = f"AutoModelForCausalLM.from_pretrained(FOLDER{code})"
-        for version in (*OLDER, installed):
-            overlay = None if version == installed else work / "packages" / f"transformers-{version}"
+        for version in (*OLDER, version_here):
+            overlay = None if version == version_here else work / "packages" / f"transformers-{version}"
             available = overlay is None or overlay.exists()
             read = (lambda folder=folder, overlay=overlay: in_transformers(folder, overlay)) if available else None
             yield "hf", name, f"transformers {version}", load, read
         read = (lambda folder=folder: in_vllm(folder, vllm)) if vllm.exists() else None
         yield "hf", name, "vLLM", f"LLM(FOLDER{code})", read
+    installed = gguf.has_llama_cpp()
     for name in CONVERTED:
-        for type in TYPES:
-            read = (lambda name=name, type=type: in_llama_cpp(work / name / "hf", type)) if has_llama_cpp() else None
-            yield f"gguf {type}", name, LLAMA_CPP, "llama_model_load_from_file(FILE)", read
+        for type in gguf.FILE_TYPES:
+            read = (lambda name=name, type=type: in_llama_cpp(work / name / "hf", type)) if installed else None
+            yield f"gguf {type}", name, gguf.LLAMA_CPP, "llama_model_load_from_file(FILE)", read
 
 
 def in_transformers(folder: Path, overlay: Path | None) -> Figures:
@@ -81,9 +80,9 @@ def in_llama_cpp(folder: Path, type: str) -> Figures:
     """Export a GGUF file of this type, check it like any export, and compare its log-probabilities."""
     model, tokenizer = load_folder(folder)
     file, expected = folder.with_name(f"{type}.gguf"), load_file(folder.with_name("reference.safetensors"))
-    write_gguf(model, tokenizer, file, type=type)
-    gguf_check.check_gguf(model, tokenizer, file, type=type)
-    got, _ = gguf_check.score_in_llama_cpp(file, expected["ids"].tolist(), [])
+    gguf.write_gguf(model, tokenizer, file, type=type)
+    gguf.check_gguf(model, tokenizer, file, type=type)
+    got, _ = gguf.score_in_llama_cpp(file, expected["ids"].tolist(), [])
     return compare(expected, got)
 
 

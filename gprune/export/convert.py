@@ -4,9 +4,9 @@ from gprune.export import export
 export("runs/NAME", type="q8_0")                  # returns the path of the GGUF file
 export("runs/NAME", format="nemotron-nas")        # returns the path of the folder
 
-A format is a module with the names `TYPES_OF_FILE`, `DEFAULT_TYPE`, `DTYPE` (in which the model is loaded),
-`path_beside`, `check_settings`, `is_ours`, `refuse`, `write` and `report_size`. PyTorch is imported late, so that
-errors in arguments are reported at once.
+A format is a module with the names `DEFAULT_TYPE`, `DTYPE` (in which the model is loaded), `path_beside`,
+`check_settings`, `is_ours`, `refuse` and `write`. It is imported late, so that errors in arguments are reported at
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gprune.console import Parser, quiet
-from gprune.errors import UserError, optional_output, require_finite
+from gprune.errors import UserError, require_finite
 from gprune.storage.paths import expanded
 
 if TYPE_CHECKING:
@@ -95,8 +95,6 @@ def export(
     name = folder.parent.name if (folder.parent / "manifest.json").is_file() else folder.name
     with replacing(path) as new:
         target.write(model, tokenizer, new, type=type, name=name, check=check)
-    with optional_output("the size of the dense model", "the export is complete"):
-        target.report_size(path, model, tokenizer, folder, type=type)
     return path
 
 
@@ -137,14 +135,13 @@ def load_folder(folder: Path, *, dtype: str = "float32") -> tuple[PreTrainedMode
 
 def parser() -> Parser:
     """Return the parser of the command's arguments."""
-    types = format_named("gguf").TYPES_OF_FILE
     command_line = Parser("gprune export", description=ABOUT, epilog=EXAMPLES)
     command_line.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
     command_line.add_argument("--format", choices=tuple(FORMATS), default="gguf", help="format (default: gguf)")
     command_line.add_argument("--output", metavar="PATH", help="the path to write (default: beside the model)")
     command_line.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     command_line.add_argument(
-        "--type", type=str.lower, choices=types, help="type of matrices in a GGUF file (default: f16)"
+        "--type", type=str.lower, help="type of matrices in a GGUF file: f32, f16 (default), q8_0 or q4_k_m"
     )
     command_line.add_argument(
         "--check", action="store_true", help="load the result in llama.cpp or transformers and compare it"

@@ -34,7 +34,6 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 from gprune.checks import memory_limits, require
 from gprune.discovery import family_of
 from gprune.errors import UserError, first_line
-from gprune.export.gguf_check import CHECK_TEXT
 from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
 from gprune.models.agreement import compare
@@ -49,6 +48,8 @@ from gprune.storage.files import replacing
 from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
+# Text in which tokenizers differ: digits, blanks, other scripts, code, contractions.
+CHECK_TEXT = Path(__file__).with_name("check_text.txt").read_text(encoding="utf-8")
 
 # Keys of a config that the exported class sets itself, or that do not apply to it, such as the quantisation of a GGUF
 # file whose weights were de-quantised.

@@ -1,11 +1,13 @@
-"""Run GGUF files in llama.cpp (package llama-cpp-py-sync): log-probabilities, tokens, quantisation.
+"""Run GGUF files in llama.cpp (package llama-cpp-py-sync): log-probabilities, losses, tokens, quantisation.
 
 This file is run as a script, `python -P llamacpp.py`, and never imported by gprune, because llama.cpp aborts the
-process on errors and starts threads. It reads a JSON request from stdin and writes the answer as the last line of
-stdout. The request has `work`, `model` (a path), `threads`, and more keys for each kind of work:
+process on errors and starts threads. It imports neither gprune nor PyTorch, which would take seconds. It reads a JSON
+request from stdin and writes the answer as the last line of stdout. The request has `work`, `model` (a path),
+`threads`, and more keys for each kind of work:
 
 score    `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)) with log-probabilities after
          each of the T ids. The answer is a list of tokens for every text.
+nll      `windows`, lists of T ids. The answer is the negative log-likelihood of tokens 2 to T of each window, in nats.
 quantise `output`, and `type`, a type of llama.cpp such as Q4_K_M. The answer is null.
 """
 
@@ -63,6 +65,14 @@ def score(request: dict[str, Any]) -> list[list[int]]:
     return [model.tokenize(text, parse_special=True) for text in request["texts"]]
 
 
+def nll(request: dict[str, Any]) -> list[float]:
+    """Return the negative log-likelihood of each window without its first token, in nats."""
+    windows = request["windows"]
+    model = load_llama(request, len(windows[0]))
+    steps = range(len(windows[0]) - 1)
+    return [-float(logprobs_of(model, window)[steps, window[1:]].sum()) for window in windows]
+
+
 def quantise(request: dict[str, Any]) -> None:
     """Write a file with matrices quantised by llama.cpp. Rows that do not fit blocks get a larger type."""
     lib.llama_backend_init()
@@ -75,5 +85,5 @@ def quantise(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    work = {"score": score, "quantise": quantise}[request["work"]]
+    work = {"score": score, "nll": nll, "quantise": quantise}[request["work"]]
     sys.stdout.write("\n" + json.dumps(work(request)))

@@ -21,9 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gprune.errors import UserError, quoting
 from gprune.export import modeling_decilm
-from gprune.export.gguf_check import CHECK_TEXT, CHECK_TOKENS
-from gprune.export.gguf_writer import difference_from_llama
-from gprune.export.hf import check_reload, save_tokenizer
+from gprune.export.gguf import CHECK_TOKENS, difference_from_llama
+from gprune.export.hf import CHECK_TEXT, check_reload, save_tokenizer
 from gprune.export.modeling_decilm import MULTIPLE
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
@@ -41,7 +40,7 @@ CONFIG_KEYS = (
     "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
-TYPES_OF_FILE, DEFAULT_TYPE, DTYPE = (), "", "auto"  # weights have the dtype of the model folder
+DEFAULT_TYPE, DTYPE = "", "auto"  # weights have the dtype of the model folder
 
 
 def path_beside(folder: Path, type: str) -> str:
@@ -67,19 +66,18 @@ def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, unequal_heads: 
     `unequal_heads` tells that pruning may remove another number of heads in each layer.
     """
     heads = [block.heads for block in blocks]
-    for block in blocks:
-        reason, others = difference_from_llama(config, block), "hf"  # GGUF is refused for the same difference
-        if reason is None:
-            others = "hf or gguf, which vLLM and llama.cpp load"
-            if len(set(heads)) > 1:
-                reason = f"layers have {min(heads)} to {max(heads)} query heads"
-            elif unequal_heads:
-                reason = "--sparsity.scope includes attention; --sparsity.uniform_width true removes equally many heads"
-        if reason is not None:
-            raise UserError(
-                f"Cannot export '{config.model_type}' to nemotron-nas: it must compute like Llama with equally many "
-                f"query heads in all layers, but {reason}. Export to {others}."
-            )
+    reason, others = difference_from_llama(blocks, config), "hf"  # GGUF is refused for the same difference
+    if reason is None:
+        others = "hf or gguf, which vLLM and llama.cpp load"
+        if len(set(heads)) > 1:
+            reason = f"layers have {min(heads)} to {max(heads)} query heads"
+        elif unequal_heads:
+            reason = "--sparsity.scope includes attention; --sparsity.uniform_width true removes equally many heads"
+    if reason is not None:
+        raise UserError(
+            f"Cannot export '{blocks[0].family.model_type}' to nemotron-nas: it must compute like Llama with equally "
+            f"many query heads in all layers, but {reason}. Export to {others}."
+        )
 
 
 def ffn_settings(width: int, hidden_size: int, *, by_multiplier: bool) -> dict[str, Any]:
@@ -164,7 +162,8 @@ def write(
 ) -> None:
     """Write config.json, the file with its classes, weights and the tokenizer. `path` is in a scratch folder.
 
-    With `check`, logits of the folder in a fresh process are compared with those of the model.
+    The size and the engines that can read the widths are logged. With `check`, logits of the folder in a fresh process
+    are compared with those of the model.
     """
     refuse(blocks_of(model), model.config)
     tensors = llama_tensors(model)
@@ -177,16 +176,11 @@ def write(
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     model.generation_config.save_pretrained(path)
     save_tokenizer(tokenizer, path, config)
-    if check:
-        ids = tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :CHECK_TOKENS]
-        log.info("Checked in transformers: largest difference of logits %g", check_reload(model, path, ids))
-
-
-def report_size(path: Path, *_: Any, **__: Any) -> None:
-    """Log the size of a folder, and which engines can read its widths."""
     size = sum(file.stat().st_size for file in path.iterdir())
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    for_all = all("ffn_mult" in block["ffn"] for block in settings["block_configs"])
+    for_all = all(block.neurons % MULTIPLE == 0 for block in blocks_of(model))
     engines = "all engines with the class" if for_all else "vLLM and transformers"
     hint = "" if for_all else f"; with --sparsity.width_multiple {MULTIPLE} others can too"
     log.info("Size: %.1f MB; %s can read its widths%s", size / 1e6, engines, hint)
+    if check:
+        ids = tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :CHECK_TOKENS]
+        log.info("Checked in transformers: largest difference of logits %g", check_reload(model, path, ids))

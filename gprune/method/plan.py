@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from gguf import GGML_QUANT_SIZES
 from lightning import Callback
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +23,7 @@ from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, quoting
 from gprune.export.convert import FORMATS, format_named
-from gprune.export.gguf import BLOCK_SIZES, TYPES
+from gprune.export.gguf import stored_type
 from gprune.export.hf import kept_in_float32
 from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
@@ -137,10 +138,9 @@ class Pricing:
             projections = {id(block.parts["output"].host.weight): block.channels // block.kv_groups for block in cut}
 
             def half_bits(parameter: Tensor) -> int:
-                if parameter.ndim < 2:
-                    return 4 * HALF_BITS_PER_BYTE
                 row = projections.get(id(parameter), parameter.shape[-1])
-                return 2 * 16 if row % BLOCK_SIZES[export.type] else int(2 * TYPES[export.type])
+                weights, num_bytes = GGML_QUANT_SIZES[stored_type((*parameter.shape[:-1], row), export.type)]
+                return HALF_BITS_PER_BYTE * num_bytes // weights
 
             return parameter_costs(model, blocks, weight=half_bits)
         dtype = getattr(torch, self.exported_dtype)

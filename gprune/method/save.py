@@ -51,7 +51,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run.folder.update_manifest(logits=checks)
     if cfg.export.format in FORMATS:
         target = format_named(cfg.export.format)
-        type = cfg.export.type if target.TYPES_OF_FILE else ""
+        type = cfg.export.type if cfg.export.format == "gguf" else ""
         path = Path(target.path_beside(run.folder / "model", type))
         if not path.exists():
             log.info("Writing %s", path)

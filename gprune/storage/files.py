@@ -267,8 +267,8 @@ def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
 class Cache:
     """Results of one kind in the cache folder, which are computed once on this machine and then found by their key.
 
-        sizes = Cache("gguf_sizes")
-        size = sizes.get(key_of(shapes=shapes, type="q8_0"), lambda: {"bytes": measure()})["bytes"]
+        tables = Cache("speed")
+        seconds = tables.get(key_of(shapes=shapes, dtype="float32"), lambda: {"seconds": measure()})["seconds"]
 
     A result is a JSON object or, with `tensors`, tensors by name. It is computed again if its file is damaged.
     """

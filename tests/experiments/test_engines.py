@@ -141,7 +141,7 @@ def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(
     engine = "transformers,transformers:nemotron-nas"
     assert engines.main([str(tmp_path / "small"), "--engine", engine]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "Cannot export 'pruned_llama' to nemotron-nas" in line
+    assert "Cannot export 'llama' to nemotron-nas" in line
     assert "Export to hf or gguf" in line
 
 

@@ -13,15 +13,13 @@ import gguf
 import pytest
 
 from gprune.__main__ import run as command
-from gprune.export import convert, export, gguf_check, gguf_writer, hf
+from gprune.export import convert, export, hf
 from gprune.export import gguf as gguf_files
 from gprune.export.convert import load_folder
-from gprune.export.gguf import has_llama_cpp
-from gprune.models.copies import skeleton
 from gprune.models.surgery import slice_model
 from gprune.storage.files import write_json
 from tests import synthetic_run
-from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned, needs_llama_cpp
+from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
 from tests.world import make_tiny_llama, masks_keeping
 
@@ -122,63 +120,15 @@ def narrowed(dense, width):
     return slice_model(dense, masks_keeping([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
 
 
-def printed_sizes(text):
-    """The sizes of the file and of the dense model that an export prints, in bytes rounded to 0.1 MB."""
-    match = re.search(r"Size: ([0-9.]+) MB; the dense model in (?:f16|q8_0|q4_k_m): ([0-9.]+) MB", text)
-    return [1e6 * float(number) for number in match.groups()]
-
-
-@pytest.mark.parametrize(("type", "width"), [("f16", 1000), ("q8_0", 1000), ("q8_0", 992)])
-def test_export_prints_the_size_of_the_dense_model_and_warns_if_the_file_is_larger(type, width, tmp_path, capsys):
+@pytest.mark.parametrize(("type", "width", "fits"), [("f16", 1000, True), ("q8_0", 992, True), ("q8_0", 1000, False)])
+def test_export_prints_the_size_and_warns_of_rows_that_have_a_larger_type(type, width, fits, tmp_path, capsys):
     """Rows of 1,000 numbers do not fit the blocks of q8_0, so they are stored in float16."""
-    run, dense = tmp_path / "mine", make_tiny_llama(**WIDE)
-    write_run_of(run, make_dense(tmp_path / "dense", **WIDE), narrowed(dense, width))
-    gguf_writer.write_gguf(dense, byte_tokenizer(), tmp_path / "dense.gguf", type=type)
-    assert command("export", [str(run), "--type", type]) == 0
-    output = capsys.readouterr().out
-    actual = [path.stat().st_size for path in (run / f"model-{type}.gguf", tmp_path / "dense.gguf")]
-    assert printed_sizes(output) == pytest.approx(actual, abs=0.05e6 + 500)
-    assert ("Prune with --sparsity.width_multiple 32." in output) == (actual[0] > actual[1])
-    assert (actual[0] > actual[1]) == ((type, width) == ("q8_0", 1000))
-    assert output.splitlines()[-1] == f"Wrote {run / f'model-{type}.gguf'}"
-
-
-def test_the_size_of_a_model_without_weights_is_that_of_its_gguf_file(tmp_path):
-    model = make_tiny_llama(vocab_size=SIZE)
-    for type in ("f32", "f16", "q8_0"):
-        gguf_writer.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=type)
-        stored = (tmp_path / "m.gguf").stat().st_size - gguf.GGUFReader(tmp_path / "m.gguf").data_offset
-        assert gguf_writer.tensor_bytes(skeleton(model.config), type) == stored
-
-
-def test_an_export_without_a_readable_dense_model_prints_the_size_of_the_file_alone(run, tmp_path, capsys):
-    moved = Path(shutil.copytree(run / "model", tmp_path / "other"))
-    assert command("export", [str(moved)]) == 0
-    output = capsys.readouterr().out
-    assert "Size: 0.1 MB\n" in output
-    assert "dense" not in output
-
-
-@needs_llama_cpp
-@pytest.mark.slow
-def test_the_dense_model_is_quantised_once_for_its_size_in_q4_k_m(tmp_path, capsys, monkeypatch):
-    """Weights do not matter for the size: it is that of the dense model with its weights."""
-    monkeypatch.setattr(gguf_files, "has_llama_cpp", has_llama_cpp)
-    run, dense = tmp_path / "mine", make_tiny_llama(**WIDE)
-    write_run_of(run, make_dense(tmp_path / "dense", **WIDE), narrowed(dense, 960))
-    gguf_writer.write_gguf(dense, byte_tokenizer(), tmp_path / "f16.gguf", type="f16")
-    gguf_check.ask_llama_cpp("quantise", tmp_path / "f16.gguf", output=str(tmp_path / "q.gguf"), type="Q4_K_M")
-    quantised = []
-    ask = gguf_check.ask_llama_cpp
-    monkeypatch.setattr(
-        gguf_check, "ask_llama_cpp", lambda *args, **request: quantised.append(1) or ask(*args, **request)
-    )
-    for _ in range(2):
-        assert command("export", [str(run), "--overwrite", "--type", "q4_k_m"]) == 0
-        output = capsys.readouterr().out
-        assert printed_sizes(output)[1] == pytest.approx((tmp_path / "q.gguf").stat().st_size, abs=0.05e6 + 500)
-        assert "widths in multiples of 256 (--sparsity.width_multiple 256)" in output
-    assert len(quantised) == 3  # the model of each export, and the dense model once
+    hf.save_pruned(narrowed(make_tiny_llama(**WIDE), width), byte_tokenizer(), tmp_path / "model")
+    assert command("export", [str(tmp_path / "model"), "--type", type]) == 0
+    output, file = capsys.readouterr().out, tmp_path / f"model-{type}.gguf"
+    assert f"Size: {file.stat().st_size / 1e6:.1f} MB\n" in output
+    assert ("Prune with --sparsity.width_multiple 32." not in output) == fits
+    assert output.splitlines()[-1] == f"Wrote {file}"
 
 
 def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monkeypatch, capsys):
@@ -187,7 +137,7 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
 
     def fake_llama_cpp(change):
         monkeypatch.setattr(gguf_files, "has_llama_cpp", lambda: True)
-        monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
+        monkeypatch.setattr(gguf_files, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
 
     fake_llama_cpp(lambda logprobs: logprobs.roll(1))
     assert "differ from the model's by KL" in error_line(capsys, run, "--check")
@@ -208,7 +158,7 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
     [
         (["--check"], "needs a llama.cpp build to check the file. Run `pip install llama-cpp-py-sync`"),
         (["--type", "q4_k_m"], "needs a llama.cpp build to quantise to q4_k_m"),
-        (["--type", "q4"], r"--type: invalid choice: 'q4' \(choose from '?f32'?, '?f16"),
+        (["--type", "q4"], "Unknown GGUF type 'q4'. Available: f32, f16, q8_0, q4_k_m"),
         (["--output", "no/such/folder/x"], "--output must be in an existing folder"),
         (["--output", "DIARY"], "exists already"),
         (["--output", "DIARY", "--overwrite"], "exists already"),
