@@ -39,13 +39,3 @@ def test_the_example_in_the_help_runs_with_the_flag_that_the_help_names(name, wo
     flag = EXAMPLES[name][0].partition("=")[0].replace(".start", ".allocation")
     assert f"`{flag}`" in description
     assert run.masks
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_help_has_a_first_line_shapes_and_an_example(name):
-    text = help_of(name)
-    first_line = text.splitlines()[0]
-    assert first_line.startswith("Register ")
-    assert first_line.endswith(".")
-    assert any(shape in text for shape in ("(N,)", "(C,)", "(B, T)"))
-    assert f"@{name}(" in text or f"@gprune.{name}(" in text

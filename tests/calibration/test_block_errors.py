@@ -127,17 +127,12 @@ def test_a_block_with_negligible_output_is_pruned_first(measured):
     assert ALLOCATION["reconstruction"].errors  # so a run measures the errors of blocks for this allocation
 
 
-def idle_model():
-    """A model with idle neurons (all of block 0, a third of block 1), and so few tokens that Grams are singular."""
-    model = make_tiny_llama()
-    model.model.layers[0].mlp.up_proj.weight.data.zero_()
-    model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
-    return model, torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("strength", [0.75, 1.0])
 def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(strength):
-    model, tokens = idle_model()
+    """All neurons of block 0 are idle and a third of block 1, and Gram matrices of so few tokens are singular."""
+    model, tokens = make_tiny_llama(), torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
     blocks, statistics = blocks_of(model), collect(model, batches(tokens, 2), gram=True)
     scores = score_units("act_norm", blocks, statistics)
     errors = block_errors(model, scores.ffn, statistics, [tokens], ridge=0.0)

@@ -226,13 +226,6 @@ def test_trainer_loaders_reshuffle_training_windows_each_epoch_and_keep_test_ord
 # --- BOS
 
 
-def adding_bos(tokenizer):
-    """Make a tokenizer add BOS to every text, in place."""
-    token = ("<s>", tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
-    return tokenizer
-
-
 def test_bos_is_the_first_token_of_every_window():
     plain, with_bos = windows_of(shuffle=False, seq_len=31), windows_of(shuffle=False, bos=3001)
     assert (plain.bos, with_bos.bos) == (False, True)
@@ -252,7 +245,11 @@ def test_bos_is_the_first_token_of_every_window():
 )
 def test_bos_auto_follows_the_tokenizer_and_other_values_override_it(bos, adds_bos, token):
     tokenizer = word_tokenizer(WORDS)
-    assert leading_token(adding_bos(tokenizer) if adds_bos else tokenizer, bos) == token
+    if adds_bos:
+        special = [("<s>", tokenizer.bos_token_id)]
+        adding = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+        tokenizer.backend_tokenizer.post_processor = adding
+    assert leading_token(tokenizer, bos) == token
 
 
 CHAT = """{% for m in messages %}{{ raise_exception("no tools") if m.role == "tool" }}{{ m.role }} {{ m.content }}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gprune.config.parse import parse
 from gprune.corpora.windows import Windows
@@ -296,30 +296,23 @@ def test_a_run_with_a_byte_budget_writes_a_gguf_file_of_that_size_and_restores_i
     assert json.loads((run.path / "manifest.json").read_text())["logits"] == manifest["logits"]
 
 
-@pytest.mark.parametrize("gguf_type", FILE_TYPES)
-def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_path, monkeypatch):
-    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
-    llama = world("llama")
-    args = llama.args(tmp_path, "--export=gguf", f"--export.type={gguf_type}", "--sparsity.width_multiple=32")
-    model = AutoModelForCausalLM.from_pretrained(llama.model)
-    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
-    num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    costs, outside = make_plan(parse(args)).pricing.costs_in("bytes")
-    assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS_PER_BYTE * num_bytes
-
-
-@pytest.mark.parametrize(("hidden_size", "kv_groups"), [(48, 3), (64, 2)])
-def test_a_byte_budget_counts_rows_that_q8_0_stores_in_float16(hidden_size, kv_groups, tmp_path, monkeypatch):
-    """Rows of 48 numbers are no blocks of 32. Rows of the output projection are 72 numbers, or 48 with a group less."""
+@pytest.mark.parametrize(
+    ("gguf_type", "hidden_size", "kv_groups", "head_dim"),
+    [*[(gguf_type, 32, 2, 16) for gguf_type in FILE_TYPES], ("q8_0", 48, 3, 24), ("q8_0", 64, 2, 24)],
+)
+def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(
+    gguf_type, hidden_size, kv_groups, head_dim, tmp_path, monkeypatch
+):
+    """q8_0 stores rows in float16 that are no blocks of 32, such as 48 numbers, or 72 of an output projection."""
     monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
     sizes = {"hidden_size": hidden_size, "num_attention_heads": kv_groups, "num_key_value_heads": kv_groups}
-    model = make_tiny_llama(**sizes, head_dim=24, intermediate_size=96, vocab_size=512)
+    model = make_tiny_llama(**sizes, head_dim=head_dim, intermediate_size=96, vocab_size=512)
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    flags = [f"--model.name={tmp_path / 'model'}", "--export=gguf", "--export.type=q8_0"]
+    flags = [f"--model.name={tmp_path / 'model'}", "--export=gguf", f"--export.type={gguf_type}"]
     plan = make_plan(parse([*flags, "--sparsity.width_multiple=32", "--sparsity.scope=attention+ffn"]))
     costs, outside = plan.pricing.costs_in("bytes")
-    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="q8_0")
+    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
     num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
     assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS_PER_BYTE * num_bytes
 

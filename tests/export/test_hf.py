@@ -358,17 +358,12 @@ def test_register_makes_exports_of_a_type_without_record_load_without_remote_cod
     assert torch.equal(load(tmp_path / "model")(token_batch).logits, model(token_batch).logits)
 
 
-def load_with_own_head(family, folder):
-    """Load a model whose head has its own weights, although its config says that it is tied."""
-    model = make_tiny(family, tie_word_embeddings=False)
-    model.config.tie_word_embeddings = True
-    model.save_pretrained(folder)
-    return load(folder)
-
-
 @pytest.mark.parametrize(("family", "kept"), [("llama", (17, 48, 33)), ("gemma3_text", (20, 20, 20))])
 def test_a_head_with_its_own_weights_stays_untied_whatever_the_config_says(family, kept, tmp_path, token_batch):
-    model = load_with_own_head(family, tmp_path / "dense")
+    own_head = make_tiny(family, tie_word_embeddings=False)
+    own_head.config.tie_word_embeddings = True
+    own_head.save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense")
     masks = some_masks(model, kept, attention=False)
     small = slice_model(model, masks)
     expected = small(token_batch).logits
@@ -411,15 +406,6 @@ def test_a_corrupted_export_is_detected_and_removed(value, tmp_path, token_batch
     assert not folder.exists()
 
 
-def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Train one step without dropout, so that losses are comparable. Returns the loss before the step."""
-    optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), lr=1e-3)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 def with_lora(model: nn.Module) -> nn.Module:
     """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
     peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
@@ -445,7 +431,9 @@ def test_exported_and_fine_tuned_models_load_without_gprune(tmp_path):
         models[family] = small = gprune.apply_masks(model, some_masks(model, attention=True))
         hf.save_pruned(small, tiny_tokenizer(), folders / family)
         tuned = copy.deepcopy(small)
-        train_a_step(tuned, ids)
+        optimizer = torch.optim.SGD(tuned.requires_grad_(True).parameters(), lr=1e-3)
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
         models[f"{family}-tuned"] = with_lora(tuned).merge_and_unload()
     for name, model in models.items():
         if not (folder := folders / name).exists():

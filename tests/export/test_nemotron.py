@@ -17,7 +17,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from tests.tiny_run import tiny_tokenizer
-from tests.world import make_tiny, some_masks
+from tests.world import make_tiny, masks_without, some_masks
 
 IDS = torch.tensor([[3, 17, 4, 99, 23, 8]])
 
@@ -96,21 +96,13 @@ def test_the_config_has_attributes_for_engines_and_is_written_as_plain_json(tmp_
     assert json.loads(config.to_json_string())["block_configs"][2]["ffn"]["intermediate_size"] == 33
 
 
-def test_a_bias_that_recovery_added_to_one_layer_is_kept(tmp_path):
-    model = pruned("llama")
-    blocks_of(model)[1].parts["down"].set(blocks_of(model)[1].parts["down"].weight, torch.linspace(-1, 1, 32))
-    config = written_config(model, tmp_path / "folder")
-    assert config["mlp_bias"]
-    assert difference_after_reloading(model, tmp_path / "folder") == 0
-
-
-def test_removed_blocks_leave_fewer_layers(tmp_path):
-    model = make_tiny("llama")
-    ffn = [torch.full((48,), index != 1) for index in range(3)]
-    attention = [torch.full((2,), index != 1) for index in range(3)]
-    model = slice_model(model, Masks(ffn, attention))
-    assert written_config(model, tmp_path / "folder")["num_hidden_layers"] == 2
-    assert difference_after_reloading(model, tmp_path / "folder") == 0
+def test_added_biases_and_removed_layers_are_written(tmp_path):
+    biased, shallow = pruned("llama"), slice_model(make_tiny("llama"), masks_without(make_tiny("llama"), 1))
+    blocks_of(biased)[1].parts["down"].set(blocks_of(biased)[1].parts["down"].weight, torch.linspace(-1, 1, 32))
+    for model, layers, bias in ((biased, 3, True), (shallow, 2, False)):
+        config = written_config(model, tmp_path / str(layers))
+        assert (config["num_hidden_layers"], config["mlp_bias"]) == (layers, bias)
+        assert difference_after_reloading(model, tmp_path / str(layers)) == 0
 
 
 @pytest.mark.parametrize(

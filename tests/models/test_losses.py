@@ -76,15 +76,6 @@ def test_loss_and_gradient_of_extreme_logits_are_finite():
     assert float(hidden.grad) == 2000.0
 
 
-def test_gates_get_gradients_and_frozen_weights_do_not(tiny_model, token_batch):
-    gates = random_gates()
-    with gated(tiny_model, gates):
-        next_token_losses(tiny_model, token_batch).mean().backward()
-    assert all(p.grad is None for p in tiny_model.parameters())
-    assert all(g.grad is not None and bool(g.grad.abs().sum() > 0) for g in gates)
-    assert not next_token_losses(tiny_model, token_batch).requires_grad  # without gates, nothing requires a gradient
-
-
 def test_losses_of_bfloat16_models_are_float32(token_batch):
     losses = []
     for dtype in (torch.bfloat16, torch.float32):

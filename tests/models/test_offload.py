@@ -28,7 +28,6 @@ from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
     device_of,
     is_offloaded,
-    load_parameter,
     offload_folder,
     resident,
 )
@@ -212,14 +211,6 @@ def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
     watch_experts(block, lambda *_: None).remove()
     assert experts.__dict__["forward"] is forward_of_accelerate
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
-
-
-def test_load_parameter_returns_meta_weights_of_modules_without_a_hook():
-    with torch.device("meta"):
-        linear = torch.nn.Linear(2, 3, bias=False)
-    assert load_parameter(linear, "weight").is_meta
-    assert load_parameter(linear, "bias") is None
-    assert not is_offloaded(linear)
 
 
 def test_a_model_with_device_hooks_is_pruned_and_calibrated_as_without(ids):

@@ -225,14 +225,3 @@ def test_padding_does_not_change_the_objective():
     single = partition_objective(logits[1:, :61], 0.5, alone, WEIGHTS)
     for name in batched:
         assert float(batched[name][1]) == pytest.approx(float(single[name][0]), abs=1e-6), name
-
-
-def test_mixing_weak_and_strong_neurons_does_not_increase_consistency():
-    """Scores are levels plus independent noise. Modules of extremes have a high Kendall tau, but no consistency."""
-    level = torch.rand(600, generator=torch.Generator().manual_seed(0))
-    ranks = level + 0.05 * normal(3, 600)
-    eighth = (level.argsort().argsort() * 8 // 600).long()
-    labels = torch.minimum(eighth, 7 - eighth)  # module 0 has the weakest and the strongest eighth, and so on
-    inputs = refinement_inputs([normal(600, 4)], [normal(600)], [ranks])
-    logits = 60 * torch.nn.functional.one_hot(labels, 4).float()[None]
-    assert abs(float(partition_objective(logits, 1.0, inputs, WEIGHTS)["consistency"])) < 0.02

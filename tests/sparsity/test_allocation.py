@@ -168,23 +168,6 @@ def test_margins_are_finite_for_a_dead_block(name, token_batch):
     assert [len(m) for m in groups] == [2] * 3
 
 
-@pytest.mark.parametrize(
-    ("scope", "width_multiple", "protect"), [("ffn", 1, []), ("attention+ffn", 4, []), ("attention+ffn", 1, [0, -1])]
-)
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_masks_of_all_allocations_meet_the_budget(name, scope, width_multiple, protect, with_outliers):
-    model = with_outliers[0]
-    budget = Budget.of(block_units(blocks_of(model), scope=scope, protect=protect), 0.23, width_multiple)
-    masks = keep_masks(budget, *margins_of(name, with_outliers))
-    removed = model.num_parameters() - slice_model(model, masks).num_parameters()
-    assert removed == budget.removed_by(masks)
-    assert 0 <= removed - budget.target < width_multiple * 3 * 32  # parameters of `width_multiple` neurons
-    for b in budget.protected:
-        assert bool(masks.ffn[b].all())
-        assert bool(masks.attention[b].all())
-    assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
-
-
 @pytest.mark.parametrize("name", [*BUILT_IN, "mine"])
 def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(name, with_outliers, monkeypatch):
     """Margins are those of the model without the removed block, which has the most outliers."""

@@ -133,18 +133,6 @@ def test_checkpointing_and_accumulation_train_the_same_weights(settings, family,
     assert relative_difference(dense, tokens, **settings) < 1e-3
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_is_off_during_training_and_the_setting_of_the_model_is_kept(checkpointing, problem):
-    _, _, tokens = problem
-    dense, changes = make_tiny("opt"), []
-    for seed in (0, 1):
-        torch.manual_seed(seed)  # dropout would drop other activations
-        pruned, changes_of_weights = train_two_steps(dense, tokens, checkpointing=checkpointing)
-        changes.append(changes_of_weights)
-        assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
-    assert torch.equal(*changes)
-
-
 def with_dropout(model_type: str):
     """Return a tiny random model of a type whose dropout probabilities are 0.5."""
     config = tiny.shrunk(default_config(model_type))
@@ -176,7 +164,10 @@ def test_checkpointing_recomputes_each_layer_without_dropout(model_type):
     assert len(calls) == 4  # once more in the backward pass
     for name, weight in plain.learned.items():
         torch.testing.assert_close(checkpointed.learned[name].grad, weight.grad)
-    assert not any("forward" in module.__dict__ for module in checkpointed.to_plain_model().modules())
+    trained = checkpointed.to_plain_model()
+    assert not any("forward" in module.__dict__ for module in trained.modules())
+    if model_type == "opt":
+        assert [block.layer.dropout for block in blocks_of(trained)] == [0.5] * 3  # the setting of the model is kept
 
 
 def test_the_last_group_of_batches_has_the_mean_gradient_and_loss_of_its_own_batches(problem, monkeypatch):
@@ -201,22 +192,6 @@ def test_the_last_group_of_batches_has_the_mean_gradient_and_loss_of_its_own_bat
     assert both[0] == pytest.approx((first[0] + second[0]) / 2, rel=1e-4)
     assert len(losses) == 6
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-4)  # losses of batches are logged without a factor
-
-
-@pytest.mark.parametrize(
-    ("family", "targets"),
-    [("gpt2", "all"), ("gpt2", "lora"), ("mixtral", "mlp"), ("mixtral", "lora"), ("gemma3_text", "all")],
-)
-def test_distillation_of_other_families_reduces_the_kl_divergence_and_keeps_parameter_names(family, targets):
-    dense = make_tiny(family)
-    pruned, tokens = slice_model(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
-    start = divergence(dense, pruned, tokens)
-    stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.01)
-    fit(stage, tokens, epochs=4)
-    finished = stage.finished()
-    assert divergence(dense, finished, tokens) < start
-    names = {name for name, _ in pruned.named_parameters()}
-    assert {name for name, _ in finished.named_parameters()} == names  # no fused weight became a buffer
 
 
 @pytest.mark.parametrize(
@@ -671,7 +646,9 @@ def test_training_is_invariant_to_rescaling_of_weights(family, parts, targets):
         torch.manual_seed(0)
         stage = DistillationStage(model, pruned, targets=targets, learning_rate=0.01)
         fit(stage, tokens, epochs=2)
-        divergences.append(divergence(model, stage.finished(), tokens))
+        names, finished = {name for name, _ in pruned.named_parameters()}, stage.finished()
+        assert {name for name, _ in finished.named_parameters()} == names  # no fused weight became a buffer
+        divergences.append(divergence(model, finished, tokens))
     assert divergences[1] == pytest.approx(divergences[0], rel=1e-3 if targets == "all" else 0.02)
     assert divergences[0] < 0.95 * divergence(dense, slice_model(dense, some_masks(dense, attention=False)), tokens)
 

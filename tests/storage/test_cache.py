@@ -16,11 +16,6 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
 
 
-def damage(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-
-
 @pytest.mark.parametrize("tensors", [False, True])
 def test_a_result_is_computed_once_for_its_key_and_again_if_its_file_is_damaged(tensors):
     cache = Cache("examples", tensors=tensors)
@@ -35,7 +30,9 @@ def test_a_result_is_computed_once_for_its_key_and_again_if_its_file_is_damaged(
     assert len(computed) == 1
     cache.get(key_of(shape=2), compute)
     assert len(computed) == 2
-    damage(cache.file(key_of(shape=1)))
+    file = cache.file(key_of(shape=1))
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     cache.get(key_of(shape=1), compute)
     assert len(computed) == 3
     assert cache.read(key_of(shape=3)) is None
