@@ -153,7 +153,10 @@ def measure_tasks(
         )
         lm._device = device_of(model)  # of an offloaded model, where it computes
         try:
-            outcome = simple_evaluate(lm, tasks=[t.task for t in tasks], num_fewshot=num_fewshot, limit=limit)
+            outcome = simple_evaluate(
+                lm, tasks=[t.task for t in tasks], num_fewshot=num_fewshot, limit=limit,
+                task_manager=_task_manager(None, defaults=False),  # else it reads lm_eval's 14,000 YAML files each time
+            )  # fmt: skip
         except (RuntimeError, MemoryError, OSError):  # of torch and the machine
             raise
         except Exception as error:

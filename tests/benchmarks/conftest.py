@@ -85,6 +85,8 @@ def only(monkeypatch):
         monkeypatch.setattr(task_script, "INDEX", dict(manager_of(*folders).task_index) if folders else {"": None})
 
     needs_lm_eval()
+    # A measurement must not read the thousands of files of lm_eval's index, which takes seconds.
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", lambda **_: pytest.fail("lm_eval's index was read again"))
     restrict()
     return restrict
 
