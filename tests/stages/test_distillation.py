@@ -643,10 +643,11 @@ def test_training_is_invariant_to_rescaling_of_weights(family, parts, targets):
         start = divergence(dense, model, tokens)
         assert start < 1e-9
         pruned = slice_model(model, some_masks(dense, attention=False))
+        names = {name for name, _ in pruned.named_parameters()}
         torch.manual_seed(0)
         stage = DistillationStage(model, pruned, targets=targets, learning_rate=0.01)
         fit(stage, tokens, epochs=2)
-        names, finished = {name for name, _ in pruned.named_parameters()}, stage.finished()
+        finished = stage.finished()
         assert {name for name, _ in finished.named_parameters()} == names  # no fused weight became a buffer
         divergences.append(divergence(model, finished, tokens))
     assert divergences[1] == pytest.approx(divergences[0], rel=1e-3 if targets == "all" else 0.02)
