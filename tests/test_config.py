@@ -361,18 +361,6 @@ def test_shipped_configurations_load_by_name_unless_a_file_has_that_path(name, t
     assert "configs/*.yaml" in package
 
 
-def test_a_misspelt_configuration_is_refused_with_the_shipped_names():
-    with pytest.raises(
-        UserError, match=r"or one of best, gates, paper, protocol, smoke, untrained; got 'bset' \(No such file"
-    ):
-        parse(["--config", "bset"])
-
-
-def test_the_smoke_configuration_can_be_run_again_with_another_flag():
-    first, second = (parse(["--config=smoke", *flags]) for flags in ([], ["--sparsity.target=0.4"]))
-    assert first.folder != second.folder
-
-
 class Unexpected:
     """An object of an unexpected type."""
 
@@ -491,5 +479,3 @@ def test_seconds_and_bytes_are_currencies_like_others():
     assert (seconds.sparsity.currency, file_size.sparsity.currency) == ("seconds", "bytes")
     assert seconds.settings()["speed"] == {"batch": 1, "prompt": 128, "generate": 32}
     assert file_size.settings()["export"] == {"dtype": None}
-    with pytest.raises(UserError, match=r"--sparsity\.cost seconds cannot be combined with 2 processes"):
-        config_from_mapping({"sparsity.cost": "seconds", "trainer.devices": 2})
