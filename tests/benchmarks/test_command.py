@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gprune.__main__ import run as command
 from gprune.benchmarks import measurement
+from gprune.benchmarks.subjects import load_dense_of_run
 from gprune.benchmarks.tasks import load_tasks, measure_tasks
+from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_difference
 from gprune.models.offload import is_offloaded
 from gprune.storage.files import key_of, read_json, write_json
@@ -248,3 +251,18 @@ def test_an_offloaded_model_has_the_results_of_the_model_in_memory(mine, tmp_pat
     assert command("evaluate", [str(own), "--tasks", "mine"]) == 0
     assert [is_offloaded(model) for model in measured] == [False, False, True, True, True]
     assert numbers_of(offloaded) == numbers_of(in_memory)
+
+
+CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+
+
+def test_trust_remote_code_in_a_manifest_does_not_run_the_models_code(tmp_path):
+    folder = tiny_run.save_tiny_model(tmp_path / "model")
+    auto_map = {"AutoConfig": "code.LlamaConfig", "AutoModelForCausalLM": "code.LlamaForCausalLM"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "strange", "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(CODE.format(ran=str(tmp_path / "ran")))
+    model = {"name": str(folder), "dtype": "float32", "trust_remote_code": True}
+    with pytest.raises(UserError, match=r"^--model\.name.* configuration"):
+        load_dense_of_run(tmp_path, {"model": model, "inputs": {"model": "x"}}, torch.float32)
+    assert not (tmp_path / "ran").exists()
