@@ -64,9 +64,10 @@ def test_statistics_of_experts_equal_those_of_activations_computed_expert_by_exp
             chosen = (routed == expert).any(-1).flatten().nonzero()[:, 0]
             if name == "gpt_oss":
                 gate_up = hidden[chosen] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+                x = module._apply_gate(gate_up).double()
             else:
-                gate_up = hidden[chosen] @ module.gate_up_proj[expert].T
-            x = module._apply_gate(gate_up).double()
+                gate, up = (hidden[chosen] @ module.gate_up_proj[expert].T).double().chunk(2, -1)
+                x = module.act_fn(gate) * up
             for half in (0, 1):  # windows alternate between halves
                 of_half, moments = x[chosen // 24 % 2 == half], channel.halves[half].of_expert(expert, 8)
                 assert (moments.count == len(of_half)).all()
