@@ -35,7 +35,7 @@ from tests import tiny_run
 from tests.export.test_hf import LLAMA3_ROPE
 from tests.export.test_hf import make_pruned as pruned_llama
 from tests.tiny_run import tiny_tokenizer
-from tests.world import make_tiny, make_tiny_llama, masks_keeping, some_masks
+from tests.world import make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks
 
 SIZE = 288  # number of embeddings, which is larger than the vocabulary of `byte_tokenizer`
 EQUAL, UNEQUAL = ([32, 32, 32], [2, 2, 2]), ([1, 32, 47], [1, 2, 1])
@@ -113,6 +113,13 @@ def test_a_gguf_file_contains_every_tensor_with_the_row_order_of_llama_cpp(varia
         if "attn_q" in name or "attn_k" in name:
             stored = deinterleaved(stored, model.config.head_dim)
         np.testing.assert_array_equal(stored, weight)
+
+
+def test_layers_are_renumbered_after_a_whole_block_was_removed(tmp_path):
+    model = slice_model(make_pruned(), masks_without(make_pruned(), 1, narrow=True))
+    keys, tensors = written(model, tmp_path, type="f32")
+    assert (keys["deci.block_count"], keys["deci.feed_forward_length"]) == (2, [1, 31])
+    assert set(tensors) == set(expected_tensors(model))
 
 
 def test_unequal_blocks_have_architecture_deci_with_keys_per_layer(tmp_path):

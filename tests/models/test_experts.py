@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +328,28 @@ def test_gradients_pass_routers_without_the_removed_experts():
             computing(inputs_embeds=x, use_cache=False).logits.square().mean().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_an_exception_in_a_masked_forward_pass_restores_the_router():
+    model, ids = mixture("deepseek_v3"), tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with masked(model, experts_only(model)), pytest.raises(IndexError):
+        model(torch.full((1, 4), 999))
+    handle = model.model.layers[2].mlp.experts.register_forward_pre_hook(lambda *_: 1 / 0)
+    with masked(model, experts_only(model)), pytest.raises(ZeroDivisionError):
+        model(ids)
+    handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.model.layers[2].mlp.gate.num_experts == 8
+
+
+def test_the_layout_of_a_mixture_that_keeps_all_experts_has_no_entries_for_experts_and_routers(tmp_path: Path):
+    """So folders of mixtures are those of earlier versions, which could not remove experts."""
+    model = mixture("deepseek_v3")
+    pruned = gprune.apply_masks(model, random_masks(model))
+    pruned.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())["pruned_layout"]["own"]
+    assert own
+    for of_layer in own.values():
+        assert "experts" not in of_layer
+        assert not [path for path in of_layer["sizes"] if "gate.weight" in path or "correction_bias" in path]

@@ -185,6 +185,20 @@ def test_saved_buffers_of_offloaded_layers_are_exported(model_type, ids, tmp_pat
     assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
+def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config_says(ids, tmp_path):
+    dense = make_tiny("llama", tie_word_embeddings=False)
+    dense.config.tie_word_embeddings = True
+    dense.save_pretrained(tmp_path / "dense")
+    offloading = {"device_map": "auto", "max_memory": {"cpu": f"{bytes_in(decoder_layers(dense)[0])}B"}}
+    offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
+    family_of(offloaded)
+    assert offloaded.lm_head.weight.is_meta
+    masks = some_masks(dense, attention=True)
+    in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
+    assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
+
+
 @pytest.mark.parametrize("family", ["llama", *WITH_EXPERTS[:1]])
 def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family, placed):
     whole, offloaded = placed(family)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import rankdata
 
+from experiments.architectures import example
 from gprune.calibration.block_errors import block_errors
+from gprune.errors import UserError
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks, bypassed
@@ -17,7 +21,8 @@ from gprune.models.surgery import slice_model
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.whole_blocks import choose_blocks
+from gprune.sparsity.whole_blocks import check_attention_remains, choose_blocks
+from tests import tiny_run
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.world import collect, make_tiny_llama, masks_without
 
@@ -236,3 +241,25 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
         remaining -= blocks[expected[-1]].cost
     assert choose_blocks(budget, bypassing) == expected
     assert bool(expected) == (share > 0.1)  # no block fits into a tenth of the target
+
+
+REFUSED = pytest.raises(UserError, match="must name a layer with attention")
+
+
+@pytest.mark.parametrize(
+    ("attention_layers", "target", "protect", "outcome"),
+    [
+        ([2], 0.02, [], nullcontext()), ([2], 0.5, [], REFUSED), ([2], 0.5, [2], nullcontext()),
+        ([1, 2], 0.5, [], nullcontext()), ([1, 2], 0.7, [], REFUSED),
+    ],
+)  # fmt: skip
+def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(
+    attention_layers, target, protect, outcome, tmp_path
+):
+    with tiny_run.isolated(tmp_path):
+        model = example("qwen3_next")
+    kinds = ["full_attention" if layer in attention_layers else "linear_attention" for layer in range(3)]
+    model.config.layer_types = kinds
+    budget = Budget.of(block_units(blocks_of(model), scope="ffn", protect=protect), target, block_share=1.0)
+    with outcome:
+        check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
