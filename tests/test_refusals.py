@@ -145,3 +145,12 @@ def test_flags_that_do_not_fit_the_model_are_refused_in_one_line_before_its_weig
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("structures")
+def test_a_hybrid_model_may_lose_layers_if_one_with_attention_is_protected(world, tmp_path, capsys):
+    shrunk(default_config("qwen3_next")).save_pretrained(tmp_path / "model")
+    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    flags = [f"--model.name={tmp_path / 'model'}", *BLOCKS, "--sparsity.protect=[2]", "--dry_run=true"]
+    assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 0
+    assert "1 are removed as a whole" in capsys.readouterr().out

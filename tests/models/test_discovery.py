@@ -20,6 +20,7 @@ from gprune.models import experts
 from gprune.models.blocks import Block, blocks_of, decoder_layers, find_unpruned
 from gprune.models.copies import skeleton
 from gprune.models.families import FAMILIES, Family, attach_record
+from gprune.models.loading import register_type
 from gprune.models.surgery import slice_model
 from tests import tiny_run
 from tests.world import tiny_of
@@ -139,6 +140,11 @@ def test_projections_that_do_not_divide_into_heads_are_refused():
         check_structure(model)
 
 
+def test_exports_of_a_type_that_transformers_does_not_know_are_refused():
+    with pytest.raises(UserError, match="Cannot register exports of model type 'own_type': transformers has no class"):
+        register_type("own_type")
+
+
 def test_experts_shared_between_layers_are_refused():
     model = tiny_of(shrunk(CONFIG_MAPPING["gpt_oss"]()))
     first, second = (layer.mlp.experts for layer in model.model.layers[:2])
@@ -192,7 +198,8 @@ def test_a_dry_run_names_an_ffn_inside_a_router_with_its_share(world, tmp_path, 
     assert not any(path == block.family.down for block in blocks_of(model))
     model.save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert tiny_run.main(world.args(tmp_path, f"--model.name={tmp_path / 'model'}", "--dry_run=true")) == 0
+    flags = [f"--model.name={tmp_path / 'model'}", "--dry_run=true"]
+    assert tiny_run.main(world.args(tmp_path, *flags)) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stays ")]
     share = unpruned.parameters / model.num_parameters()
     assert line.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")

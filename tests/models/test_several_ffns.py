@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from gprune.discovery.search import discover_record
 from gprune.discovery.tiny import tiny_model
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
+from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers
 from gprune.models.families import attach_record
@@ -168,6 +171,9 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
         (False, False),
     }
     budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.3)
+    settings = SimpleNamespace(sparsity=SimpleNamespace(scope="attention+ffn"))
+    described = describe_unpruned(SimpleNamespace(budget=budget, skeleton=model, cfg=settings))
+    assert re.search(r"\d of \d layers, without units that can be removed", described)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
     masks = allocate(rule, scores, statistics, blocks, budget)
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()
