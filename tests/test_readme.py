@@ -117,6 +117,14 @@ def test_every_train_command_on_a_page_parses(page):
     assert commands or page not in ("README.md", "docs/experiments.md", "docs/large_models.md")
 
 
+def test_a_corpus_of_the_size_that_the_readme_names_is_enough_for_its_command():
+    (command,) = re.findall(r"`python train\.py (--config best --model\.name MODEL .*?)`", README)
+    cfg = gprune.config.parse(shlex.split(command))
+    (thousands,) = re.findall(r"`mine\.jsonl` needs at least (\d+)k tokens", README)
+    train_tokens = 0.7 * 0.9 * 1000 * int(thousands)  # without 30 % of test and then 10 % of development text
+    assert cfg.fresh_windows * cfg.corpora.seq_len <= train_tokens
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_an_existing_file_and_heading(page):
     def anchors(text: str) -> set[str]:

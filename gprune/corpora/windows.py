@@ -27,6 +27,7 @@ log = logging.getLogger("gprune")
 
 JOIN = "\n\n"  # between documents
 CHARACTERS_PER_TOKEN = 5.0  # first guess of how much text the needed tokens take; doubled until it is enough
+COUNTED_CHARACTERS = 1_000_000  # of a corpus whose tokens are counted; the rest is estimated
 SPARE_TOKENS = 16  # tokenised beyond the needed ones: the last tokens before a cut may depend on the text after it
 Bos = Literal["auto", "always", "never"]
 
@@ -76,7 +77,7 @@ def make_windows(
     A `Conversation` becomes text by the tokenizer's chat template. Documents are joined by a blank line. An
     end-of-sequence token would have to be predicted, though the end of a sampled piece is random.
     """
-    texts = pieces = [chat_text(text, tokenizer) if isinstance(text, Conversation) else text for text in texts]
+    texts = pieces = as_text(texts, tokenizer)
     seq_len = sample.seq_len - (sample.bos is not None)  # tokens of text in a window
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
@@ -108,6 +109,19 @@ def make_windows(
     if sample.bos is not None:
         windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
     return Windows(corpus, split, windows, bos=sample.bos is not None)
+
+
+def count_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the number of tokens of documents as text, estimated with "about" if there are many characters."""
+    text = JOIN.join(as_text(documents, tokenizer))
+    counted = text[:COUNTED_CHARACTERS]
+    tokens = len(tokenizer(counted, add_special_tokens=False, verbose=False)["input_ids"])
+    return f"{tokens:,}" if counted == text else f"about {tokens * len(text) // len(counted):,}"
+
+
+def as_text(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return documents, in which conversations are rendered by the tokenizer's chat template."""
+    return [chat_text(text, tokenizer) if isinstance(text, Conversation) else text for text in documents]
 
 
 def chat_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:

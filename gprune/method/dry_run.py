@@ -18,6 +18,8 @@ from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.statistics import gram_bytes
 from gprune.checks import memory_limits
 from gprune.corpora import is_local
+from gprune.corpora.load import corpus_labels, load_corpus
+from gprune.corpora.windows import count_tokens
 from gprune.features import attribute
 from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory
@@ -75,7 +77,7 @@ def describe(plan: Plan) -> str:
 
 
 def describe_text(plan: Plan) -> str:
-    """Describe which corpora have enough text for the run, by cutting the windows of the run.
+    """Describe how many tokens each corpus has and how many the run needs, one line per split.
 
     Corpora that would have to be downloaded are named and not read. Raise UserError if another one has too little text.
     """
@@ -86,11 +88,18 @@ def describe_text(plan: Plan) -> str:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
     except Exception:  # tokenizers and the hub raise many classes
         return f"not counted, because the tokenizer of {m.name} cannot be loaded"
-    prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=to_download)
-    counted = f"{len(corpora) - len(to_download)} corpora have enough windows"
-    if not to_download:
-        return counted
-    return f"{counted}; not counted, because they are not on this machine: {', '.join(to_download)}"
+    text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=to_download)
+    needed: dict[tuple[str, str], int] = {}
+    for w in [*text.train.values(), *text.learn, *text.fresh, *text.development, *text.test]:
+        needed[w.corpus, w.split] = max(needed.get((w.corpus, w.split), 0), w.tokens.numel())
+    labels = corpus_labels(corpora)
+    lines = [
+        f"{labels[corpus]} ({split}): {count_tokens(load_corpus(corpus, split), tokenizer)} tokens, {number:,} needed"
+        for (corpus, split), number in sorted(needed.items(), key=lambda item: list(corpora).index(item[0][0]))
+    ]
+    if to_download:
+        lines.append(f"not counted, because they are not on this machine: {', '.join(to_download)}")
+    return ("\n" + " " * 17).join(lines)
 
 
 def describe_widths(budget: Budget) -> str:

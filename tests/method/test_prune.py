@@ -544,7 +544,8 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     monkeypatch.setattr("gprune.method.inputs.load_without_tokenizer", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
-    lines = {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    output = capsys.readouterr().out
+    lines = {line[:16].strip(): line[17:] for line in output.splitlines() if line.strip()}
     assert not (tmp_path / "runs").exists()
     assert {"model", "scope", "removes", "forward", "results"} <= lines.keys()
     assert lines["and backward"] == f"{2 * 4 * 32} tokens"  # corpora, windows, tokens
@@ -553,7 +554,8 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert re.fullmatch(r"about [\d.]+ GiB of this machine, in the step \w+, which has [\d.]+ GiB", lines["memory"])
     terms = ("weights", "gradients and optimizer", "gram matrices", "activations")
     assert re.fullmatch("GiB: " + ", ".join(rf"\d+\.\d\d {term}" for term in terms), lines["of which"])
-    assert lines["text"] == "5 corpora have enough windows"
+    assert lines["text"] == "alpha.txt (train): 12,880 tokens, 128 needed"  # 23 documents of 560 words
+    assert "\n                 delta.txt (test): 6,160 tokens, 64 needed\n" in output
 
 
 def test_a_dry_run_refuses_short_corpora_with_the_message_of_a_run(world, tmp_path, capsys):
@@ -567,7 +569,7 @@ def test_a_dry_run_refuses_short_corpora_with_the_message_of_a_run(world, tmp_pa
 
 def test_a_dry_run_names_the_corpora_whose_windows_are_not_counted(world, tmp_path, capsys):
     assert tiny_run.main(world.args(tmp_path / "runs", "--corpora.evaluate=[c4,stories]", "--dry_run=true")) == 0
-    assert "; not counted, because they are not on this machine: c4, stories\n" in capsys.readouterr().out
+    assert "not counted, because they are not on this machine: c4, stories\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
