@@ -7,7 +7,8 @@
 
 Both trees run the same configurations (configurations.py) at the same time, in a process each, with the same number of
 threads and with caches and run folders of their own. Bits differ between processors, so results of a commit are not
-stored. The exit code is 1 if a configuration differs, except those of `--expect`.
+stored. Compared is the run's own model: masks, and numbers before and after recovery. Controls, which runs had until
+commit 5c9b025f, are left out. The exit code is 1 if a configuration differs, except those of `--expect`.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ TINY_CONFIGURATIONS = {
     "default": f"{SMOKE} {HALF}",
     "paper": f"{TINY} {HALF} --config paper --corpora.learn [python_docs] --corpora.learn_samples 8",
     "gates": f"{TINY} {HALF} --config gates",
-    "best": f"{TINY} {HALF} --config best --importance wanda_sp --sparsity.allocation uniform --distill.tokens 512 "
-    "--evaluation.controls [averaged]",
-    "untrained": f"{TINY} {HALF} --config untrained --recovery least_squares --evaluation.controls [base,averaged]",
+    "best": f"{TINY} {HALF} --config best --importance wanda_sp --sparsity.allocation uniform --distill.tokens 512",
+    "untrained": f"{TINY} {HALF} --config untrained --recovery least_squares",
     "equal_bias": f"{TINY} --sparsity.allocation equal --sparsity.target 30% --partition.method drift_only "
     "--reliability.metric consensus --recovery bias",
     "global_attention": f"{TINY} --sparsity.allocation global --sparsity.scope attention+ffn --sparsity.target 0.18M "
@@ -35,17 +34,16 @@ TINY_CONFIGURATIONS = {
     "bytes_uniform_width": f"{TINY} --sparsity.target 700KiB --sparsity.uniform_width true --recovery least_squares",
     "speed": f"{TINY} --sparsity.target 1.3x --sparsity.scope attention+ffn --recovery none",
     # Small rises, because more cuts make the random model better.
-    "quality": f"{TINY} --sparsity.target +0.1% --sparsity.allocation uniform --recovery least_squares "
-    "--evaluation.controls []",
-    "quality_learned": f"{TINY} --sparsity.target +1% --importance random --recovery none --evaluation.controls [base]",
+    "quality": f"{TINY} --sparsity.target +0.1% --sparsity.allocation uniform --recovery least_squares",
+    "quality_learned": f"{TINY} --sparsity.target +1% --importance random --recovery none",
     "bfloat16": f"{TINY} {HALF} --model.dtype bfloat16 --importance wifv --sparsity.epochs 2 "
     "--recovery [least_squares,distill]",
 }
 SMOLLM2 = f"{SMOKE} --model.name smollm2-135m --corpora.num_samples 2 --sparsity.width_multiple 1"
 REAL_CONFIGURATIONS = {
-    "smollm2": f"{SMOLLM2} {HALF} --recovery [least_squares,distill] --distill.tokens 256 --evaluation.controls [base]",
+    "smollm2": f"{SMOLLM2} {HALF} --recovery [least_squares,distill] --distill.tokens 256",
     "smollm2_bfloat16": f"{SMOLLM2} --model.dtype bfloat16 --config gates --sparsity.scope attention+ffn "
-    "--sparsity.target 0.3 --recovery least_squares --evaluation.controls [averaged]",
+    "--sparsity.target 0.3 --recovery least_squares",
 }
 
 

@@ -26,7 +26,7 @@ RECORDS = "records"
 TENSORS = {
     "labels": ["assignment.safetensors"],
     "thresholds": ["thresholds.safetensors"],
-    "masks": ["masks/*.safetensors"],
+    "masks": ["masks.safetensors"],
     "weights": ["model/*.safetensors"],
 }
 GROUPS = (*TENSORS, RECORDS)
@@ -46,21 +46,42 @@ LATENCY_TABLE = {
 
 def read_results(folder: Path) -> dict[str, Values]:
     """Read the results of a run folder: group -> name -> value. Groups that the run does not have are empty."""
-    results: dict[str, Values] = {}
-    for group, patterns in TENSORS.items():
-        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-        results[group] = {
-            f"{file.stem}: {name}": tensor for file in files for name, tensor in sorted(load_file(file).items())
-        }
     metrics = next((folder / name for name in METRICS if (folder / name).exists()), None)
     records = [] if metrics is None else json.loads(metrics.read_text(encoding="utf-8"))["records"]
+    results: dict[str, Values] = {}
+    for group, patterns in TENSORS.items():
+        files = {file.stem: file for pattern in patterns for file in sorted(folder.glob(pattern))}
+        if group == "masks" and not files and records:
+            files = {"masks": folder / f"masks/{records[-1]['stage']}.safetensors"}
+        results[group] = {
+            f"{stem}: {name}": tensor
+            for stem, file in files.items()
+            for name, tensor in sorted(load_file(file).items())
+        }
+    stages = stages_of_model(records)
     results[RECORDS] = {
-        f"{r['stage']} + {r['recovery']}, {r['corpus']}: {number}": r[number]
+        f"{stages[r['stage'], r['recovery']]}, {r['corpus']}: {number}": r[number]
         for r in records
         for number in NUMBERS
-        if r.get(number) is not None
+        if (r["stage"], r["recovery"]) in stages and r.get(number) is not None
     }
     return results
+
+
+def stages_of_model(records: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """Return (stage, recovery) of records -> stage of the run's own model: dense, pruned or recovered.
+
+    Until commit 5c9b025f `stage` was the variant of a row: the last row was the run's own model, its variant without
+    recovery the model before recovery, and other rows were controls, which are left out.
+    """
+    if not records:
+        return {}
+    variant, recovery = records[-1]["stage"], records[-1]["recovery"]
+    if variant in ("pruned", "recovered"):
+        return {(r["stage"], r["recovery"]): r["stage"] for r in records}
+    return {("dense", "none"): "dense", (variant, "none"): "pruned"} | {
+        (variant, recovery): "pruned" if recovery == "none" else "recovered"
+    }
 
 
 def same(a: Any, b: Any) -> bool:
@@ -96,6 +117,9 @@ def run_all(tree: Path, folder: Path, configurations: dict[str, list[str]]) -> N
     if not code.is_relative_to(tree.resolve()):
         raise ImportError(f"gprune was imported from {code}, not from {tree}")
     store_latency_table()
+    # Until commit 5c9b025f a run had controls. Of these only its own model before recovery is compared.
+    has_controls = hasattr(gprune.RunConfig().evaluation, "controls")
+    own_flags = ["--evaluation.controls=[unrecovered]"] if has_controls else []
     for name, flags in configurations.items():
         start = time.monotonic()
         with (
@@ -103,7 +127,7 @@ def run_all(tree: Path, folder: Path, configurations: dict[str, list[str]]) -> N
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
-            sys.argv = ["train.py", *flags, f"--run.dir={folder}", f"--run.name={name}"]
+            sys.argv = ["train.py", *flags, *own_flags, f"--run.dir={folder}", f"--run.name={name}"]
             try:
                 runpy.run_path(str(tree / "train.py"), run_name="__main__")
             except SystemExit:  # its exit code: a run that failed has no results

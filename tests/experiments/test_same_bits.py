@@ -89,6 +89,16 @@ def test_one_bit_of_one_weight_is_a_difference(runs, tmp_path):
     ]  # fmt: skip
 
 
+def test_numbers_of_a_commit_with_controls_are_those_of_the_runs_own_model_before_and_after_recovery():
+    rows = [("dense", "none"), ("base", "none"), ("gprune", "none"), ("base", "bias"), ("gprune", "bias")]
+    former = [{"stage": stage, "recovery": recovery} for stage, recovery in rows]
+    own = {("dense", "none"): "dense", ("gprune", "none"): "pruned", ("gprune", "bias"): "recovered"}
+    assert layout.stages_of_model(former) == own
+    assert layout.stages_of_model(former[:3]) == {rows[0]: "dense", rows[2]: "pruned"}
+    today = [{"stage": "dense", "recovery": "none"}, {"stage": "recovered", "recovery": "bias"}]
+    assert layout.stages_of_model(today) == {("dense", "none"): "dense", ("recovered", "bias"): "recovered"}
+
+
 def test_a_run_without_results_is_a_difference_even_if_both_lack_them(compared, runs):
     (runs / "failed").mkdir(exist_ok=True)
     code, table = compared(one=("failed", "failed"))
