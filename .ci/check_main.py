@@ -24,7 +24,7 @@ summary, records = metrics["summary"], metrics["records"]
 print("seconds by step:", {name: step["seconds"] for name, step in manifest["steps"].items()})
 print("peak memory, MiB:", max(step["peak_memory_mib"] for step in manifest["steps"].values()))
 print("tokens:", summary["forward_tokens"], "forward,", summary["forward_backward_tokens"], "forward and backward")
-# What the model costs; the step that evaluates recovers the controls too.
+# What thresholds and distillation cost.
 spent = sum(manifest["steps"].get(name, {}).get("forward_backward_tokens", 0) for name in ("thresholds", "shrink"))
 print("of these forward and backward for the model itself:", spent)
 assert spent <= 25_000

@@ -56,7 +56,7 @@ OBJECTS: dict[type, str] = {
     ModuleRanks: "ffn labels attention modules sizes logits with_offsets",
     Masks: "ffn attention blocks channels",
     RefinementInputs: "embedding drift shifts valid",
-    Material: "dense masks ridge statistics batches fit teacher",
+    Material: "dense masks ridge statistics batches fit",
     FrozenLMStage: "lm measured_model tokens batch_loss autocast_losses",
 }
 

@@ -46,7 +46,7 @@ PARTS = {
     "best": "or distillation, 98k tokens",
     "base: dense": "the dense model",
 }
-# (stage, recovery, tokens of distillation): label in the figure
+# (method, recovery, tokens of distillation): label in the figure
 LINES_BY_BUDGET = {
     ("base", "none", None): "base metric",
     ("gprune", "none", None): "the paper",
@@ -102,19 +102,19 @@ def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
     runs = [run for name, rows in lists.items() for run in runs_of(name) if rows is None or run.name in rows]
     for run in runs:
         of = run.settings["sparsity"]
-        for stage in by_row(run.records):
-            label, ratio = _label(run, stage), ratio_to(run, stage, run, DENSE)
-            if of["scope"] == "ffn" and label is not None and ratio is not None:
-                lines.setdefault((label, ""), []).append((of["target"], ratio))
+        label, ratio = _label(run), ratio_to(run, list(by_row(run.records))[-1], run, DENSE)
+        if of["scope"] == "ffn" and label is not None and ratio is not None:
+            lines.setdefault((label, ""), []).append((of["target"], ratio))
     order = [(label, "") for label in LINES_BY_BUDGET.values() if (label, "") in lines]
     return {name: sorted(lines[name], key=lambda point: point[0]) for name in order}
 
 
-def _label(run: FinishedRun, stage: tuple[str, str]) -> str | None:
-    """Label of a stage of a run; None if the stage is not drawn."""
-    name, recovery = stage
-    learned = run.settings["distill"]["tokens"] if recovery.endswith("distill") else None
-    return LINES_BY_BUDGET.get((name, recovery, learned))
+def _label(run: FinishedRun) -> str | None:
+    """Label of a run; None if it is not drawn."""
+    settings, recovery = run.settings, run.settings["recovery"]
+    method = "gprune" if settings["gprune"] else "base" if isinstance(settings["corpora"]["score"], str) else "averaged"
+    learned = settings["distill"]["tokens"] if recovery.endswith("distill") else None
+    return LINES_BY_BUDGET.get((method, recovery, learned))
 
 
 def by_tokens() -> Lines:

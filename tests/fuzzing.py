@@ -138,7 +138,7 @@ def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
     for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
         damage_file(rng, run / name)
     if rng.random() < 0.2:
-        damage_file(rng, run / rng.choice(("config.yaml", "masks/base.safetensors")))
+        damage_file(rng, run / rng.choice(("config.yaml", "masks.safetensors")))
     result = outcome(lambda: READERS[reader](run))
     if reader == "report" and result[0] == 0:
         text = (run / "report/report.md").read_text().replace("finite", "")
@@ -172,9 +172,9 @@ def settings_files(rng: Random, folder: Path) -> Outcome:
 def study_lists(rng: Random, folder: Path) -> Outcome:
     """Damage a list of configurations."""
     content = {
-        "about": "a list", "common": {"model.name": "tiny-random"}, "seeds": [0], "reference": "a", "seen": ["wiki"],
-        "rows": {"a": {"gprune": False}, "b": {"sparsity": {"target": 0.4}}}, "compare": [["a: base", "b: gprune"]],
-        "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5}, "controls": ["a"],
+        "about": "a list", "common": {"model.name": "tiny-random"}, "seeds": [0], "seen": ["wiki"],
+        "rows": {"a": {"gprune": False}, "b": {"sparsity": {"target": 0.4}}}, "compare": [["a: dense", "b: pruned"]],
+        "tables": ["summary"], "tasks": {"names": ["piqa"], "limit": 5},
     }  # fmt: skip
     _write_yaml(rng, folder / "list.yaml", content)
     return outcome(lambda: command("study", [str(folder / "list.yaml"), "--table"]))

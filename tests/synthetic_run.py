@@ -40,7 +40,7 @@ def record(stage: str, corpus: str, *, seen: bool, nll: float = 2.0, windows: in
     }  # fmt: skip
 
 
-def records(stages: Sequence[str] = ("dense", "base")) -> list[dict[str, Any]]:
+def records(stages: Sequence[str] = ("dense", "pruned")) -> list[dict[str, Any]]:
     """Return records on a seen and an unseen corpus. The loss rises by half a nat from stage to stage."""
     return [
         record(stage, corpus, seen=corpus == "wiki", nll=2 + n / 2)
@@ -50,13 +50,13 @@ def records(stages: Sequence[str] = ("dense", "base")) -> list[dict[str, Any]]:
 
 
 ANSWERS = {  # a record of `evaluation.json`
-    "kind": "zero_shot", "task": "piqa", "stage": "base", "recovery": "none", "split": "test", "dtype": "float32",
+    "kind": "zero_shot", "task": "piqa", "stage": "pruned", "recovery": "none", "split": "test", "dtype": "float32",
     "note": "", "standard_protocol": True, "content_hash": "h", "questions": 4, "acc": 0.5, "acc_stderr": 0.1,
     "acc_norm": None, "acc_norm_stderr": None, "correct": "0101", "bos": False, "model": "a model",
 }  # fmt: skip
 SUMMARY = {
     "sparsity_of_scope": 0.5, "sparsity_of_model": 0.25, "parameters_before": 100, "parameters_after": 75,
-    "geometric_means": {}, "unseen_over_base_same_recovery": {}, "forward_tokens": 10, "forward_backward_tokens": 0,
+    "geometric_means": {}, "forward_tokens": 10, "forward_backward_tokens": 0,
 }  # fmt: skip
 
 
@@ -69,5 +69,5 @@ def write_run(folder: Path, **changes: Any) -> Path:
     write_json(folder / "metrics.json", {"summary": SUMMARY, "records": records()}, run=key)
     masks = {f"ffn.{b}": torch.arange(NEURONS) % 2 == b % 2 for b in range(BLOCKS)}
     masks |= {f"attention.{b}": torch.ones(GROUPS, dtype=torch.bool) for b in range(BLOCKS)}
-    write_tensors(folder / "masks/base.safetensors", masks, {"run": key})
+    write_tensors(folder / "masks.safetensors", masks, {"run": key})
     return folder

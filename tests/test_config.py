@@ -128,7 +128,7 @@ def ways_to_set(name: str, value: object, folder: Path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("sparsity.target", 0.25), ("sparsity.protect", [0, 1, -1]), ("evaluation.controls", ["base", "unrecovered"]),
+        ("sparsity.target", 0.25), ("sparsity.protect", [0, 1, -1]), ("evaluation.before_recovery", False),
         ("corpora.drift", ["wiki", "code"]), ("corpora.learn_samples", None), ("importance", "wifv"), ("ridge", 1),
         ("gprune", False), ("run.seed", 7), ("run.name", "null and # void"), ("logging.mode", None),
         ("model.device_map", "cuda:0"), ("evaluation.curve", []), ("recovery", "bias"),

@@ -34,7 +34,7 @@ def _restore_registries(shared_cache):
 def test_the_example_in_the_help_runs_with_the_flag_that_the_help_names(name, world, tmp_path):
     description, _, example = help_of(name).partition("Example:")
     exec(textwrap.dedent(example.partition("\nArgs:")[0]), {"__name__": "example"})
-    run = world.run(tmp_path, "--export=none", "--evaluation.controls=[]", *EXAMPLES[name])
+    run = world.run(tmp_path, "--export=none", "--evaluation.before_recovery=false", *EXAMPLES[name])
     # The help of `allocation` names --sparsity.allocation, and its example is run as --sparsity.start.
     flag = EXAMPLES[name][0].partition("=")[0].replace(".start", ".allocation")
     assert f"`{flag}`" in description

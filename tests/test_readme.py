@@ -325,7 +325,7 @@ def test_the_recipe_for_a_plain_learner_is_a_learner_of_a_run(world, tmp_path, m
     (tmp_path / "my_stages.py").write_text(recipe("class Plain(L.LightningModule)") + "\n\nlearner = Plain\n")
     monkeypatch.syspath_prepend(tmp_path)
     flags = ["--import=my_stages", "--stages=my_stages", "--sparsity.learning_rate=1"]
-    run = world.run(tmp_path, *flags, "--export=none", "--evaluation.controls=[]")
+    run = world.run(tmp_path, *flags, "--export=none", "--evaluation.before_recovery=false")
     assert run.summary["sparsity_of_scope"] == 0.5
     assert run.thresholds is None  # the class has no attribute `thresholds`, so its masks are stored
 
@@ -361,7 +361,7 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run_with_the_plann
     run_recipe('recovery("distil")')
     dense = load_model(str(world.model))[0]
     flags = world.args(
-        tmp_path, "--gprune=false", "--recovery=distil", "--sparsity.protect=[0]", "--evaluation.controls=[]",
+        tmp_path, "--gprune=false", "--recovery=distil", "--sparsity.protect=[0]", "--evaluation.before_recovery=false",
         "--distill.tokens=1536",
     )  # fmt: skip
     planned = make_plan(gprune.config.parse(flags)).tokens
@@ -371,7 +371,7 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run_with_the_plann
     before, after = (blocks_of(model)[0].down.weight for model in (dense, run.model))
     assert before.shape == after.shape  # of a protected block, which only distillation changes
     assert not torch.equal(before, after)
-    assert {r["recovery"] for r in run.records if r["stage"] == "base"} == {"distil"}
+    assert {r["recovery"] for r in run.records if r["stage"] == "recovered"} == {"distil"}
     assert run.summary["forward_backward_tokens"] == 3 * 16 * 32  # corpora, windows, tokens
     assert run.summary["forward_tokens"] <= sum(forward for forward, _ in planned.values())
 
@@ -391,7 +391,7 @@ def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
 
 def test_the_recipe_for_a_callback_logs_a_curve(world, tmp_path):
     callback = run_recipe("L.Callback")["Thresholds"]()
-    cfg = gprune.config.parse(world.args(tmp_path, "--export=none", "--evaluation.controls=[]"))
+    cfg = gprune.config.parse(world.args(tmp_path, "--export=none", "--evaluation.before_recovery=false"))
     (curves,) = gprune.prune(cfg, callbacks=[callback]).path.glob("csv/*/metrics.csv")
     assert len(callback.spread) == 2  # steps: one epoch of two batches
     assert re.search(r"^(.*,)?learn/(gprune/)?spread", curves.read_text())

@@ -220,7 +220,7 @@ class Learner(ThresholdLearning):
 @pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
 def test_a_run_of_a_notebook_is_repeated_after_its_code_or_a_constant_has_changed(world, tmp_path, run_cell):
     """The loss of a class that a recovery uses, and a constant that a learner reads, are no part of a class's path."""
-    flags = ["--recovery=tuned", "--distill.tokens=512", "--evaluation.controls=[]", "--export=none"]
+    flags = ["--recovery=tuned", "--distill.tokens=512", "--evaluation.before_recovery=false", "--export=none"]
     args = [flag for flag in world.args(tmp_path, *flags) if not flag.startswith("--run.name")]
 
     def run(cell: str, **settings: str) -> gprune.PruningResult:

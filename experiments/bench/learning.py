@@ -252,8 +252,16 @@ def whole_runs(flags: list[str], repeats: int) -> list[Table]:
                 f"{name} ({run['precision']}), {turn}", run["seconds"], over, run["unseen"], beside, run["evaluation"],
                 ", ".join(goal for goal, is_met in goals.items() if not is_met) or "none",
             ])  # fmt: skip
-    header = ["", "run, s", "over 32-true", "unseen / base", "over 32-true", "evaluation / calibration", "goals missed"]
-    note = f"Goals: run {RUN} of 32-true, unseen / base within {UNSEEN:.0%}, evaluation {EVALUATION}."
+    header = [
+        "",
+        "run, s",
+        "over 32-true",
+        "unseen / dense",
+        "over 32-true",
+        "evaluation / calibration",
+        "goals missed",
+    ]
+    note = f"Goals: run {RUN} of 32-true, unseen / dense within {UNSEEN:.0%}, evaluation {EVALUATION}."
     about = f"`train.py {' '.join(flags)}`, {torch.get_num_threads()} threads. {note}"
     return [Table("A whole run", f"{about} {hardware(torch.device('cpu'))}", header, rows)]
 
@@ -282,15 +290,15 @@ def one_run(flags: list[str]) -> dict[str, Any]:
     def speed(name: str) -> float | None:
         return steps[name]["forward_tokens"] / steps[name]["seconds"] if name in steps else None
 
-    final = records[-1]["stage"], records[-1]["recovery"]
+    final = records[-1]["stage"]
     unseen = {
-        row: geometric_mean(r["perplexity"] for r in records if (r["stage"], r["recovery"]) == row and not r["seen"])
-        for row in (("base", "none"), final)
+        stage: geometric_mean(r["perplexity"] for r in records if r["stage"] == stage and not r["seen"])
+        for stage in ("dense", final)
     }
-    evaluation, calibration = speed("evaluate_unrecovered"), speed("calibrate")
+    evaluation, calibration = speed("evaluate_pruned"), speed("calibrate")
     return {
         "seconds": sum(step["seconds"] for step in steps.values()),
         "precision": manifest["settings"]["trainer"]["precision"],
-        "unseen": unseen[final] / unseen["base", "none"],
+        "unseen": unseen[final] / unseen["dense"],
         "evaluation": evaluation and calibration and evaluation / calibration,
     }

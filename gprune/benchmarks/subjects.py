@@ -104,7 +104,7 @@ def find_subjects(
             raise UserError(f"'{name}' must be the folder of a run or a model; there is no such folder.")
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"'{name}' must be a run (manifest.json) or a model folder (config.json); got neither.")
-        about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
+        about = {"model": model_label(name), "stage": "measured", "recovery": None, "sparsity": None, "scope": None}
         settings = {"dtype": dtype or "float32", "trust_remote_code": trust_remote_code, **loading}
         return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = read_numbers(path)
@@ -193,13 +193,13 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return numbers of records by W&B key: `final/<task>/acc` for the main row, `rows/dense/<task>/acc` for dense.
+    """Return numbers of records by W&B key: `final/<task>/acc` for the final model, `dense/<task>/acc` for dense.
 
     For a perplexity the window length is added after the task, for a speed the batch size.
     """
     numbers = {}
     for r in records:
-        prefix = "rows/dense" if r["stage"] == "dense" else "final"
+        prefix = "dense" if r["stage"] == "dense" else "final"
         task = key_part(r["task"])
         size = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
         if size is not None:

@@ -51,28 +51,21 @@ class BlockErrors(Feature):
 
     def planned_tokens(self, plan: Any) -> Tokens:
         """Return the tokens on which errors are measured, for masks of the base metric and of modules."""
-        of_base = error_tokens(plan.cfg, "base") + error_tokens(plan.cfg, "averaged")
-        return {2: (0, of_base), 7: (0, error_tokens(plan.cfg, "modules"))}
+        return {2: (0, error_tokens(plan.cfg, "base")), 7: (0, error_tokens(plan.cfg, "modules"))}
 
 
 def error_corpora(cfg: Any) -> dict[str, list[str]]:
     """Return the corpora on which errors of blocks are measured, by the masks that are allocated by these errors.
 
-    The keys are among `base`, `averaged` and `modules`. There are none if the allocation does not read errors.
+    The keys are among `base` and `modules`. There are none if the allocation does not read errors.
     """
     if not cfg.measures_errors:
         return {}
-    variants = {variant for variant, _ in cfg.rows}
-    # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
-    base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in variants
-    corpora = {}
-    if "base" in variants or base_starts_learning:
-        corpora["base"] = cfg.scored_on["base"]
-    if "averaged" in variants:
-        corpora["averaged"] = cfg.scored_on["averaged"]
-    if cfg.gprune:
-        corpora["modules"] = cfg.corpora.drift
-    return corpora
+    if not cfg.gprune:
+        return {"base": cfg.base_corpora}
+    # The sparsity at which thresholds are learned for a target in quality is found with masks of the base metric.
+    of_base = {"base": cfg.base_corpora} if cfg.learns and cfg.trials else {}
+    return of_base | {"modules": cfg.corpora.drift}
 
 
 def error_windows(cfg: Any) -> int:

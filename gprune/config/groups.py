@@ -126,6 +126,8 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "model.made_elsewhere": "gprune.measure in Python, or a row `model: FOLDER` of a list",
     "plan.tflops": "the tokens of --dry_run true",
     "plan.memory": "--dry_run true alone, which prints the bytes that a device needs",
+    "evaluation.controls": "--evaluation.before_recovery for the model before recovery, and a list with rows such as "
+    "`base` and `averaged` instead of controls (gprune study experiments/first_look.yaml)",
     "corpora.collect": "`gprune study`, which collects what all rows of a list need in one pass",
     "distill.points": "--trainer.val_check_interval",
     "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
@@ -274,7 +276,7 @@ class CorporaConfig(Group, prefix="corpora."):
         ["wiki"]
     )
     """Corpus for the activations of importance scores, or a list of corpora, whose statistics are pooled. null: all of
-    --corpora.drift. The control base is scored on the first one."""
+    --corpora.drift. Learning starts from masks that are scored on the first one."""
     drift: list[Text] = Field(["wiki", "web", "python_code"])
     """Corpora between which rank drift is measured. With a single corpus drift is 0 and no module switches."""
     learn: list[Text] = Field(["wiki", "web", "python_code"])

@@ -234,22 +234,30 @@ class RunConfig(Group):
         return stages_of(self.stages).get(kind) if isinstance(self.stages, str) else self._given_stages.get(kind)
 
     @property
-    def main_variant(self) -> str:
-        """Variant of the main row: `gprune`, or with `--gprune false` `base`, or `averaged` for several corpora."""
-        if self.gprune:
-            return "gprune"
-        return "base" if len(self.corpora.scored) == 1 else "averaged"
-
-    @property
     def metrics(self) -> str:
         """The metrics that rank what is removed: of neurons and KV groups, of other units, or both joined by `+`."""
         of_units = [self.importance] if "ffn" in self.sparsity.scope else []
         return "+".join([*of_units, *(name for _, name in self.sparsity.entries)])
 
     @property
-    def own_row(self) -> tuple[str, str]:
-        """(variant, recovery) of the run's main row; all other rows are controls."""
-        return self.main_variant, self.recovery
+    def method(self) -> str:
+        """What chooses the removed units, in names of runs: `gprune`, or `base` for the base metric alone."""
+        return "gprune" if self.gprune else "base"
+
+    @property
+    def final_stage(self) -> str:
+        """Stage of the run's final model in records: `recovered`, or `pruned` without recovery."""
+        return "pruned" if self.recovery == "none" else "recovered"
+
+    @property
+    def measures_pruned(self) -> bool:
+        """Whether the pruned model is also measured before its recovery."""
+        return self.recovery != "none" and self.evaluation.before_recovery
+
+    @property
+    def evaluated_stages(self) -> list[str]:
+        """Stages of the model in records, in their order."""
+        return ["dense", *(["pruned"] if self.measures_pruned else []), self.final_stage]
 
     @property
     def processes(self) -> int:
@@ -277,7 +285,7 @@ class RunConfig(Group):
 
     @property
     def base_allocation(self) -> str:
-        """Allocation of the base metric, in control rows and as the start of learning."""
+        """Allocation of the base metric: of a run with `--gprune false`, or where learning starts."""
         allocation = self.sparsity.allocation
         has_modules = allocation in ALLOCATION and ALLOCATION[allocation].modules
         return self.sparsity.start if has_modules else allocation
@@ -336,27 +344,9 @@ class RunConfig(Group):
         return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in read)
 
     @property
-    def rows(self) -> list[tuple[str, str]]:
-        """(variant, recovery) of every row of the result table after `dense`."""
-        controls = self.evaluation.controls
-        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.main_variant]
-        variants = [*(name for name in before if name in controls), self.main_variant]
-        recoveries = ["none", self.recovery] if self.evaluates_early else [self.recovery]
-        return [(variant, recovery) for recovery in recoveries for variant in variants]
-
-    @property
-    def scored_on(self) -> dict[str, list[str]]:
-        """Variant -> the corpora on whose pooled statistics its units are scored."""
-        scored, needed = self.corpora.scored, {variant for variant, _ in self.rows}
-        if self.gprune:
-            needed.add("base")  # learning starts from its masks
-        corpora = {"base": scored[:1], "averaged": self.corpora.drift if self.gprune else scored, "gprune": scored}
-        return {variant: names for variant, names in corpora.items() if variant in needed}
-
-    @property
-    def evaluates_early(self) -> bool:
-        """Whether rows without recovery are evaluated and shown before recovery begins."""
-        return self.recovery != "none" and "unrecovered" in self.evaluation.controls
+    def base_corpora(self) -> list[str]:
+        """Corpora on which the base metric scores units for its masks; where learning starts, the first one of them."""
+        return self.corpora.scored[:1] if self.gprune else self.corpora.scored
 
     @property
     def roles(self) -> dict[str, list[str]]:
@@ -475,7 +465,7 @@ class RunConfig(Group):
 
     @property
     def run_name(self) -> str:
-        """`--run.name`, or by default MODEL-VARIANT-METRIC-TARGET-HASH.
+        """`--run.name`, or by default MODEL-METHOD-METRIC-TARGET-HASH.
 
         HASH is the start of the SHA-256 of `settings()`. Names of models are cut to 100 characters.
         """
@@ -485,7 +475,7 @@ class RunConfig(Group):
         model = os.path.basename(os.path.normpath(self.model.name))[:100]
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
-        return f"{model}-{self.main_variant}-{self.metrics}-{target_text}-{digest}"
+        return f"{model}-{self.method}-{self.metrics}-{target_text}-{digest}"
 
 
 def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:

@@ -80,10 +80,9 @@ class EvaluationConfig(Group, prefix="evaluation."):
     smaller corpus has."""
     curve: list[Sparsity] = Field([0.2, 0.35])
     """Sparsities at which perplexity of gprune's masks is measured on development text, besides 0 and the target."""
-    controls: list[Literal["base", "averaged", "unrecovered"]] = Field(["base", "averaged", "unrecovered"])
-    """Controls, which are extra rows of the result table. base: the base metric alone, allocated by --sparsity.start or
-    by an --sparsity.allocation that does not learn. averaged: the same, scored on all drift corpora. unrecovered: every
-    row without recovery too."""
+    before_recovery: Annotated[bool, NEVER] = True
+    """Measure the pruned model before its recovery too, which shows what pruning cost and what recovery gave back.
+    Rows of a study list do not unless they set it."""
 
     @property
     def compared_tokens(self) -> int:

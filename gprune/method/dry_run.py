@@ -40,7 +40,7 @@ MEMORY_SAVERS = {  # step -> flags that lower its peak most
     "errors": "--corpora.batch_size 1 or --sparsity.allocation uniform",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
     "recover": "--recovery least_squares or, with the package peft, --distill.targets lora",
-    "evaluate": "--evaluation.controls '[]', --model.dtype bfloat16 or --model.device_map auto",
+    "evaluate": "--model.dtype bfloat16 or --model.device_map auto",
 }
 
 
@@ -66,7 +66,7 @@ def describe(plan: Plan) -> str:
         "exports": f"{'at most ' if cfg.trials else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
-        "evaluates": f"{1 + len(cfg.rows)} models on {len(cfg.corpora.evaluate)} corpora",
+        "evaluates": f"the {' and '.join(cfg.evaluated_stages)} model on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "loads": describe_loading(plan),
@@ -212,15 +212,10 @@ class MemoryEstimate:
         return of_one_corpus * corpora if self.cpu else of_one_corpus / self.L
 
     @property
-    def rows(self) -> float:
-        """Weights besides a row's model: the dense model, and the model of the main row if there are controls."""
-        return self.weight * (self.parameters + self.kept_parameters * (len(self.cfg.rows) > 1))
-
-    @property
     def forecasts(self) -> float:
         """Hidden states of the dense model on the text of the evaluation; with a GPU they are in main memory."""
         tokens = self.cfg.evaluated_tokens
-        return self.weight * self.H * tokens if self.cpu and self.plan.can_cache(tokens) else 0
+        return self.weight * self.H * tokens if self.cpu and self.plan.keeps_forecasts else 0
 
     def learn(self) -> Memory:
         """Threshold learning: activations of all layers. Gates and their moments are small."""
@@ -255,7 +250,7 @@ class MemoryEstimate:
     def recover(self) -> Memory:
         """Recovery without training: equations of 12 N^2 bytes for the widest block, of N neurons."""
         return Memory(
-            weights=self.rows + self.weight * self.kept_parameters,
+            weights=self.weight * (self.parameters + self.kept_parameters),
             gradients_and_optimizer=0,
             gram_matrices=self.grams + 12 * max(block.neurons for block in self.budget.units) ** 2,
             activations=self.forecasts,
@@ -271,7 +266,7 @@ class MemoryEstimate:
         # Gradients and two moments. A GPU updates all weights at once, in copies.
         bytes_trained = (12 if self.cpu else 16) * trained
         return Memory(
-            weights=self.rows + 4 * self.kept_parameters + cast,
+            weights=self.weight * self.parameters + 4 * self.kept_parameters + cast,
             gradients_and_optimizer=bytes_trained / (self.cfg.processes if self.cfg.trainer.strategy == "fsdp" else 1),
             gram_matrices=self.grams,
             activations=self.forecasts + layers + self.chunk_logits(teacher=True),
@@ -287,11 +282,11 @@ class MemoryEstimate:
         return numbers - self.plan.removed if d.targets == "all" else numbers * self.kept_share
 
     def evaluate(self) -> Memory:
-        """Evaluation of a row: logits of one window and a copy, and on a GPU their float32 softmax."""
+        """Evaluation of the pruned model: logits of one window and a copy, and on a GPU their float32 softmax."""
         logits = self.cfg.evaluation.seq_len * self.V * (2 * self.weight if self.cpu else 2 * self.weight + 8)
         tokens = self.tokens_of(self.cfg.corpora.batch_size)
         return Memory(
-            weights=self.rows + self.weight * self.kept_parameters,
+            weights=self.weight * (self.parameters + self.kept_parameters),
             gradients_and_optimizer=0,
             gram_matrices=self.grams,
             activations=self.forecasts + self.layer(tokens, activation=self.weight) + logits,

@@ -1,4 +1,4 @@
-"""Step 10: perplexity of the dense model, the controls and the result, with the evaluation protocol."""
+"""Steps 9 and 10: perplexity of the dense, the pruned and the recovered model, with the evaluation protocol."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
-from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run
 from gprune.models.embedded import model_label
 from gprune.models.losses import same_head
-from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.recoveries import recovery_learns, recovery_needs
+from gprune.recoveries import recovery_needs
 from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import DENSE, ResultRow, row_name
-from gprune.runs.results import PRUNED_VARIANTS
+from gprune.runs.numbers import STAGES
 from gprune.storage.environment import model_versions
 from gprune.storage.files import Cache, key_of, write_json
 
@@ -36,63 +32,53 @@ LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred")  # of `--sparsity`, i
 SEEN_ABOVE = 0.01  # leaked share above which a corpus counts as seen
 
 
-def evaluate(
-    run: Run,
-    statistics: Mapping[str, CorpusStatistics],
-    masks: Mapping[str, Masks],
-    pruned: PreTrainedModel | None = None,
-) -> list[dict[str, Any]]:
-    """Step 10: perplexity of all rows on every evaluated corpus. Without `pruned`, rows without recovery (in step 9).
+def evaluate(run: Run, stage: str, model: Callable[[], PreTrainedModel]) -> list[dict[str, Any]]:
+    """Steps 9 and 10: perplexity of the dense model, and of a stage of the pruned model, on every evaluated corpus.
 
-    The rows are the dense model, the controls and the main row. Controls are pruned and recovered here. Finished rows
-    are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split over processes,
-    with the same bits as on one process.
+    `model()` returns the model of the stage, and is called unless `metrics.json` has its records. The dense model's
+    numbers are cached for other runs. Windows are split over processes, with the same bits as on one process. Returns
+    the records of all stages so far.
     """
-    cfg, before_recovery = run.cfg, pruned is None
-    if before_recovery:
-        run.step(9, "Evaluating without recovery")
-        rows = [row for row in [DENSE, *cfg.rows] if row[1] == "none"]
-    else:
+    cfg = run.cfg
+    is_final = stage == cfg.final_stage
+    if is_final:
         run.step(10, "Evaluating")
-        rows = [DENSE, *cfg.rows]
+    else:
+        run.step(9, "Evaluating before recovery")
     records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
-    finished_rows = {(r["stage"], r["recovery"]) for r in records}
+    finished_stages = {r["stage"] for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
-    rank_evaluates = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
-    leaked = leaks(run, records) if rank_evaluates else {}
-    with run.folder.step("evaluate_unrecovered" if before_recovery else "evaluate"):
-        for row in rows:
-            # All processes are needed for a recovery that trains.
-            if row in finished_rows or not (rank_evaluates or recovery_learns(row[1])):
+    if rank_and_world_size()[1] == 1 and rank_zero_only.rank != 0:
+        return records
+    leaked = leaks(run, records)
+    with run.folder.step("evaluate" if is_final else "evaluate_pruned"):
+        for name, model_of_stage in (("dense", lambda: run.model), (stage, model)):
+            if name in finished_stages:
                 continue
-            model = run.model if row == DENSE else pruned  # frees the model of the previous row
-            if row not in (DENSE, cfg.own_row):
-                with run.folder.part(row_name(*row)):
-                    model = prune_and_recover(run, masks[row[0]], statistics, row=row)
-            if not rank_evaluates:
-                continue
-            measure = measurement_of(run, row, model)
-            results = [measure(run, model, windows, row_name(*row)) for windows in run.text.test]
-            add_row(run, records, row, results, run.text.test, leaked)
-    if before_recovery and rank_evaluates and not run.folder.finished:
+            evaluated = model_of_stage()
+            measure = measurement_of(run, name, evaluated)
+            results = [measure(run, evaluated, windows, name) for windows in run.text.test]
+            add_stage(run, records, name, results, run.text.test, leaked)
+    if not (is_final or run.folder.finished):
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
 
 
-def add_row(
-    run: Run, records: list[dict[str, Any]], row: ResultRow, results: Sequence[PerplexityResult],
+def add_stage(
+    run: Run, records: list[dict[str, Any]], stage: str, results: Sequence[PerplexityResult],
     text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]],
 ) -> None:  # fmt: skip
-    """Add the records of a row to `records` and `metrics.json`."""
+    """Add the records of a stage to `records` and `metrics.json`, in the order of `STAGES`."""
     for windows, result in zip(text, results, strict=True):
         leak = leaked[windows.corpus]
-        records.append(as_record(run.cfg, row, result, windows, leak, sparsity=run.budget.sparsity))
+        records.append(as_record(run.cfg, stage, result, windows, leak, sparsity=run.budget.sparsity))
+    records.sort(key=lambda r: STAGES.index(r["stage"]))
     write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
 
 
-def measurement_of(run: Run, row: ResultRow, model: PreTrainedModel) -> Callable[..., PerplexityResult]:
-    """Return the function that measures a row's model, and count a pruned model's tokens from now on."""
-    if row == DENSE:  # counted since the run was opened
+def measurement_of(run: Run, stage: str, model: PreTrainedModel) -> Callable[..., PerplexityResult]:
+    """Return the function that measures the model of a stage, and count a pruned model's tokens from now on."""
+    if stage == "dense":  # counted since the run was opened
         return partial(dense_perplexity, keep_forecasts=True)
     run.meter.watch(model)
     # A recovery of the user may have changed the head.
@@ -143,25 +129,25 @@ def cached_perplexity(
 
 
 def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """Measure the dense model, and keep its forecasts in `run.forecasts` for the KL divergence of other rows.
+    """Measure the dense model, and keep its forecasts in `run.forecasts` for the KL divergence of other stages.
 
     A `Forecast` has the dense model's numbers per token that KL and agreement need: (T - 1, H) of each window. If the
     forecasts of all corpora are too large, only those of the last measured corpus are kept.
 
-    If all forecasts are kept, their tokens are counted as the one pass of the dense row, even if its perplexity was
+    If all forecasts are kept, their tokens are counted as the one pass of the dense model, even if its perplexity was
     cached or a later session repeats the pass.
     """
-    keeps_all = run.plan.can_cache(run.cfg.evaluated_tokens)
+    keeps_all = run.plan.keeps_forecasts
     if not keeps_all:
         run.forecasts.clear()
     forecasts = run.forecasts.setdefault(windows.content_hash, [])  # filled by `perplexity`
-    step = "evaluate_unrecovered" if keeps_all and run.cfg.evaluates_early else "evaluate"
+    step = "evaluate_pruned" if keeps_all and run.cfg.measures_pruned else "evaluate"
     with run.folder.step(step):
         return measure_perplexity(run, model, windows, "dense" if keeps_all else name, forecasts)
 
 
 def measure_with_distance(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """Perplexity of a row's model, with KL and agreement with the dense model."""
+    """Perplexity of a model, with KL and agreement with the dense model."""
     if windows.content_hash not in run.forecasts:
         measure_and_keep_forecasts(run, run.model, windows, f"dense beside {name}")
     return measure_perplexity(run, model, windows, name, run.forecasts[windows.content_hash])
@@ -170,7 +156,7 @@ def measure_with_distance(run: Run, model: PreTrainedModel, windows: Windows, na
 def measure_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, forecasts: list[Forecast] | None = None
 ) -> PerplexityResult:
-    """Perplexity of a row's model, with a progress bar; batches are split over processes."""
+    """Perplexity of a model, with a progress bar; batches are split over processes."""
     batch_size, advance = run.cfg.corpora.batch_size, run.screen.add_batch
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}", shared=True):
@@ -178,22 +164,22 @@ def measure_perplexity(
 
 
 def as_record(
-    cfg: RunConfig, row: ResultRow, result: PerplexityResult, windows: Windows, leak: tuple[bool, float], *,
+    cfg: RunConfig, stage: str, result: PerplexityResult, windows: Windows, leak: tuple[bool, float], *,
     sparsity: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol and its entry of `leaks`.
 
     `sparsity` is that of the budget.
     """
-    variant, recovery = row
-    is_pruned = variant in PRUNED_VARIANTS
+    is_pruned = stage in ("pruned", "recovered")
+    recovery = cfg.recovery if stage == "recovered" else "none"
     chain = recovery.split("+")
     recovery_settings = {
         name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
     }
     return {
-        "stage": variant,
-        **_pruning_settings(cfg, variant),
+        "stage": stage,
+        **_pruning_settings(cfg, is_pruned=is_pruned),
         "recovery": recovery,
         # Errors of blocks, by which `reconstruction` allocates, assume least squares with this penalty.
         "ridge": cfg.ridge if recovery_needs(recovery) or (is_pruned and cfg.measures_errors) else None,
@@ -220,24 +206,25 @@ def as_record(
     }
 
 
-def _pruning_settings(cfg: RunConfig, variant: str) -> dict[str, Any]:
-    """Return the settings by which the masks of a variant were made. Settings that it does not use are None."""
+def _pruning_settings(cfg: RunConfig, *, is_pruned: bool) -> dict[str, Any]:
+    """Return the settings by which the masks were made. Settings that a model does not use are None."""
     settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
     settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
-    if variant in PRUNED_VARIANTS:
-        settings["importance"] = cfg.metrics
-        settings["allocation"] = cfg.base_allocation
-    if variant == "gprune":
-        settings["allocation"] = cfg.sparsity.allocation
-        settings["partition"] = cfg.partition.method
-        settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
-        settings["switch_to"] = cfg.reliability.metric
-        settings["switch_everywhere"] = cfg.reliability.everywhere
-    if variant == "gprune" and cfg.learns:
+    if not is_pruned:
+        return settings
+    settings |= {"importance": cfg.metrics, "allocation": cfg.base_allocation}
+    if not cfg.gprune:
+        return settings
+    settings["allocation"] = cfg.sparsity.allocation
+    settings["partition"] = cfg.partition.method
+    settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
+    settings["switch_to"] = cfg.reliability.metric
+    settings["switch_everywhere"] = cfg.reliability.everywhere
+    if cfg.learns:
         sparsity_settings = cfg.settings()["sparsity"]
         settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
         settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
-    if variant == "gprune" and cfg.stages:
+    if cfg.stages:
         settings["stages"] = cfg.stages
     return settings
 

@@ -29,13 +29,12 @@ from gprune.method.evaluate import as_record, cached_perplexity
 from gprune.method.inputs import Text, load_dense, window_cutter
 from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, load_tokenizer
-from gprune.runs.numbers import DENSE, Record, ResultRow, by_row, number_frame, records_of, row_name
+from gprune.runs.numbers import Record, by_row, number_frame, records_of, row_name
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.environment import peak_memory, reset_peak_memory
 
 log = logging.getLogger("gprune")
 GIB = 2**30
-MODEL = ("model", "none")  # the row of the measured model; that of the dense model is `DENSE`
 
 
 def measure(
@@ -59,7 +58,7 @@ def measure(
             if `corpora.score`, `drift` or `recover` names it. Settings of pruning are ignored. Default: `RunConfig()`.
 
     Returns:
-        A frame with a line for each row (`dense` and `model`) and corpus, and for the means over seen and over unseen
+        A frame with a line for each row (`dense`, `measured`) and corpus, and for the means over seen and over unseen
         corpora. Columns: row, corpus, seen, windows; perplexity, kl, agreement and over_dense, the ratio of the
         perplexities; and 95 % intervals over windows of perplexity and over_dense (`_low`, `_high`).
 
@@ -154,7 +153,7 @@ def measure_records(model: str | PreTrainedModel, cfg: RunConfig) -> Measured:
     with precision, torch.no_grad(), _in_eval_mode(other):
         results = [cached_perplexity(cfg, inputs["model"], dense, windows, of_dense) for windows in test]
         results_of_model = [of_model(windows, test_of_model is test) for windows in test_of_model]
-    records = _records(cfg, DENSE, test, results) + _records(cfg, MODEL, test_of_model, results_of_model)
+    records = _records(cfg, "dense", test, results) + _records(cfg, "measured", test_of_model, results_of_model)
     tokens["forward_backward_tokens"] = 0
     step = {"seconds": round(time.monotonic() - start, 2), **tokens, **peak_memory()}
     before, after = dense.num_parameters(), other.num_parameters()
@@ -195,16 +194,14 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _records(
-    cfg: RunConfig, row: ResultRow, text: Sequence[Windows], results: Sequence[PerplexityResult]
-) -> list[Record]:
-    """Return the records of a row. The other tool is assumed to have used the calibration text of the settings."""
+def _records(cfg: RunConfig, stage: str, text: Sequence[Windows], results: Sequence[PerplexityResult]) -> list[Record]:
+    """Return the records of a stage. The other tool is assumed to have used the calibration text of the settings."""
     corpora = cfg.corpora
     used = {identity(name) for name in (*cfg.train_corpora, *corpora.scored, *corpora.drift, *corpora.recover)}
     records = []
     for windows, result in zip(text, results, strict=True):
         leak = identity(windows.corpus) in used, 0.0
-        records.append(as_record(cfg, row, result, windows, leak, sparsity=0.0) | {"scope": "model"})
+        records.append(as_record(cfg, stage, result, windows, leak, sparsity=0.0) | {"scope": "model"})
     return records
 
 

@@ -30,14 +30,14 @@ from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.copies import skeleton
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
-from gprune.recoveries import recoveries_of, recovery_learns
+from gprune.recoveries import recoveries_of
 from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
 from gprune.sparsity.budget import Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS_PER_BYTE
 
-MAX_CACHED_BYTES = 2**32  # limit of the dense model's hidden states that are cached for other rows
+MAX_FORECAST_BYTES = 2**32  # limit of the dense model's forecasts that are kept for the KL of both stages
 
 
 def device_memory(device: torch.device) -> int:
@@ -188,11 +188,11 @@ class Plan:
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
-        """Largest numbers of tokens (forward, forward and backward), by step: of calibration, features and rows."""
+        """Largest numbers of tokens (forward, forward and backward), by step: of calibration, features and models."""
         of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
         total: dict[int, tuple[int, int]] = {}
         passes = len(self.gram_ranges) or 1
-        for tokens in ({1: (passes * self.calibration_tokens, 0)}, *of_features, self.row_tokens):
+        for tokens in ({1: (passes * self.calibration_tokens, 0)}, *of_features, self.model_tokens):
             for step, (forward, trained) in tokens.items():
                 earlier_forward, earlier_trained = total.get(step, (0, 0))
                 total[step] = earlier_forward + forward, earlier_trained + trained
@@ -217,42 +217,23 @@ class Plan:
         return ranges_in_memory(blocks, limit)
 
     @property
-    def row_tokens(self) -> dict[int, tuple[int, int]]:
-        """Tokens of recovering and evaluating the rows of the result table: the main row in step 9, controls in 10."""
-        cfg = self.cfg
-        early, late = self.evaluated_models
-        compared = 3 * cfg.evaluation.compared_tokens  # by the masked, the sliced and the reloaded model
-        forward = {9: compared + early * cfg.evaluated_tokens, 10: late * cfg.evaluated_tokens}
-        trained = {9: 0, 10: 0}
-        for row in cfg.rows:
-            is_main = row == cfg.own_row
-            if is_main and cfg.trials and cfg.recovery_learns:
-                continue  # the main row's model is one of the trials
-            step = 9 if is_main else 10
-            row_forward, row_trained = self.recovery_tokens(row[1], counts_teacher=is_main)
-            forward[step] += row_forward
-            trained[step] += row_trained
-        return {step: (forward[step], trained[step]) for step in (9, 10)}
+    def model_tokens(self) -> dict[int, tuple[int, int]]:
+        """Tokens of recovering and evaluating the model: up to its recovery in step 9, afterwards in step 10.
 
-    @property
-    def evaluated_models(self) -> tuple[int, int]:
-        """How many models are evaluated before recovery (rows without recovery), and afterwards.
-
-        If the dense model's forecasts are not cached, the dense model is evaluated again beside each row, and counts
+        If the dense model's forecasts are not kept, the dense model is evaluated again beside each stage, and counts
         each time.
         """
-        cfg = self.cfg
-        models_per_row = 1 if self.can_cache(cfg.evaluated_tokens) else 2
-        total = 1 + models_per_row * len(cfg.rows)
-        unrecovered_rows = sum(recovery == "none" for _, recovery in cfg.rows)
-        early = 1 + models_per_row * unrecovered_rows if cfg.evaluates_early else 0
-        return early, total - early
+        cfg, tokens = self.cfg, self.cfg.evaluated_tokens
+        compared = 3 * cfg.evaluation.compared_tokens  # by the masked, the sliced and the reloaded model
+        # Of a search for a quality, the model is one of the trained trials.
+        forward, trained = (0, 0) if cfg.trials and cfg.recovery_learns else self.recovery_tokens(cfg.recovery)
+        of_stage = tokens if self.keeps_forecasts else 2 * tokens
+        before = tokens + of_stage if cfg.measures_pruned else 0
+        after = of_stage if cfg.measures_pruned else tokens + of_stage
+        return {9: (forward + compared + before, trained), 10: (after, 0)}
 
-    def recovery_tokens(self, chain: str, *, counts_teacher: bool) -> tuple[int, int]:
-        """Return the (forward, forward and backward) tokens of one model's recovery, including development text.
-
-        Without `counts_teacher`, passes of a teacher whose states are cached are not counted.
-        """
+    def recovery_tokens(self, chain: str) -> tuple[int, int]:
+        """Return the (forward, forward and backward) tokens of a model's recovery, including development text."""
         cfg = self.cfg
         text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
         forward = trained = 0
@@ -262,23 +243,14 @@ class Plan:
             trained += own_trained
             if recovery.learns:
                 forward += cfg.recovery_measurements * cfg.development_tokens
-            if recovery.uses_teacher and not counts_teacher and self.caches_teacher:
-                forward -= cfg.fresh_tokens
         return forward, trained
 
     @property
-    def caches_teacher(self) -> bool:
-        """Whether the teacher's hidden states are cached: several models are distilled and the states are small."""
-        recoveries = [*self.cfg.trials, *(recovery for _, recovery in self.cfg.rows)]
-        trained_models = sum(recovery_learns(recovery) for recovery in recoveries)
-        # Layers of a sharded teacher are gathered by all processes together, so all of them compute every batch.
-        is_sharded = self.cfg.trainer.strategy == "fsdp"
-        return trained_models > 1 and not is_sharded and self.can_cache(self.cfg.fresh_tokens)
-
-    def can_cache(self, tokens: int) -> bool:
-        """Return whether the dense model's final hidden states of a number of tokens are small enough to cache."""
+    def keeps_forecasts(self) -> bool:
+        """Whether the dense model's forecasts of the evaluated text are small enough to keep."""
         hidden_size = self.skeleton.config.get_text_config(decoder=True).hidden_size
-        return tokens * hidden_size * (4 if self.cfg.model.dtype == "float32" else 2) <= MAX_CACHED_BYTES
+        bytes_per_number = 4 if self.cfg.model.dtype == "float32" else 2
+        return self.cfg.evaluated_tokens * hidden_size * bytes_per_number <= MAX_FORECAST_BYTES
 
     @cached_property
     def removed(self) -> int:

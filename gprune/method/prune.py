@@ -15,8 +15,7 @@
                 method/quality.py              or the largest sparsity for a quality target
  9 pruning      models/surgery.py              smaller weight matrices
                 recoveries/, stages/           recovery
-10 evaluation   evaluation/perplexity.py       dense, controls and gprune, on seen and unseen text; controls are pruned
-                                               and recovered here
+10 evaluation   evaluation/perplexity.py       dense, pruned and recovered model, on seen and unseen text
 
 By default the metric is `wanda_sp`, learning starts from the allocation `uniform`, and the recovery is
 `least_squares+distill` (`recoveries/least_squares.py`, then `stages/distillation.py`).
@@ -24,7 +23,6 @@ By default the metric is `wanda_sp`, learning starts from the allocation `unifor
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -95,7 +93,7 @@ from gprune.runs.tracking import log_scalars
 from gprune.runs.trainer import launch_processes
 from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_pair
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.masks import VariantMasks
+from gprune.sparsity.masks import MaskFunction
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.calibration import CalibrationStage
@@ -125,7 +123,7 @@ def prune(
         callbacks: Lightning callbacks for the Trainers of all stages, in addition to `--trainer.callbacks`. An object
             of your own class is shared by all stages. A built-in callback of Lightning, or a subclass of one, is
             copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
-            in the last stage of the run's own model; stages of controls do not count.
+            in the last stage of the run; trials of the search for a quality do not count.
         logger: Lightning loggers for all stages, in addition to CSV and W&B.
         refiner: stage of your own (docs/extend.md) instead of `stages.refinement.AssignmentRefinement`: a class, or a
             `functools.partial` of one, whose arguments are part of the settings.
@@ -153,27 +151,27 @@ def prune(
         scores = score(run, statistics)  # 2
         if "blocks" in cfg.sparsity.scope:
             run = remove_blocks(run, statistics)
-        masks_of = base_masks(run, statistics, scores)  # variant -> masks as a function of the budget
         if cfg.gprune:
-            modules = find_modules(run, statistics, scores["gprune"])  # 3, 4, 5, 6
-            masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
+            modules = find_modules(run, statistics, scores)  # 3, 4, 5, 6
+            masks_at = learn_sparsity(run, statistics, scores, modules)  # 7
+        else:
+            masks_at = base_masks(run, statistics, scores)  # a function of the budget
         if cfg.trials:  # the target is a quality
-            run = with_quality_budget(run, statistics, masks_of)
-        thresholds, masks = meet_budget(run, masks_of)  # 8
-        if cfg.evaluates_early:
-            evaluate(run, statistics, masks)  # all rows without recovery
-        final_masks = masks[cfg.main_variant]
+            run = with_quality_budget(run, statistics, masks_at)
+        thresholds, masks = meet_budget(run, masks_at)  # 8
+        if cfg.measures_pruned:
+            evaluate(run, "pruned", lambda: prune_and_recover(run, masks, statistics, recovery="none"))
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
-            pruned = prune_and_recover(run, final_masks, statistics)
+            pruned = prune_and_recover(run, masks, statistics)
         is_rank_zero, summary = rank_zero_only.rank == 0, {}
         if is_rank_zero:
             save(run, pruned, masks)
-        records = evaluate(run, statistics, masks, pruned)  # 10
+        records = evaluate(run, cfg.final_stage, lambda: pruned)  # 10
         if is_rank_zero:
-            summary = summarise(run, records, final_masks, pruned, modules)
+            summary = summarise(run, records, masks, pruned, modules)
         return PruningResult(
-            path=run.folder.path, config=run.cfg, masks=final_masks, modules=modules, thresholds=thresholds,
+            path=run.folder.path, config=run.cfg, masks=masks, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary,
             model=to_portable(pruned), tokenizer=run.tokenizer,
         )  # fmt: skip
@@ -315,23 +313,21 @@ def make_stage(
 # Step 2: importance
 
 
-def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Scores]:
-    """Step 2: variant -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
+def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
+    """Step 2: importance of every unit by the base metric, on the pooled statistics of `--corpora.score`."""
     run.step(2, "Scoring")
-    cfg = run.cfg
+    scores = score_on(run, statistics, run.cfg.corpora.scored)
+    for feature in run.cfg.features:
+        attribute(feature, "after_scoring")(run, scores, [statistics[corpus] for corpus in run.cfg.corpora.scored])
+    return scores
 
-    @functools.cache
-    def score_on(*corpora: str) -> Scores:
-        pooled = pool_statistics(statistics[corpus] for corpus in corpora)
-        scores = score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
-        for feature in cfg.features:
-            scores = attribute(feature, "add_scores")(run, scores, pooled)
-        return scores
 
-    scores = {variant: score_on(*corpora) for variant, corpora in cfg.scored_on.items()}
-    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_variant]]
+def score_on(run: Run, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]) -> Scores:
+    """Return the importance of every unit by the base metric, on the pooled statistics of corpora."""
+    cfg, pooled = run.cfg, pool_statistics(statistics[corpus] for corpus in corpora)
+    scores = score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
     for feature in cfg.features:
-        attribute(feature, "after_scoring")(run, scores[cfg.main_variant], scored)
+        scores = attribute(feature, "add_scores")(run, scores, pooled)
     return scores
 
 
@@ -357,30 +353,27 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     return run.with_budget(budget)
 
 
-def base_masks(
-    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
-) -> dict[str, VariantMasks]:
-    """Return variant -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`).
+def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> MaskFunction:
+    """Return the masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`).
 
-    Masks that nothing uses are left out if they would need errors of blocks, which take a pass over text.
+    They are scored on `RunConfig.base_corpora`; `scores` are those of `--corpora.score`.
     """
-    cfg, masks_of = run.cfg, {}
-    for variant, corpora in cfg.scored_on.items():
-        if variant != "gprune" and (not cfg.measures_errors or variant in error_corpora(cfg)):
-            masks_of[variant] = allocated_masks(run, variant, scores[variant], statistics, corpora)
-    return masks_of
+    corpora = run.cfg.base_corpora
+    if corpora != run.cfg.corpora.scored:
+        scores = score_on(run, statistics, corpora)
+    return allocated_masks(run, "base", scores, statistics, corpora)
 
 
 def allocated_masks(
     run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
-) -> VariantMasks:
+) -> MaskFunction:
     """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     The statistics are those of `corpora`. `name` is a key of `error_corpora`, if the allocation reads errors.
     """
     cfg = run.cfg
     of_corpora = [statistics[corpus] for corpus in corpora]
-    return VariantMasks(
+    return MaskFunction(
         allocation=cfg.base_allocation,
         options=typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options),
         blocks=run.blocks,
@@ -611,21 +604,23 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
 
 
 def learn_sparsity(
-    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules,
-    masks_of: Mapping[str, VariantMasks],
-) -> VariantMasks:  # fmt: skip
-    """Step 7: compute or learn thresholds per module, which give masks for any budget."""
-    if run.cfg.trials and run.cfg.learns:  # the target is a quality
-        run = with_learning_budget(run, statistics, masks_of)
-    name, learns = run.cfg.sparsity.allocation, run.cfg.learns
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules
+) -> MaskFunction:
+    """Step 7: compute or learn thresholds per module, which give masks for any budget.
+
+    Learning starts from the masks of the base metric. Their budget for a target in quality is found by a search.
+    """
+    cfg, name, learns = run.cfg, run.cfg.sparsity.allocation, run.cfg.learns
+    searches = bool(cfg.trials) and learns
+    start = base_masks(run, statistics, scores) if searches or not cfg.measures_errors else None
+    if searches:
+        run = with_learning_budget(run, statistics, start)
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
-    if run.cfg.measures_errors:
+    if cfg.measures_errors:
         scores_in_modules = replace(scores, ffn=modules.ranks.ffn)
-        start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
-    else:
-        start = masks_of["base"]
-    # Learning starts from the masks of `base`, so it keeps their scores of neurons and KV groups. What is removed as a
-    # whole is chosen by the scores of gprune.
+        start = allocated_masks(run, "modules", scores_in_modules, statistics, cfg.corpora.drift)
+    # Learning keeps the scores of neurons and KV groups of the masks that it starts from. What is removed as a whole is
+    # chosen by the scores on all of --corpora.score.
     start_scores = replace(start.scores, experts=scores.experts)
     masks = replace(start, scores=start_scores, modules=modules, module_allocation=name)
     run = run.with_budget(run.budget.ranked_by(masks.scores))
@@ -635,7 +630,7 @@ def learn_sparsity(
     return replace(masks, learned=ModuleSparsity.from_tensors(tensors))
 
 
-def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
+def fit_thresholds(run: Run, masks: MaskFunction) -> ModuleSparsity:
     """Fit the learner of step 7, and return what it has learned.
 
     Its masks are applied whenever development perplexity is measured. If there is development text, perplexity is also
@@ -700,18 +695,16 @@ def _learned_sparsity(stage: LightningModule, ranks: ModuleRanks, masks: Masks, 
 # Step 8: budget
 
 
-def meet_budget(run: Run, masks_of: Mapping[str, VariantMasks]) -> tuple[Thresholds | None, dict[str, Masks]]:
-    """Step 8: return the thresholds of modules, if there are any, and masks of all variants that meet the budget."""
+def meet_budget(run: Run, masks_at: MaskFunction) -> tuple[Thresholds | None, Masks]:
+    """Step 8: return the thresholds of modules, if there are any, and the masks that meet the budget."""
     run.step(8, "Meeting the budget")
-    # Each one is a `VariantMasks`, whose `__call__` (sparsity/masks.py) makes the masks.
-    masks = {variant: masks_at(run.budget) for variant, masks_at in masks_of.items()}
-    if "gprune" not in masks_of:
+    masks = masks_at(run.budget)
+    if masks_at.modules is None:
         return None, masks
-    of_modules = masks_of["gprune"]
-    budget = run.budget.ranked_by(of_modules.scores)
-    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(budget).tensors())
+    budget = run.budget.ranked_by(masks_at.scores)
+    tensors = run.folder.tensors("thresholds", lambda: masks_at.module_sparsity(budget).tensors())
     if not (run.folder.finished or run.folder.manifest.get("logged_modules")):  # once, also if the run is resumed
-        log_modules(run.loggers, of_modules.modules, masks["gprune"])
+        log_modules(run.loggers, masks_at.modules, masks)
         run.folder.update_manifest(logged_modules=True)
     return ModuleSparsity.from_tensors(tensors).thresholds, masks
 

@@ -3,15 +3,15 @@
 Models of several sparsities are measured on development text. Masks of any sparsity follow from one calibration: from
 scores, or from thresholds learned at a first sparsity. There are up to three searches, each by `find_largest_cut`:
 
-1. For the sparsity at which thresholds are learned, to a percentage point: with masks of the control `averaged`,
-   otherwise of `base`, and the parts of `--recovery` that do not train.
-2. For the run's main row with the same recovery. If `--recovery` does not train, this is the result.
-3. Starting from that result, for the main row with the complete `--recovery`, in few steps.
+1. For the sparsity at which thresholds are learned, to a percentage point: with the masks of the base metric, from
+   which learning starts, and the parts of `--recovery` that do not train.
+2. For the run's own masks with the same recovery. If `--recovery` does not train, this is the result.
+3. Starting from that result, for the run's own masks with the complete `--recovery`, in few steps.
 
 With `--sparsity.limit worst` the rise of a model is that of its worst development corpus, otherwise the mean.
 
-Controls are not searched for: they have the budget of the main row. Every model is measured once. Measurements are
-stored in `quality.json` of the run folder, so that a resumed search takes the same steps and gives the same bits.
+Every model is measured once. Measurements are stored in `quality.json` of the run folder, so that a resumed search
+takes the same steps and gives the same bits.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from gprune.method.run import Run
 from gprune.models.masks import Masks
 from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import ResultRow, row_name
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.masks import VariantMasks
+from gprune.sparsity.masks import MaskFunction
 from gprune.sparsity.search import SearchResult, find_largest_cut
 from gprune.sparsity.target import LEARNED_TRIES, TRIES, Target, format_cost
 from gprune.storage.files import content_hash, read_json, write_json
@@ -79,35 +78,35 @@ class Trials:
         """Return the budget of `cut` smallest steps, at most the largest budget."""
         return self.run.budget.removing(min(cut * self.step, self.run.budget.target))
 
-    def results(self, masks: Masks, row: ResultRow, budget: Budget) -> list[PerplexityResult]:
+    def results(self, masks: Masks, recovery: str, budget: Budget) -> list[PerplexityResult]:
         """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
-        run, key = self.run, self._key(masks, row)
-        if recovery_learns(row[1]):
+        run, key = self.run, self._key(masks, recovery)
+        if recovery_learns(recovery):
             self.trained.setdefault(key, masks)
         if key not in self.measured:
-            name = f"{row_name(*row)} less {format_cost(budget.target, run.cfg.sparsity.currency)}"
+            name = f"{recovery} less {format_cost(budget.target, run.cfg.sparsity.currency)}"
             with run.folder.step("quality"), run.folder.part(name):
-                trial = self.number(masks, row)
-                model = prune_and_recover(run, masks, self.statistics, row=row, trial=trial)
+                trial = self.number(masks, recovery)
+                model = prune_and_recover(run, masks, self.statistics, recovery=recovery, trial=trial)
                 run.meter.watch(model)
                 results = [measure_perplexity(run, model, w, name) for w in run.text.development]
             self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]
             self.write(measured=self.measured)
             rise = math.expm1(self.rise(results))
             of_corpus = f" of {self.worst(results)}, the worst corpus" if self.limits_worst else ""
-            log.info("%s without %.4g%% of %s: %+.2f%% of dense development perplexity%s",
-                     row_name(*row), 100 * budget.sparsity, run.cfg.sparsity.scope, 100 * rise, of_corpus)  # fmt: skip
+            log.info("Without %.4g%% of %s, recovery %s: %+.2f%% of dense development perplexity%s",
+                     100 * budget.sparsity, run.cfg.sparsity.scope, recovery, 100 * rise, of_corpus)  # fmt: skip
         return [PerplexityResult(**of_text) for of_text in self.measured[key]]
 
-    def number(self, masks: Masks, row: ResultRow) -> int | None:
-        """Return the number of a trained trial, from 1; None for a row that is not trained."""
-        key = self._key(masks, row)
+    def number(self, masks: Masks, recovery: str) -> int | None:
+        """Return the number of a trained trial, from 1; None for a model that is not trained."""
+        key = self._key(masks, recovery)
         return 1 + list(self.trained).index(key) if key in self.trained else None
 
     @staticmethod
-    def _key(masks: Masks, row: ResultRow) -> str:
+    def _key(masks: Masks, recovery: str) -> str:
         """Return the key of a model in `measured` and `trained`."""
-        return f"{row[1]} {content_hash(masks.tensors())}"
+        return f"{recovery} {content_hash(masks.tensors())}"
 
     def write(self, **entries: Any) -> None:
         """Add entries to `quality.json`, unless the run is finished."""
@@ -146,20 +145,20 @@ class Trials:
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
-        self, row: ResultRow, masks_of: VariantMasks, *, after: SearchResult | None = None, resolution: int = 1
+        self, masks_at: MaskFunction, recovery: str, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
-        """Search the largest cut of a row of the result table that keeps the quality, from the result of `after`.
+        """Search the largest cut that keeps the quality after a recovery, from the result of `after`.
 
         The search ends within the tolerance, within `resolution` cuts of one that does not keep the quality, at the
         largest cut, or after `TRIES`.
         """
-        learns = recovery_learns(row[1])
+        learns = recovery_learns(recovery)
         share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
             """Return the rise of the recovered model without `cut` steps."""
             budget = self.budget(cut)
-            return self.rise(self.results(masks_of(budget), row, budget))
+            return self.rise(self.results(masks_at(budget), recovery, budget))
 
         if after is not None and after.best is not None:
             start = {"first": after.best.cut, "expected": after.best.rise, "exponent": after.exponent(EXPONENT)}
@@ -172,45 +171,37 @@ class Trials:
         )  # fmt: skip
 
 
-def with_learning_budget(
-    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, VariantMasks]
-) -> Run:
+def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_at: MaskFunction) -> Run:
     """Return the run with the budget at which thresholds are learned, for a target in quality.
 
-    It is the largest budget, to a percentage point, at which masks of a control keep the quality. If there is none, it
-    is one percentage point.
+    It is the largest budget, to a percentage point, at which the masks of the base metric keep the quality. If there is
+    none, it is one percentage point.
     """
-    cfg = run.cfg
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
-    control = "averaged" if "averaged" in masks_of else "base"
     resolution = max(1, round(trials.cuts(LEARNING_RESOLUTION)))
-    best = trials.search((control, cfg.training_free_recovery), masks_of[control], resolution=resolution).best
+    best = trials.search(masks_at, run.cfg.training_free_recovery, resolution=resolution).best
     return run.with_budget(trials.budget(best.cut if best else resolution))
 
 
-def with_quality_budget(
-    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, VariantMasks]
-) -> Run:
+def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_at: MaskFunction) -> Run:
     """Return the run with the largest budget that keeps the quality.
 
-    It is searched for with models of the main row. The trials and the result are stored in `quality.json`. UserError if
-    even the smallest cut does not keep the quality, or the masks of the learner are for one budget.
+    The trials and the result are stored in `quality.json`. UserError if even the smallest cut does not keep the
+    quality, or the masks of the learner are for one budget.
     """
     cfg, s = run.cfg, run.cfg.sparsity
     run.step(8, "Finding the share that keeps the quality")
-    masks_at = masks_of[cfg.main_variant]
     if masks_at.for_one_budget:
         reason = "the masks of a quality target must follow from its thresholds"
         raise UserError(f"--sparsity.target must be a share such as 0.3 for this learner; got {s.target}: {reason}.")
     trials = Trials(run, statistics)
-    untrained_row = (cfg.main_variant, cfg.training_free_recovery)
-    search = trials.search(untrained_row, masks_at)
-    if untrained_row != cfg.own_row:
-        search = trials.search(cfg.own_row, masks_at, after=search)
+    search = trials.search(masks_at, cfg.training_free_recovery)
+    if cfg.recovery_learns:
+        search = trials.search(masks_at, cfg.recovery, after=search)
     if search.best is None:
         smallest = trials.budget(1)
-        results = trials.results(masks_at(smallest), cfg.own_row, smallest)
+        results = trials.results(masks_at(smallest), cfg.recovery, smallest)
         worst = trials.worst(results) if trials.limits_worst else None
         ratio, _, _ = trials.interval(results, worst)
         of_corpus = "" if worst is None else f" of '{worst}'"
@@ -224,22 +215,20 @@ def with_quality_budget(
         log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
     budget = trials.budget(search.best.cut)
     masks = masks_at(budget)
-    rows = [_entry_of_main_row(trials, search, budget, masks)]
-    trial = trials.number(masks, cfg.own_row)
-    trials.write(reached={"asked": trials.requested_rise, "largest": is_largest, "trial": trial, "rows": rows})
+    model = _describe_found(trials, search, budget, masks)
+    trial = trials.number(masks, cfg.recovery)
+    trials.write(reached={"asked": trials.requested_rise, "largest": is_largest, "trial": trial, "model": model})
     _remove_other_trials(trials, masks)
     return run.with_budget(budget)
 
 
-def _entry_of_main_row(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
-    """Return the main row's entry of `quality.json`: its size, and its predicted and measured ratios to dense."""
-    run, row = trials.run, trials.run.cfg.own_row
-    predicted_rise = search.best.predicted
-    results = trials.results(masks, row, budget)
+def _describe_found(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
+    """Return the entry `model` of `quality.json`: its size, and its predicted and measured ratios to dense."""
+    run, predicted_rise = trials.run, search.best.predicted
+    results = trials.results(masks, run.cfg.recovery, budget)
     worst = trials.worst(results)
     ratio, low, high = trials.interval(results, worst if trials.limits_worst else None)
     return {
-        "row": row_name(*row),
         "models": len(search.points),
         "share": run.budget.removed_by(masks) / run.budget.total,
         "parameters": run.model.num_parameters() - run.budget.parameters_removed_by(masks),
@@ -253,9 +242,9 @@ def _entry_of_main_row(trials: Trials, search: SearchResult, budget: Budget, mas
 
 def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
     """Remove the files and the token counts of learned tensors of trials that are not the result of the search."""
-    run, row = trials.run, trials.run.cfg.own_row
-    prefixes = {learned_file(masks, row) for masks in trials.trained.values()}
-    others = tuple(f"{prefix}-" for prefix in prefixes - {learned_file(kept_masks, row)})
+    run, recovery = trials.run, trials.run.cfg.recovery
+    prefixes = {learned_file(masks, recovery) for masks in trials.trained.values()}
+    others = tuple(f"{prefix}-" for prefix in prefixes - {learned_file(kept_masks, recovery)})
     for file in (run.folder / "recovery").glob("*.safetensors"):
         if f"recovery/{file.name}".startswith(others):
             file.unlink(missing_ok=True)

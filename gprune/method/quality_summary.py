@@ -10,7 +10,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import Estimate
 from gprune.method.quality import FILE, percent, percent_with_interval, requested_rise
 from gprune.method.run import Run
-from gprune.runs.numbers import DENSE, Record, ResultRow, estimates, records_of, unseen_ratio
+from gprune.runs.numbers import DENSE, Record, estimates, records_of, unseen_ratio
 from gprune.storage.files import read_json
 
 WIDE = 0.5  # share of the requested rise by which a wide interval is above the limit
@@ -22,29 +22,30 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     It has requested, predicted and measured quality, on development and on unseen text. The key `numbers` has
     rises of perplexity above dense; other keys of the same names have ratios to dense.
     """
+    final = (run.cfg.final_stage, run.cfg.recovery)
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
-    main_row, target = reached["rows"][-1], run.cfg.sparsity.target
-    numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
+    model, target = reached["model"], run.cfg.sparsity.target
+    numbers = {name: model[name] for name in ("predicted", "got", "low", "high", "share")}
     limits_worst = run.cfg.sparsity.limit == "worst"
     text = "every development corpus" if limits_worst else "development text"
     phrases = [f"Quality: asked at most {target} of dense perplexity on {text}"]
-    if main_row["predicted"]:
-        phrases.append(f"predicted {percent(main_row['predicted'])}")
-    worst = _worst_in_words(main_row["worst"], reached["asked"])
-    got = percent_with_interval(main_row["got"], main_row["low"], main_row["high"])
+    if model["predicted"]:
+        phrases.append(f"predicted {percent(model['predicted'])}")
+    worst = _worst_in_words(model["worst"], reached["asked"])
+    got = percent_with_interval(model["got"], model["low"], model["high"])
     phrases.append(f"got {worst}" if limits_worst else f"got {got}, of which {worst}")
-    unseen = estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
-    worst_unseen = _worst_unseen(records, run.cfg.own_row)
+    unseen = estimates(records, final)["unseen_over_dense"]
+    worst_unseen = _worst_unseen(records, final)
     if unseen is not None:
         numbers |= {"unseen": unseen.value, "unseen_low": unseen.low, "unseen_high": unseen.high}
         phrases.append(f"on unseen text {percent_with_interval(unseen.value, unseen.low, unseen.high)}")
     if worst_unseen is not None:
         phrases.append(f"of which {_worst_in_words(worst_unseen, reached['asked'])}")
     largest = "; the largest possible cut" if reached["largest"] else ""
-    phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{largest}")
+    phrases.append(f"removed {model['share']:.2%} of {run.cfg.sparsity.scope}{largest}")
     rises = {name: None if numbers[name] is None else numbers[name] - 1 for name in ("predicted", "got", "low", "high")}
     rises |= {
-        "worst": main_row["worst"]["ratio"][0] - 1,
+        "worst": model["worst"]["ratio"][0] - 1,
         "unseen": None if unseen is None else unseen.value - 1,
         "unseen_worst": None if worst_unseen is None else worst_unseen["ratio"][0] - 1,
     }
@@ -52,12 +53,12 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
         "said": f"{', '.join(phrases)}.",
         "warnings": _warnings(run.cfg, numbers, worst_unseen),
         "numbers": {"asked": reached["asked"], **rises},
-        "table": _table(reached["asked"], main_row, unseen, worst_unseen),
+        "table": _table(reached["asked"], model, unseen, worst_unseen),
     }
     return {"quality": reached | numbers | entry | {"unseen_worst": worst_unseen}}
 
 
-def _worst_unseen(records: Sequence[Record], row: ResultRow) -> dict[str, Any] | None:
+def _worst_unseen(records: Sequence[Record], row: tuple[str, str]) -> dict[str, Any] | None:
     """Return the unseen corpus whose perplexity rose most, with its ratio to dense; None without unseen text."""
     by_corpus = {corpus: [r for r in records if r["corpus"] == corpus] for corpus in records_of(records, row)}
     ratios = {corpus: unseen_ratio(of_corpus, row, of_corpus, DENSE) for corpus, of_corpus in by_corpus.items()}
@@ -82,27 +83,26 @@ def _label(worst: Mapping[str, Any]) -> str:
 
 
 def _table(
-    asked: float, row: Mapping[str, Any], unseen: Estimate | None, worst_unseen: Mapping[str, Any] | None
+    asked: float, model: Mapping[str, Any], unseen: Estimate | None, worst_unseen: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the table of the entry, with the run's own row."""
+    """Return the table of the entry, with a line."""
 
     def in_percent(*ratios: float | None) -> list[float | None] | None:
         """Convert a ratio to dense and the ends of its interval to percent above dense."""
         return None if ratios[0] is None else [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
 
     cells = {
-        "row": row["row"],
         "asked, %": 100 * asked,
-        "parameters kept": row["parameters"],
-        "removed, %": 100 * row["share"],
-        "predicted, %": in_percent(row["predicted"]),
-        "development, %": in_percent(row["got"], row["low"], row["high"]),
-        "worst corpus": _label(row["worst"]),
-        "worst, %": in_percent(*row["worst"]["ratio"]),
+        "parameters kept": model["parameters"],
+        "removed, %": 100 * model["share"],
+        "predicted, %": in_percent(model["predicted"]),
+        "development, %": in_percent(model["got"], model["low"], model["high"]),
+        "worst corpus": _label(model["worst"]),
+        "worst, %": in_percent(*model["worst"]["ratio"]),
         "unseen, %": None if unseen is None else in_percent(*unseen),
         "worst unseen corpus": None if worst_unseen is None else _label(worst_unseen),
         "worst unseen, %": None if worst_unseen is None else in_percent(*worst_unseen["ratio"]),
-        "models tried": row["models"],
+        "models tried": model["models"],
     }
     return {
         "title": "Parameters at the same quality",

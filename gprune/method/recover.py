@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.method.run import Run, TokenMeter, TrainedModel
+from gprune.method.run import Run, TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
@@ -26,17 +26,16 @@ from gprune.models.surgery import slice_model, slice_to_files
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import ResultRow, row_name
 from gprune.stages.callbacks import RisingPerplexity
 from gprune.storage.files import content_hash
 
 
 @torch.no_grad()
 def prune_and_recover(
-    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: ResultRow | None = None,
+    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, recovery: str | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a pruned copy of the dense model, after recovery.
+    """Return a pruned copy of the dense model, after a recovery: by default that of the run.
 
     If the model is offloaded, the copy is written to the cache layer by layer, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits. `trial` is the number of a trained
@@ -44,12 +43,9 @@ def prune_and_recover(
     """
     cfg = run.cfg
     free_memory(run.plan.device)
-    row = row or cfg.own_row
-    needs, recoveries = recovery_needs(row[1]), recoveries_of(row[1], cfg.recovery_settings)
+    recovery = recovery or cfg.recovery
+    needs, recoveries = recovery_needs(recovery), recoveries_of(recovery, cfg.recovery_settings)
     corpora = cfg.corpora.recover
-    logged_row, of = row[0], "main" if row == cfg.own_row else "control"
-    if trial is not None:
-        logged_row, of = f"{row[0]} trial {trial}", "trial"
     texts = [run.text.train[corpus] for corpus in corpora] if "text" in needs else []
     material = Material(
         run.model,
@@ -57,14 +53,13 @@ def prune_and_recover(
         ridge=cfg.ridge,
         statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
         batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
-        fit=fit_once(run, learned_file(masks, row), logged_row, of),
-        teacher=run.teacher,
+        fit=fit_once(run, learned_file(masks, recovery), trial),
     )
     # Only the first recovery of a chain may change blocks one at a time. Least squares is recoveries/least_squares.py.
     revise = recoveries[0].revise(material)
     if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
-        pruned = _slice_to_files(run, masks, revise, {} if recovery_learns(row[1]) else loading_arguments(run))
+        pruned = _slice_to_files(run, masks, revise, {} if recovery_learns(recovery) else loading_arguments(run))
     else:
         pruned = _slice_in_memory(run, masks, revise)
     return tune(recoveries, material, pruned, meter=run.meter, seed=cfg.run.seed)
@@ -75,7 +70,7 @@ def tune(
 ) -> PreTrainedModel:
     """Return a model after `tune` of each recovery, which may change it in place. Its tokens are counted."""
     counting = meter.watch(pruned)
-    # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
+    # Random numbers of a recovery must not depend on earlier work: calibration, a trial, an earlier session.
     torch.manual_seed(seed)
     with torch.enable_grad():  # a recovery may train the model
         for recovery in recoveries:
@@ -119,16 +114,16 @@ def loading_arguments(run: Run) -> dict[str, Any]:
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
 
 
-def learned_file(masks: Masks, row: ResultRow) -> str:
-    """Prefix of the files in the run folder with the tensors that the recovery of a row's model has learned."""
-    return f"recovery/{row_name(*row)}-{content_hash(masks.tensors())[:8]}".replace(" ", "")
+def learned_file(masks: Masks, recovery: str) -> str:
+    """Prefix of the files in the run folder with the tensors that the recovery of a pruned model has learned."""
+    return f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
 
 
-def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callable[..., None]:
+def fit_once(run: Run, path: str, trial: int | None = None) -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
-    UserError for unknown arguments. `row` and `of` are those of `Run.fit`.
+    UserError for unknown arguments. `trial` is that of `Run.fit`.
     """
     call_numbers, c = itertools.count(), run.cfg.corpora
 
@@ -149,7 +144,7 @@ def fit_once(run: Run, path: str, row: str, of: TrainedModel = "main") -> Callab
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[rise] if rise else [], row=row, of=of, measured_after=0.25,
+                callbacks=[rise] if rise else [], trial=trial, measured_after=0.25,
             )  # fmt: skip
             if rise:
                 rise.warn()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -30,7 +30,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint, load_tokenizer
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import loggers_of_user, row_metrics, tracking
+from gprune.runs.tracking import fit_metrics, loggers_of_user, tracking
 from gprune.runs.trainer import (
     GIVEN,
     PROFILERS,
@@ -46,15 +46,11 @@ from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.base import curves_of
 from gprune.stages.callbacks import StepCurves
-from gprune.stages.student import TeacherStates
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
 from gprune.user_code import VERSION, code_of
 
 log = logging.getLogger("gprune")
-# A trial is a model of the search for a quality. Its tokens count as learned, like those of the run's main row, but
-# callbacks of the user keep the state of main models alone.
-TrainedModel = Literal["main", "control", "trial"]
 
 
 class TokenMeter:
@@ -118,7 +114,6 @@ class Run:
     fingerprint: str  # hash of the dense model
     screen: Screen
     callbacks: UserCallbacks
-    teacher: TeacherStates  # the dense model's hidden states on the text of recoveries that train, for all rows
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # hash of windows -> forecasts, if they are kept
 
     @property
@@ -174,7 +169,7 @@ class Run:
 
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
-        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", of: TrainedModel = "main",
+        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), trial: int | None = None,
         role: str = "", measured_after: float = 1.0, **kwargs: Any,
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
@@ -189,8 +184,8 @@ class Run:
             text: windows to train on, one entry per corpus.
             batch_size: windows per batch; `--corpora.batch_size` by default.
             callbacks: in addition to those of the user and of the run.
-            row: name under which curves are logged: the variant, such as `gprune`, or `gprune trial 2`.
-            of: the model that is trained, see `TrainedModel`.
+            trial: number of the model in the search for a quality, from 1. Its tokens count as learned, but callbacks
+                of the user do not keep its state.
             role: prefix of the stage's metrics, such as `learn`, which callbacks of the user may monitor.
             measured_after: share of an epoch between two measurements of development perplexity.
             kwargs: of the Trainer.
@@ -208,11 +203,10 @@ class Run:
             accumulate = kwargs.get("accumulate_grad_batches", 1)
             _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
-        if of != "control":
-            learned = self.folder.manifest.get("learned_tokens", {})
-            # Stages whose names have a slash recover a model; those of other trials recover other models.
-            earlier = [other for other in learned if other != name and not (of == "trial" and "/" in other)]
-            stage.tokens_before = sum(learned[other] for other in earlier)
+        learned = self.folder.manifest.get("learned_tokens", {})
+        # Stages whose names have a slash recover a model; those of other trials recover other models.
+        earlier = [other for other in learned if other != name and not (trial and "/" in other)]
+        stage.tokens_before = sum(learned[other] for other in earlier)
         limit = t.limit_train_batches
         curves = StepCurves()
         trainer = self.trainer(
@@ -224,10 +218,7 @@ class Run:
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
-        with (
-            self.folder.part(name, shared=True),
-            row_metrics(self.loggers, row, curves_of(stage), control=of != "main"),
-        ):
+        with self.folder.part(name, shared=True), fit_metrics(self.loggers, curves_of(stage), trial):
             if validates and checkpoint is None:
                 trainer.validate(stage, data, verbose=False)
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
@@ -235,10 +226,9 @@ class Run:
                 trainer.validate(stage, data, verbose=False)
         if getattr(stage, "in_float32", False):
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
-        if of == "main":
+        if trial is None:
             self.callbacks.keep_state()
-        if of != "control":
-            self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", curves.tokens)})
+        self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", curves.tokens)})
         return trainer, data
 
 
@@ -291,12 +281,8 @@ def open_run(
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
         if unpruned := describe_unpruned(plan):
             log.info("Not pruned: %s", unpruned)
-        teacher = TeacherStates(keep=plan.caches_teacher)
         try:
-            yield Run(
-                plan, model, tokenizer, text, folder, all_loggers, meter, inputs["model"], screen, user_callbacks,
-                teacher,
-            )  # fmt: skip
+            yield Run(plan, model, tokenizer, text, folder, all_loggers, meter, inputs["model"], screen, user_callbacks)
         except Exception as error:
             raise_as_user_error(error, user_callbacks)
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Te
 
 
 @torch.no_grad()
-def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
+def save(run: Run, pruned: PreTrainedModel, masks: Masks) -> None:
     """Write masks and `model/`, and check that masked, sliced and reloaded logits agree."""
     save_masks(run, masks)
     cfg = run.cfg
@@ -45,7 +44,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run.step(9, "Checking the pruned model")
         # The model is reloaded in a new process, which has this precision of matrix products.
         with run.folder.step("save_and_check"), matmul_precision("highest"):
-            checks = check_slices(run, pruned, masks[cfg.main_variant])
+            checks = check_slices(run, pruned, masks)
             if exports:
                 checks["sliced_minus_reloaded"] = export_and_reload(run, pruned)
         run.folder.update_manifest(logits=checks)
@@ -81,20 +80,18 @@ def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
     return difference
 
 
-def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
-    """Write the masks of every variant. Raise UserError if an earlier session has written other masks."""
-    for name, of_variant in masks.items():
-        earlier = run.folder.read(f"masks/{name}")
-        if earlier is None:
-            run.folder.write(f"masks/{name}", of_variant.tensors())
-        elif Masks.from_tensors(earlier) != of_variant:
-            differences = changed_settings(run.folder.manifest.get("environment") or {}, environment())
-            unseen = "no version or machine differs, so a file or a variable that your code reads may have changed"
-            file = run.folder / f"masks/{name}.safetensors"
-            raise UserError(
-                f"Cannot resume with {file}: it has other masks ({'; '.join(differences) or unseen}). Choose another "
-                f"--run.name, or remove the folder."
-            )
+def save_masks(run: Run, masks: Masks) -> None:
+    """Write `masks.safetensors`. Raise UserError if an earlier session has written other masks."""
+    earlier = run.folder.read("masks")
+    if earlier is None:
+        run.folder.write("masks", masks.tensors())
+    elif Masks.from_tensors(earlier) != masks:
+        differences = changed_settings(run.folder.manifest.get("environment") or {}, environment())
+        unseen = "no version or machine differs, so a file or a variable that your code reads may have changed"
+        raise UserError(
+            f"Cannot resume with {run.folder / 'masks.safetensors'}: it has other masks "
+            f"({'; '.join(differences) or unseen}). Choose another --run.name, or remove the folder."
+        )
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
@@ -104,9 +101,7 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     """
     cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
-    unrecovered = (
-        pruned if cfg.recovery == "none" else prune_and_recover(run, masks, {}, row=(cfg.main_variant, "none"))
-    )
+    unrecovered = pruned if cfg.recovery == "none" else prune_and_recover(run, masks, {}, recovery="none")
     sliced_logits = unrecovered(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
     of_windows = [logits for logits, _, _ in iter_logits(unrecovered, ids.to(device))]
     perplexity_logits = torch.cat(of_windows).float().to(device)

@@ -20,12 +20,12 @@ from gprune.report.figures import write_figures
 from gprune.report.page import make, write_report
 from gprune.report.tables import entry_tables, result_table
 from gprune.runs import tracking
-from gprune.runs.numbers import entries, number_frame, run_numbers, to_estimate
+from gprune.runs.numbers import entries, number_frame, run_numbers
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import write_json
 
 log = logging.getLogger("gprune")
-MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each row in the summary; None if undefined
+MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each stage in the summary; None if undefined
 
 
 def summarise(
@@ -72,22 +72,17 @@ def sizes_and_perplexity(
 ) -> dict[str, Any]:
     """Return the part of the summary with sizes, tokens and mean perplexities; arguments as for `summarise`."""
     before, after = run.model.num_parameters(), pruned.num_parameters()
-    numbers = number_frame(records, base=records)
-    means: dict[str, dict[str, float | None]] = {row: dict.fromkeys(MEANS) for row in numbers["row"].unique()}
-    ratios = {}
+    numbers = number_frame(records)
+    means: dict[str, dict[str, float | None]] = {stage: dict.fromkeys(MEANS) for stage in numbers["stage"].unique()}
     for line in numbers.itertuples():
         if line.number in MEANS:
-            means[line.row][line.number] = line.value
-        if line.number == "unseen_over_base_same_recovery":
-            ratio = to_estimate(line.value, line.low, line.high)
-            ratios[line.row] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
+            means[line.stage][line.number] = line.value
     return {
         "sparsity_of_scope": run.budget.parameters_removed_by(masks) / run.budget.total_parameters,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,
         "geometric_means": means,
-        "unseen_over_base_same_recovery": ratios,
         **run.folder.total_tokens(),
     }
 

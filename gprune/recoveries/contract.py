@@ -59,7 +59,6 @@ class Material:
     # Called with a title and a stage. Trains the stage on `--distill.tokens` of text from `corpora.recover` if the
     # recovery learns, otherwise on calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
-    teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
 
 
 class Recovery(Feature):
@@ -72,7 +71,6 @@ class Recovery(Feature):
     flags = frozenset({"ridge", "distill"})  # flags or groups of flags that it reads, if it has statistics or text
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
     learns = False  # whether it trains on `--distill.tokens` of text
-    uses_teacher = False  # whether it reads the states of `Material.teacher`
     experts = True  # whether it can recover experts
     group = ""  # the group of flags that a run assigns to `settings`
     settings: Any = None

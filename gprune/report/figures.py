@@ -37,23 +37,20 @@ STYLE = matplotlib.rcParamsDefault | {  # ignores the user's matplotlibrc
     "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
 LETTER_WIDTH = 0.08  # largest width of a letter in inches
-# Colour of each variant. base and averaged are equally light, so variants have different markers too.
-COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2", "model": "#CC79A7"}
-MARKERS = {"base": "s", "averaged": "^", "gprune": "o", "model": "D"}
-OTHER_COLOUR = "#CC79A7"  # of other variants
+COLOURS = {"pruned": "#E69F00", "recovered": "#0072B2", "measured": "#CC79A7"}  # by stage of the model
+MARKERS = {"pruned": "s", "recovered": "o", "measured": "D"}
 # Colour, dashes and marker. Lightness decreases, so that lines can be distinguished in grey print.
 LINES = (
     ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
     ("#56B4E9", (0, (5, 1)), "v"), ("#CC79A7", (0, (3, 1, 1, 1)), "P"), ("#000000", (0, (1, 3)), "X"),
 )  # fmt: skip
-# Label -> (x axis, metric) of training curves of the main row, whose name replaces `<row>`.
+# Label -> (x axis, metric) of training curves.
 LEARNED = {
     "development perplexity": ("development/tokens", "development/perplexity"),
     "loss while sparsity is learned, nats": ("learn/tokens", "learn/loss"),
-    "loss of distillation, nats": ("distill/<row>/tokens", "distill/<row>/loss"),
+    "loss of distillation, nats": ("distill/tokens", "distill/loss"),
 }
-# Title -> (x axis, its label, metric, its label). There is a line for each corpus or row that matches `*`; the main row
-# replaces `<row>`.
+# Title -> (x axis, its label, metric, its label). There is a line for each corpus that matches `*`.
 CURVES = {
     "Loss while sparsity is learned": ("step", "step", "learn/loss", "loss, nats"),
     "Development perplexity while sparsity is learned": (
@@ -62,12 +59,11 @@ CURVES = {
     "Development perplexity against sparsity": (
         "curve/sparsity", "share of the scope removed", "curve/perplexity/*", "perplexity under masks",
     ),
-    "Loss of distillation": ("distill/*/tokens", "tokens learned from", "distill/*/loss", "loss, nats"),
+    "Loss of distillation": ("distill/tokens", "tokens learned from", "distill/loss", "loss, nats"),
     "Development perplexity while distilling": (
-        "distill/<row>/tokens", "tokens learned from", "development/perplexity/*", "perplexity",
+        "distill/tokens", "tokens learned from", "development/perplexity/*", "perplexity",
     ),
 }  # fmt: skip
-TRIAL = re.compile(r"_trial_(\d+)$")  # end of the name of a row that is a trial of the search for a quality target
 
 
 @contextmanager
@@ -159,16 +155,14 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     rows = _comparable_rows(records)
     corpus_width = max(1.1, LETTER_WIDTH * max(map(len, labels.values())))  # inches
     figure, axes = canvas(3.2 + corpus_width * len(corpora), 3.4)
-    for i, (variant, recovery) in enumerate(rows):
-        row_nll = nll[variant, recovery]
+    for i, (stage, recovery) in enumerate(rows):
+        row_nll = nll[stage, recovery]
         ratios = [Estimate(*paired_ratio({c: row_nll[c]}, {c: dense_nll[c]}, predicted_tokens)) for c in corpora]
         offset = (i - (len(rows) - 1) / 2) * 0.6 / len(rows)  # rows share 0.6 of a corpus' width
         x = np.arange(len(corpora)) + offset
-        colour = COLOURS.get(variant, OTHER_COLOUR)
         axes.errorbar(
             x, [ratio.value for ratio in ratios], yerr=interval_lengths(ratios), ls="none", ms=5, capsize=2.5, lw=1.2,
-            color=colour, marker=MARKERS.get(variant, "D"), label=row_name(variant, recovery),
-            mfc="white" if recovery == "none" else colour,  # filled markers: with recovery
+            color=COLOURS[stage], marker=MARKERS[stage], label=row_name(stage, recovery),
         )  # fmt: skip
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
@@ -277,7 +271,7 @@ def write_figures(
 
 @style()
 def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
-    """Figure of perplexity on unseen text relative to the base metric, with paired intervals; left is better."""
+    """Figure of perplexity on unseen text relative to a model `base`, with paired intervals; left is better."""
     figure, axes = canvas(4.5 + 0.07 * max(len(label) for label, _ in rows), 1.2 + 0.3 * len(rows))
     draw_ratios(axes, rows, base=base)
     return figure
@@ -319,16 +313,13 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
 
 @style()
 def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
-    """Figure of training curves of the main rows: one panel per entry of `LEARNED`, one line per run.
+    """Figure of training curves: one panel per entry of `LEARNED`, one line per run.
 
     Lines are moving averages over a twentieth of the points.
     """
     panels: dict[str, dict[str, pd.DataFrame]] = {}  # label -> name of a run -> points
     for label, (x_axis, metric) in LEARNED.items():
-        lines = {}
-        for run, frame in curves.items():
-            row = main_row(frame)
-            lines[run] = curve_points(frame, x_axis.replace("<row>", row), metric.replace("<row>", row))
+        lines = {run: curve_points(frame, x_axis, metric) for run, frame in curves.items()}
         if any(len(points) > 1 for points in lines.values()):
             panels[label] = lines
     if not panels:
@@ -350,7 +341,7 @@ def read_curves(run: Path) -> pd.DataFrame:
     """Read the logged metrics of a run, with a row for each time that metrics were logged.
 
     Sessions are concatenated in their order. The DataFrame is empty if there are no files. In a run with a quality
-    target, metrics of the trial that is the main row have the names of the main row.
+    target, metrics of the trial that is the run's model lose their prefix, such as `trial_2/`.
     """
     frames = []
     files = sorted(
@@ -366,22 +357,14 @@ def read_curves(run: Path) -> pd.DataFrame:
     frame = pd.concat(frames, ignore_index=True)
     trials = read_json(run / "quality.json") or {}
     kept = (trials.get("reached") or {}).get("trial")
-    return frame if kept is None else _with_main_row(frame, kept)
+    return frame if kept is None else _without_prefix(frame, f"trial_{kept}/")
 
 
-def _with_main_row(frame: pd.DataFrame, kept: int) -> pd.DataFrame:
-    """Rename the metrics of the trial `kept` to those of the main row, and merge them with columns that exist already.
-
-    `distill/gprune_trial_2/loss` becomes `distill/gprune/loss`, and `controls/gprune_trial_2/perplexity` becomes
-    `development/perplexity`.
-    """
+def _without_prefix(frame: pd.DataFrame, prefix: str) -> pd.DataFrame:
+    """Remove the prefix of metrics, and merge them with columns that exist already."""
     columns: dict[str, pd.Series] = {}
-    for name, values in frame.items():
-        prefix, _, rest = name.partition("/")
-        row, _, metric = rest.partition("/")
-        trial = TRIAL.search(row)
-        if trial is not None and int(trial[1]) == kept:
-            name = f"development/{metric}" if prefix == "controls" else f"{prefix}/{TRIAL.sub('', row)}/{metric}"
+    for column, values in frame.items():
+        name = column.removeprefix(prefix)
         columns[name] = values.combine_first(columns[name]) if name in columns else values
     return pd.DataFrame(columns)
 
@@ -389,9 +372,7 @@ def _with_main_row(frame: pd.DataFrame, kept: int) -> pd.DataFrame:
 def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
     """Make a figure for each entry of `CURVES` with at least two points, by title."""
     figures = {}
-    row = main_row(frame)
     for title, (axis, axis_label, pattern, label) in CURVES.items():
-        axis, pattern = axis.replace("<row>", row), pattern.replace("<row>", row)
         columns = matching_columns(frame, pattern)
         lines = {name: curve_points(frame, axis.replace("*", name), column) for name, column in columns.items()}
         if any(len(points) > 1 for points in lines.values()):
@@ -404,17 +385,6 @@ def matching_columns(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
     expression = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
     matches = [match for column in frame if (match := expression.fullmatch(column))]
     return {"".join(match.groups()): match[0] for match in matches}
-
-
-def main_row(frame: pd.DataFrame) -> str:
-    """Return the name of the run's main row, which is distilled first; empty if no row was distilled.
-
-    Trials of the search for a quality target are left out. The trial that is the main row has its name.
-    """
-    columns = matching_columns(frame, "distill/*/tokens")
-    rows = {row: column for row, column in columns.items() if not TRIAL.search(row)}
-    first_index = {row: frame[column].first_valid_index() for row, column in rows.items()}
-    return min(first_index, key=first_index.get, default="")
 
 
 def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:

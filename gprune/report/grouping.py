@@ -49,12 +49,6 @@ def _folder_names(folders: Sequence[Path], used: set[str]) -> list[str]:
     return names
 
 
-def same_size(run: FinishedRun, other: FinishedRun) -> bool:
-    """Return whether two pruned models have the same number of parameters, within 1 % of the dense model's."""
-    difference = abs(run.summary["parameters_after"] - other.summary["parameters_after"])
-    return difference <= 0.01 * run.summary["parameters_before"]
-
-
 def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     """Rename runs with the same name to 'NAME, seed S'."""
     runs = list(runs)

@@ -56,19 +56,16 @@ from gprune.report.tables import (
     cost_table,
     distance_table,
     entry_tables,
-    format_estimate,
     group_frame,
     in_markdown,
     perplexity_table,
-    ratio_to,
-    result_rows,
     settings_table,
     summary_table,
 )
 from gprune.report.task_tables import compare_records, evaluation_tables
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import Record, entries, row_name
-from gprune.runs.results import FinishedRun, config_of, read_run
+from gprune.runs.numbers import Record, entries
+from gprune.runs.results import FinishedRun, config_of
 from gprune.storage.files import write_text
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import to_yaml
@@ -82,8 +79,8 @@ CAPTIONS = {
     "perplexity": "Perplexity by corpus and row.",
     "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
     "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
-    "ratios": "Unseen perplexity of each row over that of base; the axis names which base.",
-    "learning": "Each run's own model over the tokens that it has learned from; losses are running means.",
+    "ratios": "Unseen perplexity of each model over that of the dense model.",
+    "learning": "Each run's model over the tokens that it has learned from; losses are running means.",
 } | {name: figure.caption for name, figure in FIGURES.items()}
 WIDE = 2.2  # width / height of a figure above which it is shown in the full width of the page
 
@@ -96,13 +93,11 @@ class Report:
         runs: all runs, in the order of the report.
         groups: the runs, grouped by all settings except the seed.
         tables: all tables; some may be empty.
-        base: the run whose row `base` is the denominator of all ratios; None if there is no such run.
     """
 
     runs: list[FinishedRun]
     groups: list[SeedGroup]
     tables: list[Table]
-    base: FinishedRun | None
 
     def __repr__(self) -> str:
         return f"Report({self.title!r}, {len(self.runs)} runs, {len(self.nonempty_tables)} tables)"
@@ -151,14 +146,6 @@ class Report:
         return f"{len(self.groups)} runs that differ in {', '.join(flags[:3])}{more}"
 
     @property
-    def _divisor(self) -> str:
-        """Name of the denominator of ratios in the summary."""
-        denominator = self.tables[0].columns[-1].removeprefix("unseen / ")
-        if self.base is None or self.base.name == "base":
-            return denominator
-        return f"{denominator} of {self.base.name}"
-
-    @property
     def has_too_many_runs(self) -> bool:
         """Whether there are too many runs for pairwise comparisons and figures."""
         return len(self.runs) > SIDE_BY_SIDE
@@ -193,10 +180,10 @@ class Report:
             return {}
         runs = self.named_runs
         figures = {}
-        # Columns of the summary: run, stage, seeds, seen, unseen, gap, unseen / dense, ratio to base.
+        # Columns of the summary: run, stage, seeds, seen, unseen, gap, unseen / dense.
         ratios = [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]
         if ratios:
-            figures["ratios"] = ratio_figure(ratios, base=self._divisor)
+            figures["ratios"] = ratio_figure(ratios, base="dense")
         curves = {run.name: read_curves(run.path) for run in runs}
         if len(runs) > 1:
             learning = learning_figure(curves)
@@ -252,36 +239,25 @@ def _describe_protocol(r: Record) -> str:
     )
 
 
-def make(
-    paths: Sequence[Path | str | FinishedRun],
-    *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None,
-) -> Report:  # fmt: skip
+def make(paths: Sequence[Path | str | FinishedRun], *, seen: Sequence[str] | None = None) -> Report:
     """Read runs and make the report.
 
     Args:
         paths: folders of runs, or runs that are already read.
-        base: the run whose row `base` is the denominator of ratios, or such runs by path of a run. By default each
-            run's own.
         seen: corpora that count as seen in every row. By default those of each run.
     """
-    runs = named_by_difference(read_runs(paths))
-    if base is None or isinstance(base, Mapping):
-        return of_runs(runs, bases=base, seen=seen)
-    divisor = base if isinstance(base, FinishedRun) else read_run(base)
-    return of_runs(runs, bases=dict.fromkeys((run.path for run in runs), divisor), seen=seen)
+    return of_runs(named_by_difference(read_runs(paths)), seen=seen)
 
 
-def of_runs(
-    runs: Sequence[FinishedRun], *, bases: Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None
-) -> Report:
-    """Make the report of runs that are already read, with `bases` and `seen` as for `tables.summary_table`."""
+def of_runs(runs: Sequence[FinishedRun], *, seen: Sequence[str] | None = None) -> Report:
+    """Make the report of runs that are already read, with `seen` as for `tables.summary_table`."""
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     groups = group_by_seed(runs)
     named_runs = with_distinct_names(runs)
-    numbers = group_frame(groups, bases)
+    numbers = group_frame(groups)
     tables = [
-        summary_table(groups, numbers, bases, seen=seen),
+        summary_table(groups, numbers, seen=seen),
         perplexity_table(groups, numbers, seen=seen),
         distance_table(groups, numbers),
         *entry_tables({run.name: run.summary for run in named_runs}),
@@ -290,9 +266,7 @@ def of_runs(
         tables += [comparison_table(groups), settings_table(groups)]
     if evaluated := [r | {"run": run.name} for run in named_runs for r in run.evaluation]:
         tables += evaluation_tables(evaluated)
-    bases_by_name = {base.name: base for base in (bases or {}).values()}  # several if rows have different budgets
-    (base,) = bases_by_name.values() if len(bases_by_name) == 1 else (None,)
-    return Report(list(runs), groups, tables, base)
+    return Report(list(runs), groups, tables)
 
 
 def write_report(report: Report, path: Path | str) -> Path:
@@ -375,8 +349,7 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
     about = (
         f"{share:.2%} of {scope} removed by {method}, importance {importance}, recovery {recovery}, seed {run.seed}."
     )
-    lines = [about, cost, _describe_sizes(run), _describe_controls(run)]
-    return f"{share:.0%} of {scope} removed from {label}", [line for line in lines if line]
+    return f"{share:.0%} of {scope} removed from {label}", [about, cost, _describe_sizes(run)]
 
 
 def _describe_sizes(run: FinishedRun) -> str:
@@ -394,23 +367,6 @@ def _describe_sizes(run: FinishedRun) -> str:
     if not comparisons:
         return f"{sizes} Speed was not measured."
     return f"{sizes} Tokens per second beside dense: {', '.join(f'{task} {by}' for task, by in comparisons.items())}."
-
-
-def _describe_controls(run: FinishedRun) -> str:
-    """Return a sentence that compares the run's own model with each control after the same recovery."""
-    *others, own = result_rows(run)
-    controls = [row for row in others if row[1] == own[1] and row[0] != "dense"]
-    ratios = {row_name(*row): ratio for row in controls if (ratio := ratio_to(run, own, run, row)) is not None}
-    if not ratios:
-        return ""
-    comparisons = []
-    for name, ratio in ratios.items():
-        is_unclear = ratio.low is not None and ratio.low <= 1 <= ratio.high  # a single window gives no interval
-        verdict = ", no clear difference" if is_unclear else ""
-        comparisons.append(f"{format_estimate(ratio, 3)} times that of {name}{verdict}")
-    has_intervals = any(ratio.low is not None for ratio in ratios.values())
-    note = " (95 % intervals over windows)" if has_intervals else ""
-    return f"Unseen perplexity of {row_name(*own)}: {'; '.join(comparisons)}{note}."
 
 
 def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,6 @@ import pandas as pd
 from scipy.stats import t as student
 
 from gprune.corpora.load import corpus_labels
-from gprune.errors import UserError
 from gprune.evaluation.intervals import Estimate
 from gprune.report.grouping import format_setting, run_flags
 from gprune.runs.numbers import (
@@ -56,10 +54,7 @@ HEADER = re.compile(r"(?:\A|(?<=\n\n)).+")  # of each part in a terminal
 INTERVAL = re.compile(r" (\[[^\[\]<]*\])</td>")  # in HTML
 Cell = str | int | float | Estimate | None
 MANY_CORPORA = 8  # with more, the table of perplexities has a line per corpus
-# Names of the two ratios to the base metric. They differ only for rows with recovery.
-SAME_RECOVERY = "unseen / base, same recovery"
-UNRECOVERED = "unseen / unrecovered base"
-RATIO = "unseen_over_base_same_recovery"
+OVER_DENSE = "unseen / dense"
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,7 @@ def caption(records: Sequence[Record]) -> str:
     pruned = [r for r in records if r["stage"] != "dense"]
     values = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
     protocol = f"{values['split']} text, windows of {values['seq_len']} tokens, {values['dtype']}"
-    if all(r["stage"] == "model" for r in pruned):
+    if all(r["stage"] == "measured" for r in pruned):
         return f"beside {values['model']}\n{protocol}"
     sparsities = sorted({r["sparsity"] for r in pruned})
     lowest_and_highest = dict.fromkeys((sparsities[0], sparsities[-1]))
@@ -200,17 +195,18 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
     corpora = sorted(is_seen, key=lambda c: not is_seen[c])
     labels = labels or corpus_labels(corpora)
     columns = {("perplexity", c): labels[c] + ("*" if is_seen[c] else "") for c in corpora}
-    columns |= {("seen", ""): "seen", ("unseen", ""): "unseen", ("gap", ""): "gap", (RATIO, ""): SAME_RECOVERY}
+    columns |= {("seen", ""): "seen", ("unseen", ""): "unseen", ("gap", ""): "gap"}
+    columns[("unseen_over_dense", "")] = OVER_DENSE
     note = "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
     numbers = number_frame(records)
     if "unseen_kl" in set(numbers["number"]):
         columns |= {("unseen_kl", ""): "KL", ("unseen_agreement", ""): "agreement"}
         note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
-    without_interval = numbers["number"] != RATIO
+    without_interval = numbers["number"] != "unseen_over_dense"
     numbers.loc[without_interval, ["low", "high"]] = math.nan
     cells = cell_frame(numbers, ["row"], list(columns))
     rows = [[row, *cells.loc[row]] for row in numbers["row"].unique()]
-    digits = dict.fromkeys(("gap", SAME_RECOVERY, "KL", "agreement"), 3)
+    digits = dict.fromkeys(("gap", OVER_DENSE, "KL", "agreement"), 3)
     return Table("result", "Perplexity by corpus", ["", *columns.values()], rows, digits, note)
 
 
@@ -279,7 +275,7 @@ def pool_estimates(
 
 
 def result_rows(run: FinishedRun) -> list[ResultRow]:
-    """Return (variant, recovery) of the rows of a run's result table, with `dense` first."""
+    """Return (stage, recovery) of the rows of a run's result table, with `dense` first."""
     return list(by_row(run.records))
 
 
@@ -292,15 +288,14 @@ def ratio_to(
     return unseen_ratio(run.records, row, other.records, reference, number)
 
 
-def group_frame(groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] | None = None) -> pd.DataFrame:
+def group_frame(groups: Sequence[SeedGroup]) -> pd.DataFrame:
     """Return `number_frame` of all groups, pooled over seeds, with the place of the group in a column `group`.
 
-    The dense model does not depend on the seed, so its numbers are those of the first run. `bases` is as for
-    `summary_table`.
+    The dense model does not depend on the seed, so its numbers are those of the first run.
     """
     lines = []
     for place, group in enumerate(groups):
-        frames = [number_frame(run.records, base=base_records(run, bases)) for run in group.runs]
+        frames = [number_frame(run.records) for run in group.runs]
         numbers = pd.concat([frames[0], *(frame[frame["stage"] != "dense"] for frame in frames[1:])])
         for (row, corpus, number), same_number in numbers.groupby(["row", "corpus", "number"], sort=False):
             seeds = 1 if row == "dense" else len(group.runs)
@@ -312,38 +307,23 @@ def group_frame(groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] |
     return pd.DataFrame(lines, columns=columns).astype({"low": float, "high": float})
 
 
-def summary_table(
-    groups: Sequence[SeedGroup], numbers: pd.DataFrame, bases: Mapping[Path, FinishedRun] | None = None, *,
-    seen: Sequence[str] | None = None,
-) -> Table:  # fmt: skip
-    """Table with a line per group and row: means over seen and unseen corpora, gap, and ratios to dense and `base`.
+def summary_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen: Sequence[str] | None = None) -> Table:
+    """Table with a line per group and stage: means over seen and unseen corpora, gap, and ratio to dense.
 
-    Args:
-        bases: path of a run -> the run whose row `base` its ratios are divided by. By default each run's own, after the
-            same recovery.
-        seen: corpora that count as seen in every row. By default those of each run.
+    `seen` are the corpora that count as seen in every row; by default those of each run.
     """
-    by_name = {run.name: run for run in (bases or {}).values()}
-    for name, run in by_name.items():
-        if ("base", "none") not in result_rows(run):
-            remedy = "Use a run with --gprune false, or with base in --evaluation.controls"
-            raise UserError(f"Cannot divide by run '{name}': it has no stage 'base'. {remedy}.")
-    ratio, number = (SAME_RECOVERY, RATIO) if bases is None else (UNRECOVERED, "unseen_over_unrecovered_base")
-    wanted = [(name, "") for name in ("seen", "unseen", "gap", "unseen_over_dense", number)]
+    wanted = [(name, "") for name in ("seen", "unseen", "gap", "unseen_over_dense")]
     note = (
         "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
         "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
         f"/ dense) / (seen pruned / dense). {_seen_note(seen)}"
     )
-    if bases is not None:
-        base = f"the stage `base` of {', '.join(by_name)}"
-        note += f" base: {base if by_name else 'the run that rows are divided by is not there yet'}."
     return Table(
         "summary",
-        "Geometric means, gap and ratios",
-        ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", ratio],
+        "Geometric means, gap and ratio",
+        ["run", "stage", "seeds", "seen", "unseen", "gap", OVER_DENSE],
         _lines_of_groups(groups, numbers, wanted),
-        {"gap": 3, "unseen / dense": 3, ratio: 3},
+        {"gap": 3, OVER_DENSE: 3},
         note,
     )
 
@@ -362,7 +342,7 @@ def distance_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame) -> Table:
 
 
 def comparison_table(groups: Sequence[SeedGroup]) -> Table:
-    """Table of perplexity ratios for every pair of groups, between their main rows.
+    """Table of perplexity ratios for every pair of groups, between their final models.
 
     The text is unseen by both. Runs are paired by seed; without a common seed the first runs are a pair. Groups that
     were evaluated on different windows have no row.
@@ -481,21 +461,12 @@ def _seen_note(seen: Sequence[str] | None) -> str:
     return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
 
 
-def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
-    """Return the records of the run whose `base` is the denominator for a run; None if there is no such run."""
-    base = run if bases is None else bases.get(run.path)
-    if base is None:
-        return None
-    is_same_run = base.path.resolve() == run.path.resolve()
-    return run.records if is_same_run else base.records
-
-
 def _lines_of_groups(
     groups: Sequence[SeedGroup], numbers: pd.DataFrame, wanted: Sequence[tuple[str, str]]
 ) -> list[list[Cell]]:
     """Return lines of name, row, seeds and the wanted (number, corpus) of `group_frame` for every row of every group.
 
-    Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
+    Equal rows of several groups are merged. A merged dense row is named after the dense model, and another merged row
     after its groups.
     """
     all_cells = cell_frame(numbers, ["group", "row"], wanted)
@@ -525,7 +496,7 @@ def _row_key(
 ) -> tuple[Any, ...]:
     """Return a key that is equal for rows of several groups that are merged into one.
 
-    Dense rows are merged if their results are equal, and controls if results and cells are. Main rows are not merged.
+    Dense rows are merged if their results are equal, and models before recovery if results and cells are.
     """
     results = []
     for run in runs:  # rounded to five digits, because sums differ by machine
@@ -533,9 +504,9 @@ def _row_key(
         results.append((run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records)))
     if row[0] == "dense":
         return (row, *results)
-    rounded_cells = tuple(cell and f"{cell.value:.5g}" for cell in cells)  # denominators of ratios may differ
-    is_main_row = row == result_rows(runs[0])[-1]
-    if is_main_row:  # never merged with a row of another group
+    rounded_cells = tuple(cell and f"{cell.value:.5g}" for cell in cells)
+    is_final = row == result_rows(runs[0])[-1]
+    if is_final:  # never merged with a row of another group
         return (group.name, row, *rounded_cells)
     return (row, *results, *rounded_cells)
 

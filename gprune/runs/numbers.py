@@ -13,16 +13,14 @@ from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import Estimate, mean_per_token, mean_perplexity, paired_gap, paired_ratio
 
 Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
-ResultRow = tuple[str, str]  # (variant, recovery) of a row of the result table; `stage` in records is the variant
+ResultRow = tuple[str, str]  # (stage, recovery) of a row of the result table
+STAGES = ("dense", "pruned", "recovered", "measured")  # of the model, in records; `measured` was not made by gprune
 Line = dict[str, Any]  # a line of the frame of a run
-DENSE, BASE = ("dense", "none"), ("base", "none")
+DENSE = ("dense", "none")
 NUMBER_COLUMNS = ["row", "seed", "stage", "recovery", "corpus", "number", "value", "low", "high"]
 
 
-ESTIMATES = (
-    "unseen", "seen", "gap", "unseen_over_dense", "unseen_over_unrecovered_base", "unseen_over_base_same_recovery",
-    "unseen_kl", "unseen_agreement",
-)  # fmt: skip
+ESTIMATES = ("unseen", "seen", "gap", "unseen_over_dense", "seen_over_dense", "unseen_kl", "unseen_agreement")
 WITH_INTERVALS = [column for name in ESTIMATES for column in (name, f"{name}_low", f"{name}_high")]
 SUMMARY = (
     "sparsity_of_scope", "sparsity_of_model", "parameters_before", "parameters_after", "forward_tokens",
@@ -36,18 +34,18 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def row_name(variant: str, recovery: str) -> str:
-    """Return the name of a row in tables: the variant and, if there is one, the recovery."""
-    return variant if recovery == "none" else f"{variant} + {recovery}"
+def row_name(stage: str, recovery: str) -> str:
+    """Return the name of a row in tables: the stage of the model."""
+    return stage
 
 
 def key_part(name: str) -> str:
-    """Convert a name to a part of a metric key: `gprune + least_squares` becomes `gprune_least_squares`."""
+    """Convert a name to a part of a metric key: `my corpus.txt` becomes `my_corpus.txt`."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
 def by_row(records: Sequence[Record], number: str = "perplexity") -> dict[ResultRow, dict[str, Any]]:
-    """Return (variant, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
+    """Return (stage, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
     table: dict[ResultRow, dict[str, Any]] = {}
     for r in records:
         table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
@@ -113,11 +111,8 @@ def unseen_ratio(
     return Estimate(*paired_ratio(numerator_sums, denominator_sums, predicted_tokens))
 
 
-def estimates(records: Sequence[Record], row: ResultRow, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
-    """Means, gap, ratios, KL and agreement of a row, with intervals over windows; None for undefined numbers.
-
-    `base` are the records of the run whose row `BASE` is the denominator of `unseen_over_unrecovered_base`.
-    """
+def estimates(records: Sequence[Record], row: ResultRow) -> dict[str, Estimate | None]:
+    """Means, gap, ratios to dense, KL and agreement of a row, with intervals over windows; None if undefined."""
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
     seen = {r["corpus"]: r["seen"] for r in records}
     window_nll = by_row(records, "window_nll")
@@ -130,21 +125,19 @@ def estimates(records: Sequence[Record], row: ResultRow, base: Sequence[Record] 
     def mean(nll: Mapping[str, Sequence[float]]) -> Estimate | None:
         return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
 
-    def ratio_to(other_records: Sequence[Record] | None, other_row: ResultRow) -> Estimate | None:
-        """Return `unseen_ratio` to a row; None without records, for the dense model, and for the row itself."""
-        is_same_row = other_records is records and row == other_row
-        if other_records is None or is_same_row or row == DENSE:
-            return None
-        return unseen_ratio(records, row, other_records, other_row)
-
+    over_dense, seen_over_dense = None, None
+    if row != DENSE:
+        over_dense = unseen_ratio(records, row, records, DENSE)
+        if seen_nll and on_same_windows(records, row):
+            dense_nll = {corpus: window_nll[DENSE][corpus] for corpus in seen_nll}
+            seen_over_dense = Estimate(*paired_ratio(seen_nll, dense_nll, predicted_tokens))
     kl, agreement = distance(records, row)
     return {
         "seen": mean(seen_nll),
         "unseen": mean(unseen_nll),
         "gap": gap,
-        "unseen_over_dense": ratio_to(records, DENSE),
-        "unseen_over_unrecovered_base": ratio_to(base, BASE),
-        "unseen_over_base_same_recovery": ratio_to(records, ("base", row[1])),
+        "unseen_over_dense": over_dense,
+        "seen_over_dense": seen_over_dense,
         "unseen_kl": kl,
         "unseen_agreement": agreement,
     }
@@ -159,12 +152,11 @@ def entries(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in summary.items() if isinstance(value, dict) and "said" in value}
 
 
-def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = None) -> pd.DataFrame:
+def number_frame(records: Sequence[Record]) -> pd.DataFrame:
     """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
 
     Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
-    `estimates`. `base` has the records of the run whose row `BASE` is the denominator of
-    `unseen_over_unrecovered_base`. Ends of intervals are NaN if there is no interval.
+    `estimates`. Ends of intervals are NaN if there is no interval.
     """
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
     for row in by_row(records):
@@ -172,7 +164,7 @@ def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = N
         for corpus, record in records_of(records, row).items():
             for name, estimate in _corpus_estimates(record).items():
                 lines.append((*identity, corpus, name, *estimate))
-        for name, estimate in estimates(records, row, base).items():
+        for name, estimate in estimates(records, row).items():
             if estimate is not None:
                 lines.append((*identity, "", name, *estimate))
     frame = pd.DataFrame(lines, columns=NUMBER_COLUMNS)
@@ -195,23 +187,23 @@ def to_estimate(value: float, low: float, high: float) -> Estimate:
 def run_numbers(
     records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
-    """Return numbers by which trackers can sort runs. Except for names of rows and corpora, keys are always the same.
+    """Return numbers by which trackers can sort runs. Except for names of corpora, keys are always the same.
 
-    - `final/...`: the run's main row, which is measured last: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
-      `unseen_over_dense`, `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, `perplexity/<corpus>`,
-      `kl/<corpus>` and `agreement/<corpus>`, if they are defined.
-    - `rows/<row>/...`: the same for every row.
+    - `final/...`: the final model, which is measured last: `unseen`, `seen`, `gap`, `unseen_over_dense`,
+      `seen_over_dense`, `unseen_kl`, `unseen_agreement`, `perplexity/<corpus>`, `kl/<corpus>` and `agreement/<corpus>`,
+      if they are defined.
+    - `dense/...`, `pruned/...`, `recovered/...`: the same for every stage of the model.
     - `parameters_after` and other numbers of the summary.
     - `<entry>/...`: the numbers of an entry of the summary.
     - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
     """
     labels = corpus_labels(r["corpus"] for r in records)
-    main_row = records[-1]["stage"], records[-1]["recovery"]
+    final_stage = records[-1]["stage"]
     numbers = {}
-    for line in number_frame(records, base=records).itertuples():
+    for line in number_frame(records).itertuples():
         key = f"{line.number}/{key_part(labels[line.corpus])}" if line.corpus else line.number
-        numbers[f"rows/{key_part(line.row)}/{key}"] = line.value
-        if (line.stage, line.recovery) == main_row:
+        numbers[f"{line.stage}/{key}"] = line.value
+        if line.stage == final_stage:
             numbers[f"final/{key}"] = line.value
     numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
     for entry, content in entries(summary).items():
@@ -221,24 +213,24 @@ def run_numbers(
 
 def row_lines(
     records: Sequence[Record], settings: Mapping[str, Any], summary: Mapping[str, Any],
-    steps: Mapping[str, Mapping[str, float]], *, base: Sequence[Record] | None, labels: Mapping[str, str] | None = None,
+    steps: Mapping[str, Mapping[str, float]], *, labels: Mapping[str, str] | None = None,
 ) -> list[Line]:  # fmt: skip
-    """Return one line per row of a run's result table, with the main row last. Undefined numbers are missing.
+    """Return one line per stage of a run's model, with the final model last. Undefined numbers are missing.
 
-    Only the main row has sizes, tokens, seconds and the numbers of entries of the summary.
+    Only the final model has sizes, tokens, seconds and the numbers of entries of the summary.
     """
     labels = labels or corpus_labels(r["corpus"] for r in records)
-    numbers = number_frame(records, base=base)
+    numbers = number_frame(records)
     lines = [_row_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
     of_dense = lines[0]
     for line in lines:
         line |= {f"{name}_dense": of_dense[name] for name in ("unseen", "seen") if name in of_dense}
-    main_row = lines[-1]
-    main_row |= {name: summary.get(name) for name in SUMMARY}
+    final = lines[-1]
+    final |= {name: summary.get(name) for name in SUMMARY}
     for entry, content in entries(summary).items():
-        main_row |= {f"{entry}_{name}": value for name, value in content.get("numbers", {}).items()}
-    main_row["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
-    main_row["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
+        final |= {f"{entry}_{name}": value for name, value in content.get("numbers", {}).items()}
+    final["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
+    final["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
     return lines
 
 
@@ -262,13 +254,13 @@ def number_columns(numbers: pd.DataFrame, labels: Mapping[str, str]) -> Line:
 def _row_line(
     numbers: pd.DataFrame, records: Sequence[Record], settings: Mapping[str, Any], labels: Mapping[str, str]
 ) -> Line:
-    """Return the line of one row from its lines of `number_frame`, without the columns that only the main row has."""
+    """Return the line of a stage from its lines of `number_frame`, without columns that only the final model has."""
     first = numbers.iloc[0]
     line = {"seed": first["seed"], "stage": first["stage"], "recovery": first["recovery"]}
     line |= number_columns(numbers, labels)
     by_corpus = records_of(records, (first["stage"], first["recovery"]))
     first_record = next(iter(by_corpus.values()))
-    pruned = first["stage"] not in ("dense", "model")
+    pruned = first["stage"] not in ("dense", "measured")
     return line | {
         "model": first_record["model"],
         "dtype": first_record["dtype"],

@@ -33,8 +33,6 @@ from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import read_yaml
 
-PRUNED_VARIANTS = ("base", "averaged", "gprune")
-
 
 @dataclass(frozen=True, repr=False)
 class FinishedRun:
@@ -45,7 +43,7 @@ class FinishedRun:
     settings: dict[str, Any]
     records: list[Record]
     summary: dict[str, Any]
-    masks: Masks | None = None  # masks of the main row; None if they were not read or not stored
+    masks: Masks | None = None  # None if they were not read or not stored
     modules: Modules | None = None  # None also with --gprune false
     evaluation: list[Record] = field(default_factory=list)  # records of `gprune evaluate`
     steps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # seconds, tokens, memory of each step
@@ -62,12 +60,12 @@ class FinishedRun:
 
     @property
     def final(self) -> str:
-        """Variant of the run's main row, which is measured last."""
+        """Stage of the run's final model, which is measured last."""
         return self.records[-1]["stage"]
 
     @property
     def has_another_tokenizer(self) -> bool:
-        """Whether a row was measured on other tokens than the dense model. Perplexities are not comparable then."""
+        """Whether the model was measured on other tokens than the dense model. Perplexities are not comparable then."""
         return any(not on_same_windows(self.records, row) for row in by_row(self.records))
 
     @property
@@ -101,14 +99,14 @@ class PruningResult:
     tokenizer: PreTrainedTokenizerBase | None
 
     def to_frame(self) -> pd.DataFrame:
-        """Return all numbers with 95 % intervals as a DataFrame, one line per row, with the main row last.
+        """Return all numbers with 95 % intervals as a DataFrame, one line per stage of the model.
 
         The columns are `COLUMNS` and columns of corpora, as in `StudyResult.to_frame`, so frames of several runs
-        can be concatenated. `unseen_over_unrecovered_base` is relative to this run's `base`.
+        can be concatenated.
         """
         steps = RunFolder(self.path).manifest.get("steps", {})
         run_columns = {"row": self.path.name, "record": str(self.path / "metrics.json")}
-        lines = row_lines(self.records, self.config.settings(), self.summary, steps, base=self.records)
+        lines = row_lines(self.records, self.config.settings(), self.summary, steps)
         return line_frame([run_columns | line for line in lines])
 
     def table(self) -> pd.DataFrame:
@@ -164,8 +162,8 @@ def read_run(path: Path | str) -> FinishedRun:
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
     """Return the run with masks and, if it has modules, modules."""
-    masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
-    modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
+    masks = Masks.from_tensors(_read_tensors_of(run, "masks"))
+    modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.settings["gprune"] else None
     return replace(run, masks=masks, modules=modules)
 
 

@@ -28,10 +28,9 @@ from gprune.runs.trainer import class_of, instantiate
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
-STAGE_PREFIX = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # prefix of keys that belong to one stage
 RESUME_KEYS = ("id", "project", "entity", "name", "group", "job_type")  # stored for `resumed_run`
 # Metric pattern -> x axis. Lightning's step restarts in every stage, so stages that are trained on text have axes of
-# their own, which `row_metrics` defines.
+# their own, which `fit_metrics` defines.
 AXES = {
     "development/*": "development/tokens",
     "partition/*": "trainer/global_step",
@@ -39,7 +38,7 @@ AXES = {
     "modules/*": "modules/index",
 }
 # Files of a run folder that `load_run` reads, except the model.
-RUN_FILES = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")
+RUN_FILES = ("*.json", "config.yaml", "*.safetensors", "statistics/*")
 UPLOAD_SECONDS = 600  # longest wait for W&B at the end of a run; `wandb sync` can upload the rest
 
 
@@ -120,7 +119,7 @@ def wandb_arguments(cfg: RunConfig, other: str | None = None) -> dict[str, Any]:
     arguments = {
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
-        "job_type": cfg.main_variant,
+        "job_type": cfg.method,
         "tags": [cfg.metrics, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
         "config": cfg.resolved(),
     }
@@ -143,34 +142,26 @@ def wandb_id(key: str, cfg: RunConfig) -> str:
 
 
 @contextmanager
-def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
-    """Context for training a stage. W&B shows its metrics over tokens and, unless `row` is empty, with the row's name.
+def fit_metrics(loggers: Sequence[Logger], stage: str, trial: int | None = None) -> Iterator[None]:
+    """Context for training a stage, whose metrics W&B shows over tokens.
 
-    `distill/loss` becomes `distill/<row>/loss`, over the axis `distill/<row>/tokens`. Development perplexity keeps its
-    name, or with `control` becomes `controls/<row>/perplexity`.
+    Metrics of a trial of the search for a quality have its number: `distill/loss` is logged as `trial_2/distill/loss`,
+    and `development/perplexity` as `trial_2/development/perplexity`.
     """
-    row_key = key_part(row)
-    groups = [f"{stage}/{row_key}" if row else stage]
-    if control:
-        groups.append(f"controls/{row_key}")
+    prefix = "" if trial is None else f"trial_{trial}/"
+    groups = [f"{prefix}{stage}"] if trial is None else [f"{prefix}{stage}", f"{prefix}development"]
     for logger in wandb_loggers(loggers):
         logger.try_with_run(partial(define_axes, axes={f"{group}/*": f"{group}/tokens" for group in groups}))
-    if not row:
+    if trial is None:
         yield
         return
 
-    def log_with_row(log_metrics: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics by a logger's `log_metrics`, under their names with the row."""
-        with_row = {}
-        for name, value in metrics.items():
-            if control and name.startswith("development/"):
-                with_row[name.replace("development", f"controls/{row_key}", 1)] = value
-            else:
-                with_row[STAGE_PREFIX.sub(rf"\g<0>/{row_key}", name)] = value
-        log_metrics(with_row, step)
+    def with_prefix(log_metrics: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics by a logger's `log_metrics`, with the prefix of the trial."""
+        log_metrics({f"{prefix}{name}" if "/" in name else name: value for name, value in metrics.items()}, step)
 
     for logger in loggers:
-        logger.log_metrics = partial(log_with_row, logger.log_metrics)
+        logger.log_metrics = partial(with_prefix, logger.log_metrics)
     try:
         yield
     finally:
@@ -194,7 +185,7 @@ def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: in
 
 
 def charts(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers of the main row that W&B shows as charts: those over all corpora.
+    """Return the numbers of the final model that W&B shows as charts: those over all corpora.
 
     The runs of a list have such charts side by side. Charts for each corpus would come before them.
     """

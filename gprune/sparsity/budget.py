@@ -195,7 +195,7 @@ class Budget:
     # Hooks of `expert_budget.ExpertBudget`, which also removes whole experts. Without them these change nothing.
 
     def ranked_by(self, scores: Any) -> Self:
-        """Return the budget for a variant with these `importance.scores.Scores`, which choose what is removed whole."""
+        """Return the budget for these `importance.scores.Scores`, which choose what is removed whole."""
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Masks of a variant as a function of the budget."""
+"""Masks of a run as a function of the budget."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gprune.sparsity.thresholds import ModuleSparsity
 
 
 @dataclass(frozen=True)
-class VariantMasks:
-    """Masks of a variant (`base`, `averaged` or `gprune`) for any budget, unless a learner returned masks for one.
+class MaskFunction:
+    """Masks for any budget, unless a learner returned masks for one.
 
-    Sparsity is allocated to blocks by scores. If the variant has modules, their thresholds follow from the resulting
-    masks, unless the sparsity of modules is learned.
+    Sparsity is allocated to blocks by scores. If there are modules, their thresholds follow from the resulting masks,
+    unless the sparsity of modules is learned.
     """
 
     allocation: str  # allocation to blocks
@@ -36,11 +36,11 @@ class VariantMasks:
     modules: Modules | None = None
     module_allocation: str = ""  # allocation to modules
     learned: ModuleSparsity | None = None
-    # `Budget.key` -> masks; variants with the same scores of neurons and KV groups share it
+    # `Budget.key` -> masks; a copy with the same scores of neurons and KV groups shares it
     _allocated: dict[tuple[Any, ...], Masks] = field(default_factory=dict)
 
     def __call__(self, budget: Budget) -> Masks:
-        """Return the masks for a budget. The scores of the variant choose which experts are removed as a whole."""
+        """Return the masks for a budget. The scores choose which experts are removed as a whole."""
         budget = budget.ranked_by(self.scores)
         if self.modules is None:
             return self.allocated(budget)

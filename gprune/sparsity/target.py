@@ -155,11 +155,10 @@ class QualityTarget(Target):
     def planned_tokens(self, plan: Any) -> Tokens:
         """Return the tokens of step 8: the dense model and every trial on development text, and all recoveries.
 
-        The main row's model is one of the trained trials. The teacher's pass is counted in the first of them.
+        The run's model is one of the trained trials.
         """
         recoveries = self.trials(plan.cfg)
-        counting = recoveries.index(plan.cfg.recovery) if plan.cfg.recovery_learns else None
-        costs = [plan.recovery_tokens(name, counts_teacher=i == counting) for i, name in enumerate(recoveries)]
+        costs = [plan.recovery_tokens(name) for name in recoveries]
         measured = (1 + len(recoveries)) * plan.cfg.development_tokens
         return {8: (measured + sum(forward for forward, _ in costs), sum(trained for _, trained in costs))}
 

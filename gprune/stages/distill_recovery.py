@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Distill(Recovery):
     """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
-    learns = uses_teacher = True
+    learns = True
     flags = frozenset({"distill"})
     group = "distill"
 
@@ -49,7 +49,6 @@ class Distill(Recovery):
         stage = DistillationStage(
             material.dense,
             pruned,
-            teacher=material.teacher,
             **select_options(DistillationStage, dict(settings)),
         )
         title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"

@@ -18,7 +18,7 @@ from gprune.errors import UserError
 from gprune.models.copies import full_tensor, with_sharded_layers
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses, same_head
 from gprune.stages.base import FrozenLMStage, require_finite_loss
-from gprune.stages.student import Student, TeacherStates
+from gprune.stages.student import Student
 
 log = logging.getLogger("gprune")
 
@@ -96,7 +96,6 @@ class DistillationStage(FrozenLMStage):
         kl: weight of the KL divergence from the dense model.
         cross_entropy: weight of the next-token cross-entropy.
         checkpointing: whether to recompute the activations of each layer in the backward pass.
-        teacher: final hidden states of `dense` for all rows of a run; None: they are computed for each batch.
 
     Raises:
         UserError: with `kl`, if the heads of both models differ.
@@ -109,7 +108,7 @@ class DistillationStage(FrozenLMStage):
         self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
         rank: int = 8, learning_rate: float = RELATIVE_RATE, absolute_learning_rate: float | None = None,
         warmup: float = 0.1, weight_decay: float = 0.0, kl: float = 1.0, cross_entropy: float = 0.0,
-        checkpointing: bool = False, teacher: TeacherStates | None = None,
+        checkpointing: bool = False,
     ):  # fmt: skip
         if kl and not same_head(student, dense):
             raise UserError(
@@ -117,8 +116,7 @@ class DistillationStage(FrozenLMStage):
                 f"model; got {kl:g}. Or put distill before the recovery that changes the output embedding."
             )
         super().__init__(dense)
-        self.save_hyperparameters(ignore=["dense", "student", "teacher"], logger=False)
-        self._teacher = teacher or TeacherStates(keep=False)
+        self.save_hyperparameters(ignore=["dense", "student"], logger=False)
         self.learning_rate = learning_rate
         self.absolute_learning_rate = absolute_learning_rate
         self.warmup = warmup
@@ -270,8 +268,8 @@ class DistillationStage(FrozenLMStage):
         """Return the loss of each window, (B, T) -> (B,) float32."""
         teacher_hidden = None
         if self.kl:
-            states = self._teacher.hidden(self.lm, ids, in_float32=self.in_float32)
-            teacher_hidden = states.flatten(0, 1)
+            with torch.no_grad():
+                teacher_hidden = final_hidden(self.lm, ids).flatten(0, 1)
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head = self.student.get_output_embeddings()
         transform = LogitTransform.of(self.student)

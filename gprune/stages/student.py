@@ -1,8 +1,4 @@
-"""The two models of a distillation.
-
-`Student` selects the trained weights of a pruned model, and converts it back afterwards. `TeacherStates` has the final
-hidden states of the dense model.
-"""
+"""The student of a distillation: the trained weights of a pruned model, which is converted back afterwards."""
 
 from __future__ import annotations
 
@@ -19,31 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import Part, blocks_of, decoder_layers, fused_rows, fused_tensors
-from gprune.models.losses import final_hidden
-
-
-class TeacherStates:
-    """Final hidden states of the dense model by batch of tokens, shared by all rows of a run.
-
-    With `keep` the model computes a batch once, and the states stay in main memory; otherwise it computes every call.
-    """
-
-    def __init__(self, *, keep: bool):
-        self.keep = keep
-        self._states: dict[bytes, Tensor] = {}
-
-    @torch.no_grad()
-    def hidden(self, model: PreTrainedModel, ids: Tensor, *, in_float32: bool = False) -> Tensor:
-        """Return the states of token ids (B, T), (B, T - 1, H) in the model's dtype.
-
-        States of calls with `in_float32`, which are computed without autocast, are stored separately.
-        """
-        if not self.keep:
-            return final_hidden(model, ids)
-        key = ids.cpu().numpy().tobytes() + (b"float32" if in_float32 else b"")
-        if key not in self._states:
-            self._states[key] = final_hidden(model, ids).cpu()
-        return self._states[key]
 
 
 class Student:

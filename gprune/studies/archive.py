@@ -259,7 +259,7 @@ def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> 
 
 
 def learned_tokens(manifest: Mapping[str, Any]) -> int:
-    """Return the training tokens of the main row's model, as reported by its stages, over all processes."""
+    """Return the training tokens of the final model, as reported by its stages, over all processes."""
     return sum(manifest.get("learned_tokens", {}).values())
 
 

@@ -92,10 +92,8 @@ class Content(BaseModel):
     """Files with settings of all rows."""
     common: dict[str, Any] = {}
     """Settings of all rows, which override `protocol`."""
-    reference: Name | None = None
-    """Row whose stage `base` is the denominator of ratios, for all rows of about the same size."""
     compare: list[Pair] = []
-    """Pairs to compare: a row's name, as in 'a', is its final model; another model of it is named as in 'a: base'."""
+    """Pairs to compare: a row's name, as in 'a', is its final model; another stage of it is named as in 'a: pruned'."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
     """Tables of the report to print; `final` is the summary of the final models alone."""
@@ -110,7 +108,6 @@ class Content(BaseModel):
     def check_rows(self) -> Self:
         """Raise UserError if a key names an unknown row, a name has two meanings, or a task cannot be measured."""
         for key, names in (
-            ("reference", [] if self.reference is None else [self.reference]),
             ("compare", [split_name(name, self.rows)[0] or name for pair in self.compare for name in pair]),
         ):
             if unknown := [name for name in names if name not in self.rows]:
@@ -183,7 +180,7 @@ class Row:
     @property
     def _applied_settings(self) -> dict[str, Any]:
         """Settings of the row, with the precision of lists, without those of pruning for a model made elsewhere."""
-        settings = {"trainer.precision": LISTED_PRECISION} | self.settings
+        settings = {"trainer.precision": LISTED_PRECISION, "evaluation.before_recovery": False} | self.settings
         if self.record is not None:
             return _settings_of_record(self.record) | self.settings
         if self.made_elsewhere is None:

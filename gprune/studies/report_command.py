@@ -15,8 +15,8 @@ from gprune.storage.paths import expanded
 if TYPE_CHECKING:
     from gprune.runs.results import FinishedRun
 
-    # Runs, path of a run -> reference of its list, and the corpora that count as seen in all rows of the list.
-    Argument = tuple[list[Path | FinishedRun], dict[Path, FinishedRun] | None, list[str] | None]
+    # Runs, and the corpora that count as seen in all rows of the list.
+    Argument = tuple[list[Path | FinishedRun], list[str] | None]
 
 log = logging.getLogger("gprune")
 ABOUT = """Make tables (Markdown, CSV) and figures (PNG, SVG) of finished runs, and of records that gprune study stores.
@@ -28,7 +28,6 @@ EXAMPLES = """examples:
   gprune report runs/NAME                                        into runs/NAME/report
   gprune report runs/a runs/b runs/c --output compared           three runs side by side
   gprune report runs/a runs/b --html compared.html               one page, whose tables can be sorted
-  gprune report runs/ours runs/theirs --base runs/theirs         all divided by one base metric
   gprune report mine.yaml:base mine.yaml:ours runs/a             rows of a list, from their records, beside a run
   gprune report runs/records/runs/ours-seed0-0123abcdef.json     one record"""
 MESSAGE_ENDINGS = {}  # keyword arguments of `run_guarded`
@@ -42,11 +41,6 @@ def parser() -> Parser:
     folder = "folder for tables and figures (default: report/ in the run, or beside several runs)"
     result.add_argument("--output", metavar="FOLDER", help=folder)
     result.add_argument("--html", metavar="FILE", help="write a single HTML page instead of a folder")
-    result.add_argument(
-        "--base",
-        metavar="RUN",
-        help="divide by this run's unrecovered base (default: the reference of the list, or each run's own base)",
-    )
     result.add_argument("--records", metavar="FOLDER", help="folder of a list's records (default: as gprune study)")
     seeds = "seeds of rows of a list (default: those of the list)"
     result.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=seeds)
@@ -56,7 +50,7 @@ def parser() -> Parser:
 def run(args: Sequence[str]) -> str:
     """Write tables and figures, and return the tables and the path of the report as text."""
     options = parser().parse_args(args)
-    for name in (*options.runs, *filter(None, [options.base])):
+    for name in options.runs:
         check_exists(name)
     if options.html is not None and options.output is not None:
         raise UserError("--html cannot be combined with --output. Run the command twice.")
@@ -64,12 +58,9 @@ def run(args: Sequence[str]) -> str:
     from gprune.report import page
 
     arguments = [read_argument(name, options.records, options.seeds) for name in options.runs]
-    if options.base is None:
-        base = merge_references(arguments)
-    else:
-        base = base_run(options.base, options.records, options.seeds)
-    seen = arguments[0][2] if all(argument[2] == arguments[0][2] for argument in arguments) else None
-    report = page.make([run for runs, *_ in arguments for run in runs], base=base, seen=seen)
+    first_seen = arguments[0][1]
+    seen = first_seen if all(seen == first_seen for _, seen in arguments) else None
+    report = page.make([run for runs, _ in arguments for run in runs], seen=seen)
     if options.html is not None:
         return f"{report.for_stdout()}\nWrote {page.write_report(report, options.html)}.\n"
     paths = report.write(options.output or default_output([run.path for run in report.runs]))
@@ -106,11 +97,11 @@ def check_exists(name: str) -> None:
 def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -> Argument:
     """Return the runs of an argument, which is a run folder, a record, or rows of a list.
 
-    For a list it also returns the references of the runs, and the corpora that count as seen in all rows.
+    For a list it also returns the corpora that count as seen in all rows.
     """
     from gprune.studies.archive import read_record, record_to_run
     from gprune.studies.listing import Listing
-    from gprune.studies.study import read_study, reference_runs, select_rows
+    from gprune.studies.study import read_study, select_rows
 
     path = expanded(name)
     if (list_and_row := split_list_name(name)) is not None:
@@ -119,41 +110,16 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
         study = read_study(listing, select_rows(listing, None if row is None else [row]))
         for line in study.code_warnings:
             log.warning("%s", line)
-        runs = study.runs
-        selected = [run for run in runs if row in (None, run.name)]  # `runs` may have the reference too
-        if not selected:
+        if not study.runs:
             raise UserError(
                 f"{name} must have records; got none. Run them with `gprune study {list_path}`, or give --records."
             )
-        return selected, reference_runs(listing.content.reference, runs), listing.content.seen
+        return study.runs, listing.content.seen
     if not path.is_file():
-        return [path], None, None
+        return [path], None
     if (record := read_record(path)) is None:
         raise UserError(f"Cannot read '{name}': the file is not a record of gprune study.")
-    return [record_to_run(record)], None, None
-
-
-def merge_references(arguments: Sequence[Argument]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
-    if any(references is None for _, references, _ in arguments):
-        return None
-    merged: dict[Path, FinishedRun] = {}
-    for _, references, _ in arguments:
-        for path, reference in references.items():
-            if (other := merged.setdefault(path, reference)).path != reference.path:
-                raise UserError(
-                    f"Lists that share the record {path.name} must have one reference for it; got {other.path.name} "
-                    f"and {reference.path.name}. Report one list at a time."
-                )
-    return merged
-
-
-def base_run(name: str, records: str | None, seeds: Sequence[int] | None) -> Path | FinishedRun:
-    """Return the run of `--base`; UserError if the argument names several runs."""
-    runs, *_ = read_argument(name, records, seeds)
-    if len(runs) > 1:
-        raise UserError(f"--base must be one run; got {len(runs)} runs for {name}. Use the record of one seed.")
-    return runs[0]
+    return [record_to_run(record)], None
 
 
 def default_output(runs: Sequence[Path]) -> Path:

@@ -174,7 +174,7 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
-    derived = ("geometric_means", "unseen_over_base_same_recovery")  # can be computed from the records
+    derived = ("geometric_means",)  # can be computed from the records
     summary = {name: value for name, value in result.summary.items() if name not in derived}
     keeps_masks = result.masks and (row.masks or existing["masks"])
     record = {
@@ -297,7 +297,7 @@ def _measure_models(row: Row, folder: Path, benchmarks: Benchmarks, *, dense: bo
     """Measure the tasks on the dense model of a row, or on the row's own model."""
     if row.made_elsewhere is None:
         return measurement.evaluate(str(folder), benchmarks, dense=dense, pruned=not dense)[0]
-    about = {"model": model_label(row.config.model.name), "stage": "model", "recovery": "none"}
+    about = {"model": model_label(row.config.model.name), "stage": "measured", "recovery": "none"}
     if dense:
         about |= {"stage": "dense", "sparsity": 0.0}
     name = row.config.model.name if dense else row.made_elsewhere

@@ -17,12 +17,11 @@ from gprune.benchmarks.subjects import task_numbers
 from gprune.config import effective_settings
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
-from gprune.report.grouping import format_setting, same_size
+from gprune.report.grouping import format_setting
 from gprune.report.page import Report, of_runs
 from gprune.report.tables import (
     Estimate,
     Table,
-    base_records,
     corpora_table,
     group_frame,
     in_markdown,
@@ -146,38 +145,33 @@ class StudyResult:
         and tasks, the columns do not depend on which rows are finished.
 
         Args:
-            stages: whether to add a line for each other row of their result tables, such as `dense` and controls.
+            stages: whether to add a line for each other stage of the model: `dense`, and `pruned` if it was measured.
             means: whether to add a line for each row with several seeds, whose `seed` is `mean`: means over seeds with
                 intervals over seeds, as in the tables, and other values if all seeds have them.
         """
         runs = self.runs
-        bases = reference_runs(self.listing.content.reference, runs)
         labels = corpus_labels({r["corpus"] for run in runs for r in run.records})
         differing = self._differing_settings()
         all_lines = []
         for run, (row, record) in zip(runs, self.done, strict=True):
-            lines = row_lines(
-                run.records, run.settings, run.summary, run.steps, base=base_records(run, bases), labels=labels
-            )
+            lines = row_lines(run.records, run.settings, run.summary, run.steps, labels=labels)
             tasks = task_numbers(task_results(row, record))
-            for line, prefix in ((lines[0], "rows/dense/"), (lines[-1], "final/")):
+            for line, prefix in ((lines[0], "dense/"), (lines[-1], "final/")):
                 of_line = {name: value for name, value in tasks.items() if name.startswith(prefix)}
                 line.update({f"tasks/{name.removeprefix(prefix)}": value for name, value in of_line.items()})
             identity = {"row": row.name, "record": str(run.path)}
             selected = lines if stages else lines[-1:]
-            # A line's own recovery and metric are those of its variant.
+            # A line's own recovery and metric are those of its stage.
             of_row = {flag: value for flag, value in differing[row.name].items() if flag not in lines[0]}
             all_lines += [identity | line | of_row for line in selected]
         if means:
-            all_lines += self._mean_lines(all_lines, bases, labels)
+            all_lines += self._mean_lines(all_lines, labels)
         return line_frame(all_lines)
 
-    def _mean_lines(
-        self, lines: Sequence[Line], bases: Mapping[Path, FinishedRun] | None, labels: Mapping[str, str]
-    ) -> list[Line]:
+    def _mean_lines(self, lines: Sequence[Line], labels: Mapping[str, str]) -> list[Line]:
         """Return a line with the means over seeds of the final model of each row with several seeds."""
         groups = self.report.groups
-        numbers = group_frame(groups, bases)
+        numbers = group_frame(groups)
         mean_lines = []
         for place, group in enumerate(groups):
             if len(group.runs) == 1:
@@ -222,7 +216,7 @@ def load_study(
     Args:
         path: the list, a YAML file.
         seeds: seeds of all rows; by default those of the list.
-        rows: names of the rows to read, in addition to the reference of the list; by default all.
+        rows: names of the rows to read; by default all.
         records: the folder of records; by default that of `gprune study`.
         flags: flags of `train.py`, such as `["--sparsity.target=0.3"]`, as after `--` of `gprune study`.
 
@@ -255,9 +249,8 @@ def select_rows(listing: Listing, names: Iterable[str] | None, *, what: str = "T
 
 
 def read_study(listing: Listing, rows: Sequence[Row]) -> StudyResult:
-    """Read the records of selected rows and of the list's reference."""
-    with_reference = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
-    return StudyResult(listing, [find_records(row) for row in with_reference])
+    """Read the records of selected rows."""
+    return StudyResult(listing, [find_records(row) for row in rows])
 
 
 def make_report(listing: Listing, done: FinishedRows) -> Report:
@@ -265,16 +258,7 @@ def make_report(listing: Listing, done: FinishedRows) -> Report:
     content = listing.content
     runs = [row_to_run(row, record, content.seen) for row, record in done]
     _check_text(done)
-    return of_runs(runs, bases=reference_runs(content.reference, runs), seen=content.seen)
-
-
-def reference_runs(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run with the same seed, if both have `same_size`; None for no reference."""
-    if reference is None:
-        return None
-    references = {run.seed: run for run in runs if run.name == reference}
-    pairs = [(run, references[run.seed]) for run in runs if run.seed in references]
-    return {run.path: reference_run for run, reference_run in pairs if same_size(run, reference_run)}
+    return of_runs(runs, seen=content.seen)
 
 
 def _check_text(done: FinishedRows) -> None:
@@ -310,7 +294,7 @@ def study_tables(listing: Listing, report: Report) -> list[Table]:
 
 
 def final_table(report: Report) -> Table:
-    """Table with the lines of the summary that have the final models of rows, without dense models and controls."""
+    """Table with the lines of the summary that have the final models of rows, without other stages."""
     summary = report.tables[0]
     final = {(group.name, row_name(*result_rows(group.runs[0])[-1])) for group in report.groups}
     rows = [row for row in summary.rows if (row[0], row[1]) in final]
@@ -382,7 +366,7 @@ def pair_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: st
 def _find_row(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], ResultRow]:
     """Find the runs and the row of their result table that a name of `compare` refers to.
 
-    `ours` is the main row of the list's row `ours`, and `ours: base` another one.
+    `ours` is the final model of the list's row `ours`, and `ours: pruned` the one before recovery.
     """
     row, model = split_name(name, {run.name for run in runs})
     runs_of_row = [run for run in runs if run.name == row]

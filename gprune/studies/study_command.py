@@ -18,7 +18,6 @@ Run folders share calibration through the cache."""
 EXAMPLES = """A list is a YAML file such as mine.yaml (docs/experiments.md has all keys):
   protocol: protocol          # settings of all rows, by file or name: which text is used, and how much
   common: {importance: taylor}
-  reference: base             # ratios are to this row's base before recovery
   rows:
     base: {gprune: false}
     ours: {}
@@ -49,7 +48,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of all rows (default: those of the list)")
-    add("--only", nargs="+", metavar="ROW", help="run only these rows; print them and the reference (default: all)")
+    add("--only", nargs="+", metavar="ROW", help="run only these rows; print them (default: all)")
     add("--part", metavar="I/N", help="run every N-th row from the I-th on, as one of N machines")
     folder = "folder of records (default: runs/records; experiments/records for lists in experiments/)"
     add("--records", metavar="FOLDER", help=folder)

@@ -148,7 +148,7 @@ def test_inference_compares_the_dense_model_with_a_pruned_folder(tmp_path, capsy
 def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path):
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
-    run = world.run(tmp_path / "runs", "--gprune=false", "--evaluation.controls=[]")
+    run = world.run(tmp_path / "runs", "--gprune=false", "--evaluation.before_recovery=false")
     pair = models.pair_of(replace(SMALL, model="smollm2-135m", run=str(run.path)))
     assert pair.how == f"{world.model}, pruned as in run"
     assert [m.config.intermediate_size for m in pair.models.values()] == [tiny_run.NEURONS, tiny_run.NEURONS // 2]
@@ -200,11 +200,11 @@ def train_py(monkeypatch):
         folder.mkdir()
         passes = {"forward_tokens": 1000, "seconds": 20.0}
         other_seconds = seconds_of_run[precision] - 40.0
-        steps = {"calibrate": passes, "evaluate_unrecovered": passes, "learn": {"seconds": other_seconds}}
+        steps = {"calibrate": passes, "evaluate_pruned": passes, "learn": {"seconds": other_seconds}}
         chosen = {"auto": "bf16-mixed"}.get(precision, precision)
         manifest = {"steps": steps, "settings": {"trainer": {"precision": chosen}}}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        rows = {("base", "none"): 40.0, ("gprune", "distill"): 12.0 if precision == "auto" else 10.0}
+        rows = {("dense", "none"): 40.0, ("recovered", "distill"): 12.0 if precision == "auto" else 10.0}
         records = [
             {"stage": stage, "recovery": recovery, "perplexity": value, "seen": False}
             for (stage, recovery), value in rows.items()

@@ -77,11 +77,11 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
             assert r["tokens_per_second"] == pytest.approx(tokens / r["seconds"])
         for batch in (1, 3):
             prefill, decode, total = (
-                records[f"transformers {kind}", batch, "base"]["seconds"] for kind in ("prefill", "decode", "generate")
+                records[f"transformers {kind}", batch, "pruned"]["seconds"] for kind in ("prefill", "decode", "generate")
             )
             # There is one round, so the times are of one answer: prefill gives the first of its four tokens.
             assert total == pytest.approx(prefill + 3 * decode, rel=0.01)
-        assert records["transformers:nemotron-nas decode", 1, "base"]["engine_class"] == "DeciLMForCausalLM"
+        assert records["transformers:nemotron-nas decode", 1, "pruned"]["engine_class"] == "DeciLMForCausalLM"
         assert records["transformers decode", 1, "dense"]["engine_class"] == "LlamaForCausalLM"
 
 

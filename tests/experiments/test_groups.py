@@ -15,7 +15,7 @@ from tests.studies.workbench import fake_run
 def test_a_group_has_the_geometric_mean_of_its_kinds():
     dense = {name: [10.0, 30.0] for name in KINDS}  # of 10 tokens each, so 2 nats per token
     pruned = {name: [nll + 10 * (name in groups.ALONE) for nll in windows] for name, windows in dense.items()}
-    result = dict(zip(groups.GROUPS, groups.ratios(fake_run("a", {"dense": dense, "gprune": pruned})), strict=True))
+    result = dict(zip(groups.GROUPS, groups.ratios(fake_run("a", {"dense": dense, "pruned": pruned})), strict=True))
     assert result["English*"] == result["English"] == pytest.approx(1)
     assert [result[name] for name in ("C*", "French*", "Rust", "German")] == [pytest.approx(math.e)] * 4
     assert result["all ten*"] == pytest.approx(math.e ** (2 / 10))

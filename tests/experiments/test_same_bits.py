@@ -24,7 +24,7 @@ ONE, OTHER = "owl_protect", "reconstruction"  # names of two configurations, whi
 def runs(world, shared_cache, tmp_path_factory):
     """Return a folder with the run folders `first`, `again` and, with another seed, `seed`."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ("--recovery=least_squares", "--evaluation.controls=[]")
+    flags = ("--recovery=least_squares", "--evaluation.before_recovery=false")
     for name, seed in (("first", 0), ("again", 0), ("seed", 1)):
         assert tiny_run.main(world.args(folder, *flags, f"--run.seed={seed}", name=name)) == 0
     return folder

@@ -18,7 +18,7 @@ A, B = 2.5, 0.12
 def run_with(name: str, number_of_tokens: int, loss: float, *, repeat: bool = False):
     """A run whose last stage is `loss` nats per token above dense, in two windows of 10 predicted tokens."""
     dense = [20.0, 30.0]
-    run = fake_run(name, {"dense": {"a": dense}, "gprune": {"a": [nll + 10 * loss for nll in dense]}})
+    run = fake_run(name, {"dense": {"a": dense}, "pruned": {"a": [nll + 10 * loss for nll in dense]}})
     settings = run.settings | {"distill": {"repeat": repeat} if repeat else {}}
     return replace(run, summary={"learned_tokens": number_of_tokens}, settings=settings)
 
@@ -30,7 +30,7 @@ def law(number_of_tokens: int) -> float:
 @pytest.fixture
 def runs():
     """Two models in mixed order. The last row of the first model repeats its text and is 5 % worse than the law."""
-    base = fake_run("m, base", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [40.0, 60.0]}})
+    base = fake_run("m, base", {"dense": {"a": [20.0, 30.0]}, "pruned": {"a": [40.0, 60.0]}})
     base = replace(base, summary={"learned_tokens": 0})
     rows = [run_with(f"m, {d}", d, law(d)) for d in (4000, 1000, 2000)]
     return [base, *rows, run_with("m, 8k", 8000, law(8000) + math.log(1.05), repeat=True), run_with("n, 1k", 1000, 0.5)]

@@ -24,8 +24,13 @@ FLAGS = [
 
 
 def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_the_size_in_bfloat16():
-    run = fake_run("share, 20 %", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [22.0, 33.0]}})
-    seconds = {("dense", "prefill"): 4.0, ("dense", "decode"): 0.5, ("base", "prefill"): 2.0, ("base", "decode"): 0.25}
+    run = fake_run("share, 20 %", {"dense": {"a": [20.0, 30.0]}, "pruned": {"a": [22.0, 33.0]}})
+    seconds = {
+        ("dense", "prefill"): 4.0,
+        ("dense", "decode"): 0.5,
+        ("pruned", "prefill"): 2.0,
+        ("pruned", "decode"): 0.25,
+    }
     records = [
         {"stage": stage, "task": task, "batch": batch, "prompt": 128, "seconds": value * batch}
         for (stage, task), value in seconds.items()

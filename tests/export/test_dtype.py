@@ -80,7 +80,7 @@ def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
 def test_a_float32_run_exports_in_the_dtype_of_the_checkpoint_unless_export_dtype_is_given(tmp_path, capsys):
     world = tiny_run.make_world(tmp_path)
     AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16).save_pretrained(world.model)
-    flags = ("--gprune=false", "--evaluation.controls=[]")
+    flags = ("--gprune=false", "--evaluation.before_recovery=false")
     with tiny_run.isolated(tmp_path / "cache"):
         result = world.run(tmp_path / "runs", *flags)
         assert f"{result.path / 'model'}, in bfloat16." in capsys.readouterr().out

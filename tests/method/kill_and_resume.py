@@ -10,8 +10,7 @@ sampled evenly from each kind.
 A trial is one run folder. Its run is killed at later and later points. After each kill the run is started again and
 has to resume. The last start has to finish. Every other trial has its own cache; the remaining trials share one cache.
 Compared are masks, thresholds, modules, statistics, model and records, and the token counts if the trial has its own
-cache. Forward tokens may be more than expected, because a session that distills another row computes the teacher's
-states again.
+cache.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ BATCHES = (
 TAUGHT_TOKENS = 960  # --distill.tokens
 KINDS = ("step entered", "batch", "half written", "before rename", "after rename")
 TOKENS = "metrics.json: tokens"  # key of the token counts among the digests
-RESULTS = ("masks/*", "statistics/*", "recovery/*", "*.safetensors", "model/*.safetensors", "model/config.json")
+RESULTS = ("statistics/*", "recovery/*", "*.safetensors", "model/*.safetensors", "model/config.json")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ FLAGS = {  # flags -> words of the message; types and ranges are tested in `test
     "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),
     "--sparsity.protect=[0,-1]": ("sparsity.target", "2 blocks keep everything", "at most 0.33"),
     "--reliability.everywhere=true --reliability.switch=false": ("reliability.everywhere", "reliability.switch"),
-    "--evaluation.controls=[none]": ("evaluation.controls", "averaged", "none"),
+    "--evaluation.controls=[base]": ("evaluation.controls", "--evaluation.before_recovery", "first_look.yaml"),
     "--trainer.strategy=nonsense": ("trainer", "'nonsense'"),
     "--trainer.accelerator=abacus": ("trainer", "'abacus'"),
     "--run.name=/tmp/elsewhere": ("run.name",),

@@ -97,7 +97,7 @@ def write_other_content(file: Path) -> None:
 DAMAGES = [truncate, empty, flip_one_bit, write_text, write_other_content]
 RESULTS = (  # files that are recomputed
     "cache/statistics/*.safetensors", "cache/evaluations/*.json", "runs/run/*.safetensors", "runs/run/metrics.json",
-    "runs/run/statistics/*.safetensors", "runs/run/masks/*.safetensors",
+    "runs/run/statistics/*.safetensors", "runs/run/masks.safetensors",
 )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def replace_by_pickle(name: str) -> Callable[[Path], object]:
 
 
 def change_masks(run: Path) -> None:
-    file = run / "masks/gprune.safetensors"
+    file = run / "masks.safetensors"
     write_tensors(file, {name: ~t for name, t in read_tensors(file).items()})
 
 

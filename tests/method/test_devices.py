@@ -119,7 +119,7 @@ def world(tmp_path_factory):
 def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeypatch):
     """The run also removes KV groups, recovers by least squares and distillation, and exports the model."""
     flags = ("--sparsity.scope=attention+ffn", "--recovery=[least_squares,distill]", "--distill.tokens=384")
-    flags += ("--evaluation.controls=[]", "--evaluation.curve=[]")
+    flags += ("--evaluation.before_recovery=false", "--evaluation.curve=[]")
     expected = world.run(tmp_path, *flags, name="cpu")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     load = gprune.method.inputs.load_without_tokenizer

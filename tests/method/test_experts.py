@@ -65,8 +65,7 @@ def test_a_run_removes_experts_of_lowest_reap_exports_a_stock_folder_and_reports
     flags = [*ALONE, f"--corpora.score={corpora}", "--recovery=[least_squares,distill]", "--distill.tokens=512"]
     result = world.run(tmp_path, model_of(world, "qwen2_moe"), *flags, "--logging.mode=offline")
     assert {(row["stage"], row["recovery"]) for row in result.records} == {
-        ("dense", "none"), ("base", "least_squares+distill"), ("averaged", "least_squares+distill"),
-        ("base", "none"), ("averaged", "none"),
+        ("dense", "none"), ("pruned", "none"), ("recovered", "least_squares+distill"),
     }  # fmt: skip
     # The experts with the lowest REAP score, by the pooled statistics of both corpora.
     for layer, mask in enumerate(result.masks.ffn[0::2]):  # experts and shared experts of each layer

@@ -31,12 +31,12 @@ def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tm
         assert len({step for step, _ in tally.kills}) == tally.kills.total() == 5
         # The comparison detects other masks, and the run refuses them.
         trial = tmp_path / "uninterrupted"
-        file = trial / "run/masks/base.safetensors"
+        file = trial / "run/masks.safetensors"
         before, masks = digests(trial / "run"), artifacts.read_tensors(file)
         masks["ffn.0"][0] ^= True
         artifacts.write_tensors(file, masks)
         tally.compare(trial, digests(trial / "run"), before)
-        assert tally.differing == ["uninterrupted: masks/base.safetensors"]
+        assert tally.differing == ["uninterrupted: masks.safetensors"]
         with pytest.raises(SystemExit, match="it has other masks"):
             launcher.end(trial, tmp_path / "cache")
 
@@ -65,7 +65,7 @@ def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
     world, script = tiny_run.make_world(tmp_path), tmp_path / "save_and_exit.py"
     script.write_text(KILLED_AT_CHECKPOINT)
     flags = ["--recovery=distill", "--distill.tokens=576", "--run.checkpoint_minutes=0", "--export=none"]
-    flags += ["--gprune=false", "--evaluation.controls=[]"]
+    flags += ["--gprune=false", "--evaluation.before_recovery=false"]
 
     def run(name: str, *, kill: bool = False) -> None:
         args = world.args(tmp_path, *flags, name=name)

@@ -39,8 +39,8 @@ LEARNS = ("--sparsity.epochs=6", "--recovery=distill", "--distill.tokens=576", "
 
 
 def flags(world, folder, *more, name="run"):
-    """Return the flags of a run without export and controls."""
-    return world.args(folder, "--export=none", "--evaluation.controls=[]", *more, name=name)
+    """Return the flags of a run without export and without numbers before recovery."""
+    return world.args(folder, "--export=none", "--evaluation.before_recovery=false", *more, name=name)
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -219,12 +219,12 @@ def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, mon
     assert [stopped["batches"] for stopped in result.summary["stopped"].values()] == [4, 4]
     assert Path(saving.best_model_path).is_file()
     folder = Path(saving.best_model_path).parent.relative_to(result.path).as_posix()
-    assert re.fullmatch(r"checkpoints/recovery/gprune\+distill-\w{8}-DistillationStage", folder)
+    assert re.fullmatch(r"checkpoints/recovery/distill-\w{8}-DistillationStage", folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     names = events.Tags()["scalars"]
-    assert {"learn/loss", "distill/gprune/loss", "development/perplexity", "partition/hard_consistency"} <= {*names}
+    assert {"learn/loss", "distill/loss", "development/perplexity", "partition/hard_consistency"} <= {*names}
     points = sorted(event.value for event in events.Scalars("development/perplexity"))
     assert points == pytest.approx(sorted(logged(result.path / "csv", "development/perplexity")))
     assert any(name.startswith("figures/") for name in events.Tags()["images"])
@@ -241,7 +241,7 @@ def test_a_run_from_the_command_line_uses_callbacks_and_loggers_by_class_path(wo
     assert tiny_run.main(flags(world, tmp_path, *LEARNS, *trainer_flags)) == 0
     run = tmp_path / "run"
     assert logged(run / "mine", "development/perplexity") == logged(run / "csv", "development/perplexity")
-    assert logged(run / "csv", "lr-AdamW/gprune/pg1") or logged(run / "csv", "lr-AdamW/gprune")
+    assert logged(run / "csv", "lr-AdamW/pg1") or logged(run / "csv", "lr-AdamW")
     assert len(list((run / "checkpoints").rglob("*.ckpt"))) == 2
     assert list(run.rglob("events.out.tfevents.*"))
 
@@ -285,17 +285,6 @@ def test_a_fast_dev_run_trains_on_one_batch_and_calibrates_on_all_windows(world,
     assert manifest["learning"]["steps"] == 1
     assert all(int(s.ffn[0].total.count) == 4 * 32 for s in result.statistics.values())
     assert not list((result.path / "checkpoints").rglob("*.ckpt"))
-
-
-def test_controls_log_their_development_curves_separately_from_the_main_row(world, tmp_path):
-    more = ("--evaluation.controls=[averaged]", "--logging.mode=disabled", *LEARNS[1:3])
-    run = prune(parse(world.args(tmp_path, "--export=none", *more))).path
-    tokens, perplexities = (logged(run / "csv", f"controls/averaged/{name}") for name in ("tokens", "perplexity"))
-    assert len(tokens) == len(perplexities) > 2
-    assert [tokens[0], tokens[-1]] == [0, 576]
-    assert tokens == sorted(set(tokens))
-    assert len(logged(run / "csv", "development/perplexity")) > 2
-    assert not logged(run / "csv", "controls/gprune/perplexity")
 
 
 def test_an_object_that_is_not_a_logger_is_refused(world, tmp_path):

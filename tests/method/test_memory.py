@@ -28,7 +28,7 @@ from tests import tiny_run
 from tests.tiny_families import make_tiny
 
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
-TRAINED = "--gprune=false --evaluation.controls=[] --recovery=distill"  # without Gram matrices
+TRAINED = "--gprune=false --evaluation.before_recovery=false --recovery=distill"  # without Gram matrices
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("vocab_size", "flags"),
     [
-        (4096, "--evaluation.controls=[base] --trainer.precision=bf16-mixed"),
+        (4096, "--trainer.precision=bf16-mixed"),
         (4096, "--model.dtype=bfloat16 --recovery=distill --distill.targets=mlp --sparsity.scope=attention+ffn"),
         (4096, "--importance=taylor --recovery=least_squares --gprune=false"),
         # Three quarters of the peak are activations of layers, or a third is AdamW's moments.
@@ -90,8 +90,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(vocab_siz
     cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *short, *flags.split()))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)
-    # Controls are recovered inside the step "evaluate".
-    peaks = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
+    peaks = {"calibrate": measured["calibrate"], "recover": measured["shrink"]}
     peaks |= {"learn": measured["thresholds"]} if cfg.learns else {}
     predicted = {step: sum(terms) for step, terms in estimated_peaks(make_plan(cfg)).items()}
     assert {name: predicted[name] for name in peaks} == pytest.approx(peaks, rel=0.25)

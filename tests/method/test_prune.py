@@ -31,7 +31,7 @@ from gprune.method.evaluate import leaks
 from gprune.method.plan import make_plan
 from gprune.method.run import open_run
 from gprune.models.blocks import blocks_of
-from gprune.models.masks import Masks, masked
+from gprune.models.masks import masked
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 
@@ -62,7 +62,7 @@ def digests(folder, *patterns):
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-RESULTS = ("masks/*.safetensors", "thresholds.safetensors", "assignment.safetensors", "modules.safetensors")
+RESULTS = ("masks.safetensors", "thresholds.safetensors", "assignment.safetensors", "modules.safetensors")
 
 
 @contextmanager
@@ -83,10 +83,9 @@ def counted_forwards():
 
 def test_a_run_folder_is_complete(finished):
     path = finished.path
-    for name in ("config.yaml", "manifest.json", "assignment.safetensors", "thresholds.safetensors", "metrics.json"):
+    tensors = [f"{name}.safetensors" for name in ("assignment", "thresholds", "masks")]
+    for name in ("config.yaml", "manifest.json", "metrics.json", *tensors):
         assert (path / name).is_file(), name
-    for stage in ("base", "averaged", "gprune"):
-        assert (path / f"masks/{stage}.safetensors").is_file()
     assert len(list((path / "statistics").glob("*.safetensors"))) == 3
     assert (path / "model/config.json").is_file()
     names = [file.name for file in path.rglob("*")]
@@ -124,7 +123,7 @@ def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, w
     assert all(set(r) >= FIELDS for r in records)
     rows = [(r["stage"], r["corpus"]) for r in records]
     corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
-    assert set(rows) == {(s, c) for s in ("dense", "base", "averaged", "gprune") for c in corpora}
+    assert set(rows) == {(s, c) for s in ("dense", "pruned") for c in corpora}
     assert len(rows) == len(set(rows))
     for r in records:
         assert r["seen"] == (r["corpus"] == corpora[0])
@@ -174,7 +173,7 @@ def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_ta
     assert restarted.masks == finished.masks
     out, err = capsys.readouterr()
     assert err == ""
-    assert {"dense", "base", "averaged", "gprune"} <= set(out.split())
+    assert {"dense", "pruned"} <= set(out.split())
     assert f"Removed 50.00% of ffn, {finished.summary['sparsity_of_model']:.2%} of the model" in out
     assert str(finished.path / "model") in out
 
@@ -240,10 +239,6 @@ def check_budget(result, dense, slack=1):
     assert before - after == units.removed_by(result.masks) - added_by_recovery
 
 
-def masks_of(result, stage):
-    return Masks.from_tensors(gprune.storage.files.read_tensors(result.path / f"masks/{stage}.safetensors"))
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_meets_the_budget(name, run_with_option, dense):
     # Neurons that can be removed only together: four by the width multiple, or one in each of the three blocks.
@@ -271,47 +266,48 @@ def test_equal_allocation_removes_the_same_share_of_every_module(run_with_option
 
 
 @pytest.mark.parametrize("name", ["uniform", "global"])
-def test_with_a_fixed_allocation_modules_keep_as_many_neurons_as_in_the_base_masks(name, run_with_option):
+def test_with_a_fixed_allocation_modules_keep_as_many_neurons_as_in_the_base_masks(
+    name, run_with_option, world, tmp_path
+):
     result = run_with_option(name)
-    base = masks_of(result, "base")
-    for labels, mask, base_mask in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
+    base = world.run(tmp_path, "--gprune=false", f"--sparsity.allocation={name}", "--export=none")
+    for labels, mask, base_mask in zip(result.modules.labels, result.masks.ffn, base.masks.ffn, strict=True):
         assert torch.equal(labels[mask].bincount(), labels[base_mask].bincount())
-    assert {(r["stage"], r["allocation"]) for r in result.records if r["stage"] in ("base", "gprune")} == {
-        ("base", name), ("gprune", name),
-    }  # fmt: skip
+    assert {r["allocation"] for r in result.records} == {None, name}
 
 
-def test_sparsity_start_is_the_allocation_of_the_base_masks(run_with_option):
-    result = run_with_option("started")
-    assert masks_of(result, "base") == masks_of(run_with_option("global"), "base")
-    assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"global"}
-    assert {r["allocation"] for r in result.records if r["stage"] == "gprune"} == {"learned"}
+def test_learning_starts_from_the_base_masks_that_are_allocated_by_sparsity_start(run_with_option, world, tmp_path):
+    """Without a step, the learned masks of one module per block are the base masks."""
+    flags = ["--partition.num_modules=1", "--reliability.switch=false", "--export=none"]
+    flags.append("--sparsity.learning_rate=1e-9")
+    for start in ("uniform", "global"):
+        learned = world.run(tmp_path, f"--sparsity.start={start}", *flags, name=f"learned-{start}")
+        base = world.run(tmp_path, "--gprune=false", f"--sparsity.start={start}", "--export=none", name=start)
+        assert learned.masks == base.masks
+        assert {r["allocation"] for r in base.records} == {None, start}
+        assert {r["allocation"] for r in learned.records} == {None, "learned"}
 
 
-def test_a_protected_block_keeps_all_neurons_in_every_row(run_with_option):
+def test_a_protected_block_keeps_all_neurons(run_with_option):
     """Half of the 480 neurons stay: 160 in the protected block, and 80 in the other two."""
-    result = run_with_option("protected")
-    for stage in ("base", "averaged", "gprune"):
-        masks = masks_of(result, stage)
-        assert bool(masks.ffn[0].all())
-        assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
+    masks = run_with_option("protected").masks
+    assert bool(masks.ffn[0].all())
+    assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
 
 
-def test_with_attention_in_scope_all_masks_remove_kv_groups_and_learned_offsets_are_loaded(run_with_option, world):
+def test_with_attention_in_scope_masks_remove_kv_groups_and_learned_offsets_are_loaded(run_with_option, world):
     result = run_with_option("attention_both")
-    for masks in (result.masks, masks_of(result, "base")):
-        assert not all(bool(m.all()) for m in masks.attention)
-        assert all(bool(m.any()) for m in (*masks.attention, *masks.ffn))
+    assert not all(bool(m.all()) for m in result.masks.attention)
+    assert all(bool(m.any()) for m in (*result.masks.attention, *result.masks.ffn))
     restarted = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
     assert restarted.masks == result.masks  # from the stored thresholds and offsets
 
 
 @pytest.mark.slow
-def test_all_rows_remove_the_same_block_whose_thresholds_stay_finite(run_with_option):
+def test_a_whole_block_is_removed_and_its_thresholds_stay_finite(run_with_option):
     result = run_with_option("blocks")
     removed = [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept]
     assert removed in ([1], [2])  # block 0 is protected
-    assert [masks_of(result, "base").blocks, masks_of(result, "averaged").blocks] == [result.masks.blocks] * 2
     assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
     # A point of the sparsity curve may keep the block, so its thresholds must not be those of modules whose neurons are
     # all removed. These are logits of 1 - 0.25 / neurons, and no module has fewer than 32 neurons.
@@ -357,25 +353,28 @@ def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_opt
 
 
 @pytest.mark.parametrize("recovery", ["bias", "least_squares"])
-def test_every_pruned_row_is_evaluated_with_and_without_recovery(recovery, run_with_option, finished):
+def test_a_run_measures_the_dense_the_pruned_and_the_recovered_model(recovery, run_with_option, finished):
     result = run_with_option(recovery)
-    rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
-    pruned_rows = {(stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)}
-    assert set(rows) == {("dense", "none")} | pruned_rows
+    stages = dict.fromkeys((r["stage"], r["recovery"]) for r in result.records)
+    assert list(stages) == [("dense", "none"), ("pruned", "none"), ("recovered", recovery)]
     assert result.masks == finished.masks  # recovery comes after the masks
-    unrecovered = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
+    without = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
     for r in result.records:
-        is_equal = r["nll"] == unrecovered[r["stage"], r["corpus"]]
-        assert is_equal == (r["recovery"] == "none"), r["stage"]
+        if r["stage"] == "recovered":
+            assert r["nll"] != without["pruned", r["corpus"]]
+        else:
+            assert r["nll"] == without[r["stage"], r["corpus"]]
 
 
-def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(world, tmp_path, run_with_option):
-    """A control such as `averaged` is then evaluated only with recovery. The losses do not depend on the controls."""
-    result = world.run(tmp_path, "--recovery=bias", "--evaluation.controls=[averaged]")
-    rows = {(r["stage"], r["recovery"]) for r in result.records}
-    assert rows == {("dense", "none"), ("averaged", "bias"), ("gprune", "bias")}
-    full = {(r["stage"], r["recovery"], r["corpus"]): r["nll"] for r in run_with_option("bias").records}
-    assert all(r["nll"] == full[r["stage"], r["recovery"], r["corpus"]] for r in result.records)
+def test_the_pruned_model_is_not_measured_without_the_flag_and_in_its_place_if_it_is_asked_for_later(
+    world, tmp_path, run_with_option
+):
+    """The flag does not identify a run, so the same folder gets the missing stage. Numbers do not depend on it."""
+    flags, full = ["--recovery=bias", "--export=none"], run_with_option("bias").records
+    without = world.run(tmp_path, *flags, "--evaluation.before_recovery=false")
+    assert without.records == [r for r in full if r["stage"] != "pruned"]
+    assert make_plan(without.config).forward_tokens < make_plan(run_with_option("bias").config).forward_tokens
+    assert world.run(tmp_path, *flags).records == full
 
 
 def test_with_one_drift_corpus_drift_is_zero_and_no_module_is_switched(world, tmp_path, dense):
@@ -413,7 +412,8 @@ def test_presets_meet_the_budget_and_compute_the_masked_model(name, preset, dens
     assert result.modules is None
     recoveries = {"none", "bias"} if name == "FLAP" else {"none"}
     rows = {(r["stage"], r["recovery"]) for r in result.records}
-    assert rows == {("dense", "none"), *(("base", recovery) for recovery in recoveries)}
+    stages = {"none": "pruned", "bias": "recovered"}
+    assert rows == {("dense", "none"), *((stages[recovery], recovery) for recovery in recoveries)}
     with masked(dense, result.masks), torch.inference_mode():
         difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
     assert (difference <= 1e-4) == (name != "FLAP")  # FLAP adds biases to compensate for removed units
@@ -461,14 +461,14 @@ def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_res
     result = world.run(tmp_path, *flags)
     check_budget(result, dense)
     plan = make_plan(result.config)
-    # Errors of blocks are measured on four windows of each corpus: one corpus for `base`, all for the other two rows.
-    windows = 4 * (1 + 2 * len(result.config.corpora.drift))
+    # Errors of blocks are measured on four windows of each drift corpus.
+    windows = 4 * len(result.config.corpora.drift)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     widths = [int(keep.sum()) for keep in result.masks.ffn]
     assert len({*widths}) > 1
     assert sum(widths) == result.masks.ffn[0].numel() * len(widths) // 2
-    assert {path.stem for path in result.path.glob("errors_*")} == {"errors_base", "errors_averaged", "errors_modules"}
+    assert {path.stem for path in result.path.glob("errors_*")} == {"errors_modules"}
     (result.path / "metrics.json").unlink()
     assert world.run(tmp_path, *flags).masks == result.masks
 
@@ -478,7 +478,7 @@ def test_drift_and_leaks_are_measured_and_logged_once_by_a_run_that_is_resumed(w
     monkeypatch.setattr(
         "gprune.method.evaluate.leaked_share_of_windows", lambda evaluated, *_: calls.append(evaluated) or 0.5
     )
-    flags = ["--recovery=bias", "--evaluation.controls=[unrecovered]", "--export=none"]
+    flags = ["--recovery=bias", "--export=none"]
     with monkeypatch.context() as patch:
         patch.setattr("gprune.method.prune.prune_and_recover", interrupt)
         assert tiny_run.main(world.args(tmp_path, *flags)) == 130
@@ -501,7 +501,7 @@ def test_records_of_reconstruction_have_the_ridge_of_its_errors_without_least_sq
     flags = ["--gprune=false", "--sparsity.allocation=reconstruction", "--export=none"]
     by_ridge = {ridge: world.run(tmp_path, *flags, f"--ridge={ridge}", name=f"ridge-{ridge}") for ridge in (0.01, 100)}
     for ridge, result in by_ridge.items():
-        assert {r["stage"]: r["ridge"] for r in result.records} == {"dense": None, "base": ridge}
+        assert {r["stage"]: r["ridge"] for r in result.records} == {"dense": None, "pruned": ridge}
     assert by_ridge[0.01].masks != by_ridge[100].masks
 
 
@@ -513,7 +513,7 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
     tokens = 2 * 3 * 2 * 32  # of the dense and the pruned model: corpora, windows, tokens
     # The first run keeps the dense predictions in its memory, the second reads them from its cache.
     for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
-        monkeypatch.setattr("gprune.method.plan.MAX_CACHED_BYTES", max_bytes)
+        monkeypatch.setattr("gprune.method.plan.MAX_FORECAST_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
         assert (
             json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == tokens
@@ -550,7 +550,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert {"model", "scope", "removes", "forward", "results"} <= lines.keys()
     assert lines["and backward"] == f"{2 * 4 * 32} tokens"  # corpora, windows, tokens
     assert lines["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
-    assert lines["evaluates"] == "4 models on 3 corpora"
+    assert lines["evaluates"] == "the dense and pruned model on 3 corpora"
     assert re.fullmatch(r"about [\d.]+ GiB of this machine, in the step \w+, which has [\d.]+ GiB", lines["memory"])
     terms = ("weights", "gradients and optimizer", "gram matrices", "activations")
     assert re.fullmatch("GiB: " + ", ".join(rf"\d+\.\d\d {term}" for term in terms), lines["of which"])
@@ -629,7 +629,7 @@ def test_switched_modules_with_metric_consensus_rank_by_the_mean_rank_over_drift
 
 
 def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corpora(world, tmp_path, dense):
-    """All modules keep the same fraction of neurons: those with the highest scores of the control `averaged`."""
+    """All modules keep the same fraction of neurons: those with the highest scores on pooled text."""
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
     pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
@@ -644,9 +644,6 @@ def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corp
             assert scores[b][kept].min() >= scores[b][removed].max()
             in_order_of_base_scores.append(bool(base_scores[b][kept].min() >= base_scores[b][removed].max()))
     assert not all(in_order_of_base_scores)  # so the test can fail
-    # The masks of `averaged` keep the highest of the same scores in each block.
-    for block_scores, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
-        assert block_scores[mask].min() >= block_scores[~mask].max()
 
 
 # --- text of each role ------------------------------------------------------------------------------------------

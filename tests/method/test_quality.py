@@ -153,9 +153,9 @@ def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
     """All output names the worst corpus. A limit of the mean allows at least as large a cut."""
     calls = []
 
-    def recorded(run, statistics, masks_of):
-        calls.append(masks_of[run.cfg.own_row[0]])
-        return quality.with_quality_budget(run, statistics, masks_of)
+    def recorded(run, statistics, masks_at):
+        calls.append(masks_at)
+        return quality.with_quality_budget(run, statistics, masks_at)
 
     monkeypatch.setattr("gprune.method.prune.with_quality_budget", recorded)
     scored = ",".join(str(trained.corpora[corpus]) for corpus in tiny_run.SEEN)
@@ -174,7 +174,7 @@ def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
     reached = result.summary["quality"]
     worst = max(here, key=here.__getitem__)
     assert reached["got"] == pytest.approx(here[worst], rel=1e-5)
-    assert reached["rows"][0]["worst"]["corpus"] == str(trained.corpora[worst])
+    assert reached["model"]["worst"]["corpus"] == str(trained.corpora[worst])
     points = 100 * (1.2 - reached["got"])
     named = f"on {worst}.txt, the worst corpus ({points:.2f} points below the limit)"
     assert named in reached["said"]
@@ -187,7 +187,7 @@ def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
     # The mean limit allows a larger cut, and names the corpus that is worse than the mean.
     mean = trained.run(tmp_path, *flags, name="mean").summary["quality"]
     assert mean["share"] >= reached["share"]
-    assert mean["rows"][0]["worst"]["ratio"][0] >= mean["got"]
+    assert mean["model"]["worst"]["ratio"][0] >= mean["got"]
     assert "the worst corpus (" in mean["said"]
 
 
@@ -219,18 +219,17 @@ def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, 
     with counted_stages() as trained_stages:
         result = trained.run(tmp_path, *flags)
     quality_summary = result.summary["quality"]
-    (main_row,) = quality_summary["rows"]
-    assert main_row["row"] == "gprune + least_squares+distill"
+    model = quality_summary["model"]
     rise = log_perplexity(trained, tiny_run.SEEN, result.model) - log_perplexity(trained, tiny_run.SEEN, dense)
     assert 1 < quality_summary["got"] <= 1.1
     assert math.exp(rise) == pytest.approx(quality_summary["got"], rel=1e-4), "the saved model is the measured one"
     assert quality_summary["low"] < quality_summary["got"] < quality_summary["high"]
-    # Each model of the search is trained once, and so are the two controls.
-    assert trained_stages.count("DistillationStage") == main_row["models"] + 2
+    # Each model of the search is trained once.
+    assert trained_stages.count("DistillationStage") == model["models"]
     weights = list((result.path / "recovery").glob("*.safetensors"))
-    assert len(weights) == 3, "only the weights of the three rows are kept"
-    # The record has the training tokens of the trial that became the main row, without those of other trials.
-    assert main_row["models"] > 1
+    assert len(weights) == 1, "only the weights of the model that was found are kept"
+    # The record has the training tokens of this trial, without those of other trials.
+    assert model["models"] > 1
     manifest = json.loads((result.path / "manifest.json").read_text())
     learned_at_first = manifest["learned_tokens"]["thresholds"]
     assert learned_at_first == manifest["steps"]["thresholds"]["forward_backward_tokens"]
@@ -274,7 +273,7 @@ def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(f
     assert math.exp(rise) == pytest.approx(quality_summary["got"], rel=1e-4)
     assert quality_summary["got"] <= 1.15
     if "bias" not in flags[-1]:  # the search does not count the biases that the recovery adds
-        assert quality_summary["rows"][-1]["parameters"] == result.summary["parameters_after"]
+        assert quality_summary["model"]["parameters"] == result.summary["parameters_after"]
     narrowed_widths = {int(keep.sum()) for keep in result.masks.ffn} - {tiny_run.NEURONS}
     if "width_multiple" in flags[0]:
         assert narrowed_widths
@@ -290,21 +289,21 @@ def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(f
         assert sum(int((~keep).sum()) for keep in result.masks.attention) == quality_summary["share"] * 6
 
 
-def test_thresholds_are_learned_where_the_averaged_control_reaches_the_target(trained, dense, tmp_path, monkeypatch):
+def test_thresholds_are_learned_where_the_base_masks_reach_the_target(trained, dense, tmp_path, monkeypatch):
     calls = []
 
-    def recorded(run, statistics, masks_of):
-        learning = quality.with_learning_budget(run, statistics, masks_of)
-        calls.append((masks_of["averaged"], learning.budget))
+    def recorded(run, statistics, masks_at):
+        learning = quality.with_learning_budget(run, statistics, masks_at)
+        calls.append((masks_at, learning.budget))
         return learning
 
     monkeypatch.setattr("gprune.method.prune.with_learning_budget", recorded)
     result = trained.run(tmp_path, *with_target("+15%"))
     assert result.thresholds is not None
-    ((masks_of, budget),) = calls
+    ((masks_at, budget),) = calls
 
     def ratio(target):
-        with masked(dense, masks_of(budget.removing(target))):
+        with masked(dense, masks_at(budget.removing(target))):
             pruned = log_perplexity(trained, tiny_run.SEEN, dense)
         return math.exp(pruned - log_perplexity(trained, tiny_run.SEEN, dense))
 
@@ -313,28 +312,11 @@ def test_thresholds_are_learned_where_the_averaged_control_reaches_the_target(tr
     assert_tokens_are_planned(result)
 
 
-def test_controls_have_the_budget_of_the_main_row_and_are_not_searched_for(trained, tmp_path):
-    flags = ["--sparsity.allocation=uniform", "--recovery=least_squares"]
-    result = trained.run(tmp_path, *with_target("+15%", *flags))
-    (main_row,) = result.summary["quality"]["rows"]
-    trials = json.loads((result.path / "quality.json").read_text())["measured"]
-    assert len(trials) == main_row["models"], "no other model was measured"
-    removed = set()
-    for stage in ("base", "averaged", "gprune"):
-        masks = load_file(result.path / f"masks/{stage}.safetensors")
-        removed.add(sum(int((~mask.bool()).sum()) for mask in masks.values()))
-    assert removed == {round(main_row["share"] * 3 * tiny_run.NEURONS)}
-    rows = {record["stage"] for record in result.records if record["recovery"] == "least_squares"}
-    assert rows == {"base", "averaged", "gprune"}
-
-
 class Killed(BaseException):
     """Simulates a killed process: no code catches it."""
 
 
-KILLED = with_target(
-    "+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--evaluation.controls=[base]"
-)
+KILLED = with_target("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536")
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +344,7 @@ def test_a_run_killed_during_the_search_resumes_to_identical_results(uninterrupt
     with counted_stages() as stages:
         resumed = trained.run(tmp_path, *KILLED)
     assert resumed.summary["quality"] == uninterrupted.summary["quality"]
-    for name in ("masks/*.safetensors", "thresholds.safetensors", "recovery/*"):
+    for name in ("masks.safetensors", "thresholds.safetensors", "recovery/*"):
         of_resumed, of_uninterrupted = (contents(result.path, name) for result in (resumed, uninterrupted))
         assert of_resumed == of_uninterrupted, name
     assert resumed.records == uninterrupted.records
@@ -382,7 +364,7 @@ def test_the_perplexity_of_the_dense_model_is_cached_for_later_runs(trained, tmp
     trained.run(tmp_path, *with_target("+12%", "--gprune=false"), name="first")
     second = trained.run(tmp_path, *with_target("+13%", "--gprune=false"), name="second")
     steps = json.loads((second.path / "manifest.json").read_text())["steps"]
-    assert steps["quality"]["forward_tokens"] == second.summary["quality"]["rows"][0]["models"] * DEVELOPMENT * 32
+    assert steps["quality"]["forward_tokens"] == second.summary["quality"]["model"]["models"] * DEVELOPMENT * 32
     assert "calibrate" not in steps
 
 
@@ -395,7 +377,7 @@ def test_a_target_that_the_smallest_cut_misses_is_refused(trained, tmp_path, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "the change of development perplexity by the smallest cut (9,216 parameters)" in error
-    assert not (tmp_path / "run/masks").exists()
+    assert not (tmp_path / "run/masks.safetensors").exists()
 
 
 def test_a_very_loose_target_gives_the_largest_possible_cut(trained, tmp_path):
@@ -497,8 +479,7 @@ def test_the_reached_quality_is_in_the_summary_frame_report_and_page(uninterrupt
     assert quality_summary["said"] in run_report.to_markdown().replace("\\", "")
     (table,) = (t for t in run_report.tables if t.name == "quality")
     (row,) = table.rows
-    assert row[0] == "gprune + least_squares+distill"
-    assert row[2] == result.summary["parameters_after"]
+    assert row[1] == result.summary["parameters_after"]
     page = render(run_report)
     assert quality_summary["said"] in page
     assert "Parameters at the same quality" in page
@@ -507,7 +488,7 @@ def test_the_reached_quality_is_in_the_summary_frame_report_and_page(uninterrupt
 @pytest.mark.slow
 def test_two_processes_meet_the_target_and_measure_the_first_models_like_one(trained, tmp_path):
     flags = with_target("+15%", "--gprune=false", "--recovery=[least_squares,distill]", "--distill.tokens=768")
-    flags += ["--evaluation.controls=[]", "--export=none", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    flags += ["--export=none", "--trainer.devices=2", "--trainer.strategy=ddp"]
     first, second = tiny_run.train(trained.args(tmp_path, *flags), tmp_path, processes=2)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert load_run(tmp_path / "run").summary["quality"]["got"] <= 1.15

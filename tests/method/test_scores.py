@@ -12,14 +12,8 @@ from gprune.config.groups import CorporaConfig
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
-from gprune.models.masks import Masks
-from gprune.storage.files import read_tensors
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
-
-
-def masks_of(result, stage):
-    return Masks.from_tensors(read_tensors(result.path / f"masks/{stage}.safetensors"))
 
 
 def test_one_corpus_or_a_list_or_all_corpora_of_drift_can_be_given():
@@ -44,30 +38,28 @@ def test_settings_name_a_single_corpus_as_text_and_the_corpora_that_null_means()
 
 
 @pytest.mark.parametrize("config", ["best", "untrained"])
-def test_shipped_configurations_without_modules_have_the_row_averaged(config):
+def test_shipped_configurations_without_modules_score_on_all_corpora(config):
     cfg = parse(["--config", config])
-    assert cfg.own_row == ("averaged", cfg.recovery)
-    assert cfg.scored_on == {"averaged": ["wiki", "web", "python_code"]}
+    assert cfg.method == "base"
+    assert cfg.base_corpora == ["wiki", "web", "python_code"]
     assert cfg.roles["learn"] == []
     assert "corpora.drift" not in cfg.unread
-    with_control = parse(["--config", config, "--evaluation.controls=[base]"])
-    assert [stage for stage, _ in with_control.rows] == ["base", "averaged"]
-    assert with_control.scored_on["base"] == ["wiki"]
 
 
 def test_a_run_without_modules_keeps_the_units_with_the_highest_scores_of_all_corpora(world, tmp_path):
     flags = ["--gprune=false", f"--corpora.score={world.names('alpha', 'beta')}", "--sparsity.scope=attention+ffn"]
-    result = world.run(tmp_path, *flags, "--evaluation.controls=[base]")
+    result = world.run(tmp_path, *flags)
     assert result.modules is None is result.thresholds
-    assert {r["stage"] for r in result.records} == {"dense", "base", "averaged"}
-    assert result.masks == masks_of(result, "averaged") != masks_of(result, "base")
     blocks = blocks_of(AutoModelForCausalLM.from_pretrained(world.model))
     alpha, beta = (result.statistics[str(world.corpora[name])] for name in ("alpha", "beta"))
-    for stage, statistics in (("averaged", pool_statistics([alpha, beta])), ("base", alpha)):
-        scores, masks = score_units(result.config.importance, blocks, statistics), masks_of(result, stage)
+    highest_kept = []  # of both statistics
+    for statistics in (pool_statistics([alpha, beta]), alpha):
+        scores, kept = score_units(result.config.importance, blocks, statistics), []
         for units in ("ffn", "attention"):
-            for of_block, keep in zip(getattr(scores, units), getattr(masks, units), strict=True):
-                assert keep.all() or of_block[keep].min() >= of_block[~keep].max()
+            for of_block, keep in zip(getattr(scores, units), getattr(result.masks, units), strict=True):
+                kept.append(bool(keep.all() or of_block[keep].min() >= of_block[~keep].max()))
+        highest_kept.append(all(kept))
+    assert highest_kept == [True, False]
 
 
 def test_one_module_that_switches_to_averaged_keeps_the_same_neurons(world, tmp_path):
@@ -76,11 +68,9 @@ def test_one_module_that_switches_to_averaged_keeps_the_same_neurons(world, tmp_
     new = world.run(tmp_path, "--gprune=false", f"--corpora.score={corpora}", name="new")
     one_module = ["--partition.method=initial", "--partition.num_modules=1", "--sparsity.allocation=uniform"]
     switch = ["--reliability.everywhere=true", "--reliability.metric=averaged", f"--corpora.drift={corpora}"]
-    old = world.run(tmp_path, *one_module, *switch, "--evaluation.controls=[]", name="old")
+    old = world.run(tmp_path, *one_module, *switch, name="old")
     assert new.masks == old.masks
-    assert [r["nll"] for r in new.records if r["stage"] == "averaged"] == [
-        r["nll"] for r in old.records if r["stage"] == "gprune"
-    ]
+    assert [r["nll"] for r in new.records] == [r["nll"] for r in old.records]
 
 
 def test_thresholds_of_modules_that_rank_by_all_corpora_are_those_of_modules_that_switch(world, tmp_path):

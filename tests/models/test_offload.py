@@ -276,7 +276,7 @@ def world(tmp_path_factory):
 
 FLAGS = [
     "--recovery=least_squares", "--sparsity.scope=attention+ffn", "--sparsity.allocation=uniform",
-    "--evaluation.controls=[base]",
+    
 ]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from gprune import report
 from gprune.__main__ import run as command
-from gprune.evaluation.intervals import paired_ratio
 from gprune.report.figures import curve_figures, curve_points, learning_figure, read_curves
 from gprune.report.page import write_report
 from gprune.storage.files import write_json
@@ -84,20 +83,8 @@ def test_the_page_of_a_run_has_its_numbers_figures_settings_and_commands(finishe
     assert f"windows of {finished.records[0]['seq_len']} tokens" in text_of_page
 
 
-def test_the_page_of_a_run_compares_its_model_with_each_control_and_has_the_size_of_its_weights(finished):
+def test_the_page_of_a_run_has_the_size_of_its_weights(finished):
     text_of_page = " ".join(" ".join(parsed(finished.path / "report.html").itertext()).split())
-    predicted = finished.records[0]["seq_len"] - 1
-    for control in ("base", "averaged"):
-        of_stages = [
-            {
-                r["corpus"]: r["window_nll"]
-                for r in finished.records
-                if not r["seen"] and r["stage"] == stage and r["recovery"] != "none"
-            }
-            for stage in ("gprune", control)
-        ]
-        ratio, low, high = paired_ratio(*of_stages, predicted)
-        assert f"{ratio:.3f} [{low:.3f}, {high:.3f}] times that of {control} + least_squares" in text_of_page
     weights = (finished.path / "model/model.safetensors").stat().st_size
     (megabytes,) = re.findall(r"Weights in float32: ([\d.]+) MB", text_of_page)
     assert float(megabytes) == pytest.approx(weights / 1e6, abs=0.06)
@@ -121,53 +108,39 @@ def test_curves_of_a_resumed_run_are_concatenated(tmp_path):
     assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
 
 
-def test_curves_of_a_resumed_run_drop_repeated_steps_and_are_separate_from_controls():
+def test_curves_of_a_resumed_run_drop_repeated_steps():
     """Points at 8 and 16 tokens were logged twice, because the run resumed from an earlier checkpoint."""
-    nan = [float("nan")]
-    main_row, control = "distill/gprune_distill", "distill/base_distill"
-    frame = pd.DataFrame(
-        {
-            f"{control}/tokens": nan * 6 + [8.0, 16], f"{control}/loss": nan * 6 + [7.0, 6],
-            "controls/base_distill/perplexity/a": nan * 6 + [70.0, 60],
-            f"{main_row}/tokens": [0.0, 8, 16, 8, 16, 24, *nan, *nan],
-            f"{main_row}/loss": [5.0, 4, 3.1, 4, 3, 2, *nan, *nan],
-            "development/perplexity/a": [9.0, 8, 7, 8, 7, 6, *nan, *nan],
-        }
-    )  # fmt: skip
-    points = curve_points(frame, f"{main_row}/tokens", f"{main_row}/loss")
+    frame = pd.DataFrame({
+        "distill/tokens": [0.0, 8, 16, 8, 16, 24], "distill/loss": [5.0, 4, 3.1, 4, 3, 2],
+        "development/perplexity/a": [9.0, 8, 7, 8, 7, 6],
+    })  # fmt: skip
+    points = curve_points(frame, "distill/tokens", "distill/loss")
     assert points.to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]
     losses, perplexities = (figure.axes[0].lines for figure in curve_figures(frame).values())
-    assert {line.get_label(): list(line.get_ydata()) for line in losses} == {
-        "gprune_distill": [5, 4, 3, 2], "base_distill": [7, 6],
-    }  # fmt: skip
+    assert [list(line.get_ydata()) for line in losses] == [[5, 4, 3, 2]]
     assert [list(line.get_ydata()) for line in perplexities] == [[9, 8, 7, 6]]
 
 
-def test_curves_of_a_quality_target_are_those_of_the_trial_that_is_the_main_row(tmp_path):
-    """Two trials are trained, after thresholds. The second one is the main row; a control is trained after them."""
-    nan, trial = float("nan"), "gprune_trial"
+def test_curves_of_a_quality_target_are_those_of_the_trial_that_is_the_runs_model(tmp_path):
+    """Two trials are trained, after thresholds. The second one is the run's model."""
+    nan = float("nan")
     columns = {
-        "development/tokens": [0.0, 8, *[nan] * 6],
-        "development/perplexity": [9.0, 8, *[nan] * 6],
-        f"distill/{trial}_1/tokens": [nan, nan, 16, 24, *[nan] * 4],
-        f"distill/{trial}_1/loss": [nan, nan, 5, 4, *[nan] * 4],
-        f"distill/{trial}_2/tokens": [*[nan] * 4, 16, 24, nan, nan],
-        f"distill/{trial}_2/loss": [*[nan] * 4, 3, 2, nan, nan],
-        f"controls/{trial}_2/tokens": [*[nan] * 4, 16, 24, nan, nan],
-        f"controls/{trial}_2/perplexity": [*[nan] * 4, 7, 6, nan, nan],
-        "distill/base/tokens": [*[nan] * 6, 16, 24],
-        "distill/base/loss": [*[nan] * 6, 1, 0],
+        "development/tokens": [0.0, 8, *[nan] * 4],
+        "development/perplexity": [9.0, 8, *[nan] * 4],
+        "trial_1/distill/tokens": [nan, nan, 16, 24, nan, nan],
+        "trial_1/distill/loss": [nan, nan, 5, 4, nan, nan],
+        "trial_2/distill/tokens": [*[nan] * 4, 16, 24],
+        "trial_2/distill/loss": [*[nan] * 4, 3, 2],
+        "trial_2/development/tokens": [*[nan] * 4, 16, 24],
+        "trial_2/development/perplexity": [*[nan] * 4, 7, 6],
     }
     (tmp_path / "csv/version_0").mkdir(parents=True)
     pd.DataFrame(columns).to_csv(tmp_path / "csv/version_0/metrics.csv", index=False)
-    reached = {"asked": 0.1, "largest": False, "trial": 2, "rows": [{"row": "gprune + distill", "models": 2}]}
+    reached = {"asked": 0.1, "largest": False, "trial": 2, "model": {"models": 2}}
     write_json(tmp_path / "quality.json", {"measured": {}, "reached": reached})
     perplexity, loss = learning_figure({"run": read_curves(tmp_path)}).axes
     assert [list(line.get_ydata()) for line in perplexity.lines] == [[9, 8, 7, 6]]
     assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2]]
-    (tmp_path / "quality.json").unlink()  # of an older version: which trial was kept is unknown
-    (perplexity,) = learning_figure({"run": read_curves(tmp_path)[list(columns)[:8]]}).axes
-    assert [list(line.get_ydata()) for line in perplexity.lines] == [[9, 8]]
 
 
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -31,10 +30,8 @@ from gprune.models.masks import Masks
 from gprune.report.card import model_card
 from gprune.report.figures import LINES, curve_figures, learning_figure, perplexity_figure, ratio_figure, sparsity_lines
 from gprune.report.grouping import read_runs
-from gprune.report.page import render
 from gprune.report.tables import Estimate, Table, result_table
 from gprune.report.task_tables import evaluation_table
-from gprune.runs.numbers import run_numbers
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
 from gprune.studies.report_command import default_output
 from tests import tiny_run
@@ -44,7 +41,7 @@ from tests.tiny_run import isolated
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """Return the folder of a run with both controls and with recovery."""
+    """Return the folder of a run with recovery."""
     folder = tmp_path_factory.mktemp("report")
     with isolated(folder / "cache"):
         world = tiny_run.make_world(folder)
@@ -105,10 +102,10 @@ def another(run: Path, name: str, *, seed: int | None = None, setting: float | N
     edit(copy / "metrics.json", change_losses)
     modules = copy / "modules.safetensors"
     write_tensors(modules, read_tensors(modules))  # without the key of the original run
-    masks = read_tensors(copy / "masks" / "gprune.safetensors")
+    masks = read_tensors(copy / "masks.safetensors")
     generator = torch.Generator().manual_seed(seed or 0)
     shuffled = {n: m[torch.randperm(len(m), generator=generator)] for n, m in masks.items()}
-    write_tensors(copy / "masks" / "gprune.safetensors", shuffled)
+    write_tensors(copy / "masks.safetensors", shuffled)
     return copy
 
 
@@ -117,11 +114,6 @@ def records_of(run: Path, stage: str, recovery: str = "none", *, seen: bool | No
     records = json.loads((run / "metrics.json").read_text())["records"]
     of_row = [r for r in records if (r["stage"], r["recovery"]) == (stage, recovery)]
     return of_row if seen is None else [r for r in of_row if r["seen"] == seen]
-
-
-def ratios_in_summary(run: Path) -> dict[str, dict[str, float]]:
-    """Return the ratios of rows to `base` with the same recovery, as in the summary of a run."""
-    return json.loads((run / "metrics.json").read_text())["summary"]["unseen_over_base_same_recovery"]
 
 
 def geometric_mean(records: list[dict]) -> float:
@@ -140,59 +132,33 @@ def row(table: report.Table, *first_cells: str) -> dict:
 
 def test_numbers_of_one_run_are_those_of_its_records(run):
     table = report.make([run]).tables[0]
-    assert [cells[1] for cells in table.rows] == [
-        "dense", "base", "averaged", "gprune", "base + bias", "averaged + bias", "gprune + bias",
-    ]  # fmt: skip
-    for recovery, stage in (("none", "gprune"), ("bias", "gprune + bias")):
+    assert [cells[1] for cells in table.rows] == ["dense", "pruned", "recovered"]
+    for recovery, stage in (("none", "pruned"), ("bias", "recovered")):
         cells = row(table, "one", stage)
-        seen, unseen = (geometric_mean(records_of(run, "gprune", recovery, seen=s)) for s in (True, False))
+        seen, unseen = (geometric_mean(records_of(run, stage, recovery, seen=s)) for s in (True, False))
         dense_seen, dense_unseen = (geometric_mean(records_of(run, "dense", seen=s)) for s in (True, False))
         assert cells["seen"].value == pytest.approx(seen, rel=1e-9)
         assert cells["unseen"].value == pytest.approx(unseen, rel=1e-9)
         assert cells["unseen"].low < unseen < cells["unseen"].high
         assert cells["unseen / dense"].value == pytest.approx(unseen / dense_unseen, rel=1e-9)
         assert cells["gap"].value == pytest.approx((unseen / dense_unseen) / (seen / dense_seen), rel=1e-9)
-        base = geometric_mean(records_of(run, "base", recovery, seen=False))
-        assert cells["unseen / base, same recovery"].value == pytest.approx(unseen / base, rel=1e-9)
-        gprune_nll, base_nll = (
-            {r["corpus"]: r["window_nll"] for r in records_of(run, s, recovery, seen=False)} for s in ("gprune", "base")
+        pruned_nll, dense_nll = (
+            {r["corpus"]: r["window_nll"] for r in records_of(run, *of, seen=False)}
+            for of in ((stage, recovery), ("dense",))
         )
         # Windows have 32 tokens, and 31 of them are predicted.
-        assert cells["unseen / base, same recovery"] == Estimate(*paired_ratio(gprune_nll, base_nll, 31))
-        ratio_in_summary = ratios_in_summary(run)[stage]
-        assert tuple(ratio_in_summary.values()) == cells["unseen / base, same recovery"]
-    assert row(table, "one", "base")["unseen / base, same recovery"] is None
+        assert cells["unseen / dense"] == Estimate(*paired_ratio(pruned_nll, dense_nll, 31))
     dense = table.rows[0]
     assert dense[0] == records_of(run, "dense")[0]["model"]
-    assert dense[5:] == [None, None, None]
-
-
-def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(run):
-    """Table, logged numbers and page divide by the base after the same recovery, or by the unrecovered base."""
-    base = {recovery: geometric_mean(records_of(run, "base", recovery, seen=False)) for recovery in ("none", "bias")}
-    recovered = geometric_mean(records_of(run, "gprune", "bias", seen=False))
-    expected = {"same": recovered / base["bias"], "unrecovered": recovered / base["none"]}
-    assert expected["same"] != pytest.approx(expected["unrecovered"], rel=1e-3)
-    default_cells = row(report.make([run]).tables[0], "one", "gprune + bias")
-    assert default_cells["unseen / base, same recovery"].value == pytest.approx(expected["same"], rel=1e-9)
-    cells_with_base = row(report.make([run], base=run).tables[0], "one", "gprune + bias")
-    assert cells_with_base["unseen / unrecovered base"].value == pytest.approx(expected["unrecovered"], rel=1e-9)
-    metrics = json.loads((run / "metrics.json").read_text())
-    numbers = run_numbers(metrics["records"], metrics["summary"], {})
-    assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
-    assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
-    for base_run, name, ratio in ((None, "base, same recovery", "same"), (run, "unrecovered base", "unrecovered")):
-        page = render(report.make([run], base=base_run))
-        assert f"<th>unseen / {name}</th>" in page
-        assert f"<td>{expected[ratio]:.3f} <small>[" in page
+    assert dense[5:] == [None, None]
 
 
 def test_kl_and_agreement_are_those_of_the_records(run):
     table = next(t for t in report.make([run]).tables if t.name == "distance")
     assert "dense" not in [cells[1] for cells in table.rows]
-    records = records_of(run, "gprune", seen=False)
+    records = records_of(run, "pruned", seen=False)
     for column, name in (("KL", "kl"), ("agreement", "agreement")):
-        estimate = row(table, "one", "gprune")[column]
+        estimate = row(table, "one", "pruned")[column]
         assert estimate.value == pytest.approx(np.mean([r[name] for r in records]), rel=1e-9)
         assert estimate == Estimate(*mean_per_token({r["corpus"]: r[f"window_{name}"] for r in records}, 31))
         assert estimate.low < estimate.value < estimate.high
@@ -202,7 +168,7 @@ def test_kl_and_agreement_are_omitted_for_records_without_them(run):
     """Older versions did not record them. The printed table with them fits a terminal of 80 columns."""
     records = json.loads((run / "metrics.json").read_text())["records"]
     printed = result_table(records)
-    assert printed.columns[-3:] == ["unseen / base, same recovery", "KL", "agreement"]
+    assert printed.columns[-3:] == ["unseen / dense", "KL", "agreement"]
     assert max(map(len, printed.to_terminal(80).splitlines())) <= 80
     for r in records:
         for name in ("kl", "window_kl", "agreement", "window_agreement"):
@@ -218,9 +184,9 @@ def test_the_table_by_corpus_marks_seen_corpora_with_a_star(run):
     table = report.make([run]).tables[1]
     assert table.columns[3] == "alpha.txt*"
     assert [c.endswith("*") for c in table.columns[3:]] == [True, False, False]
-    for r in records_of(run, "averaged"):
+    for r in records_of(run, "pruned"):
         name = Path(r["corpus"]).name + "*" * r["seen"]
-        assert row(table, "one", "averaged")[name] == Estimate(r["perplexity"])
+        assert row(table, "one", "pruned")[name] == Estimate(r["perplexity"])
 
 
 # --- several runs
@@ -232,8 +198,8 @@ def test_runs_that_differ_in_the_seed_become_a_mean_with_an_interval(run):
     run_report = report.make(runs)
     (group,) = run_report.groups
     assert group.name == "one (3 seeds)"
-    cells = row(run_report.tables[0], "one (3 seeds)", "gprune")
-    logs = np.log(geometric_mean(records_of(run, "gprune", seen=False))) + np.array(shifts)
+    cells = row(run_report.tables[0], "one (3 seeds)", "pruned")
+    logs = np.log(geometric_mean(records_of(run, "pruned", seen=False))) + np.array(shifts)
     low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
     assert cells["seeds"] == 3
     np.testing.assert_allclose(cells["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
@@ -241,8 +207,8 @@ def test_runs_that_differ_in_the_seed_become_a_mean_with_an_interval(run):
     dense = row(run_report.tables[0], run_report.tables[0].rows[0][0], "dense")
     assert dense["seeds"] is None
     assert dense["unseen"].low < dense["unseen"].value < dense["unseen"].high
-    corpus = records_of(run, "gprune")[0]
-    cell = row(run_report.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
+    corpus = records_of(run, "pruned")[0]
+    cell = row(run_report.tables[1], "one (3 seeds)", "pruned")[Path(corpus["corpus"]).name + "*"]
     assert cell.value == pytest.approx(corpus["perplexity"] * math.exp(np.mean(shifts)))
 
 
@@ -262,20 +228,20 @@ def test_a_row_over_seeds_has_the_name_of_the_first_run(run):
     runs = [another(run, f"{ridge}-{s}", seed=s, setting=ridge) for ridge in (0.1, 0.5) for s in (0, 1)]
     run_report = report.make(runs)
     assert [group.name for group in run_report.groups] == ["0.1-0 (2 seeds)", "0.5-0 (2 seeds)"]
-    names = {cells[0] for cells in run_report.tables[0].rows if cells[1] == "gprune + bias"}
+    names = {cells[0] for cells in run_report.tables[0].rows if cells[1] == "recovered"}
     assert names == {group.name for group in run_report.groups}
 
 
 def test_a_corpus_seen_by_one_seed_counts_as_seen_in_the_mean_over_seeds(run):
     """Whether training text occurs in a corpus depends on the seed. A mean over seeds needs one set of corpora."""
     other = another(run, "one-seed1", seed=1)
-    leaked = records_of(run, "gprune", seen=False)[0]["corpus"]
+    leaked = records_of(run, "pruned", seen=False)[0]["corpus"]
     edit(other / "metrics.json", lambda m: [r.update(seen=True) for r in m["records"] if r["corpus"] == leaked])
-    cells = row(report.make([run, other]).tables[0], "one (2 seeds)", "gprune")
-    unseen = [r for r in records_of(run, "gprune", seen=False) if r["corpus"] != leaked]
+    cells = row(report.make([run, other]).tables[0], "one (2 seeds)", "pruned")
+    unseen = [r for r in records_of(run, "pruned", seen=False) if r["corpus"] != leaked]
     assert cells["unseen"].value == pytest.approx(geometric_mean(unseen))
-    cells_of_one_run = row(report.make([run]).tables[0], "one", "gprune")
-    unseen_of_one_run = records_of(run, "gprune", seen=False)
+    cells_of_one_run = row(report.make([run]).tables[0], "one", "pruned")
+    unseen_of_one_run = records_of(run, "pruned", seen=False)
     assert cells_of_one_run["unseen"].value == pytest.approx(geometric_mean(unseen_of_one_run))
 
 
@@ -304,7 +270,7 @@ def test_runs_with_other_seen_corpora_have_separate_dense_rows_and_means(run):
     assert [cells[1] for cells in summary.rows].count("dense") == 2
     # A star in parentheses marks a corpus that only some of the runs have seen.
     assert [c.rstrip("*)").endswith("(") for c in by_corpus.columns[3:]] == [False, True, True]
-    assert row(summary, "other", "gprune")["unseen"] is None
+    assert row(summary, "other", "recovered")["unseen"] is None
 
 
 def test_the_report_begins_with_the_flags_in_which_runs_differ(run):
@@ -344,48 +310,14 @@ def test_the_title_for_many_runs_has_the_flags_that_differ(run):
     assert report.make(runs).title == "4 runs that differ in ridge"
 
 
-def test_rows_do_not_depend_on_the_order_of_seeds(run):
-    """Means over seeds are summed in one order, so equal controls of two runs become one row."""
-    ones = [another(run, f"one-{s}", seed=s, shift=0.137 * s) for s in range(3)]
-    others = [another(run, f"other-{s}", seed=s, shift=0.137 * s, setting=0.5) for s in (2, 0, 1)]
-    table = report.make([*ones, *others]).tables[0]
-    stages = [cells[1] for cells in table.rows]
-    assert [stages.count(stage) for stage in ("base", "averaged", "base + bias")] == [1, 1, 1]
-    reversed_table = report.make([*reversed(ones), *others]).tables[0]
-    assert [cells[3:] for cells in table.rows] == [cells[3:] for cells in reversed_table.rows]
-
-
-def test_equal_rows_of_several_runs_are_merged(run):
-    """The main rows of the runs, rows that differ in a number, and rows with different references stay separate."""
-    moved = another(run, "moved", setting=0.7, shift=0.1)
-    run_report = report.make([run, another(run, "other", setting=0.5), moved])
-    for table in run_report.tables[:2]:
-        by_row = {}
-        for name, stage, *_ in table.rows:
-            by_row.setdefault(stage, []).append(name)
-        assert by_row.pop("gprune + bias") == ["one", "other", "moved"]
-        assert len(by_row.pop("dense")) == 1
-        assert all(names == ["one; other", "moved"] for names in by_row.values())
-        assert {"base", "averaged", "base + bias", "gprune"} <= set(by_row)
-    merged = row(run_report.tables[0], "one; other", "averaged")
-    assert merged == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
-    labels = [text.get_text() for text in run_report.figures()["ratios"].axes[0].get_yticklabels()]
-    assert labels.count("one; other: averaged") == 1
-    assert {cells[0] for cells in report.make([run, moved.parent / "other"]).tables[0].rows} >= {"all runs"}
-    one, other = read_runs([run, run.parent / "other"])
-    with_two_references = report.of_runs([one, other], bases={one.path: one, other.path: read_runs([moved])[0]})
-    averaged = [cells[0] for cells in with_two_references.tables[0].rows if cells[1] == "averaged"]
-    assert averaged == ["one", "other"]
-
-
 def test_learning_curves_of_several_runs_are_in_one_figure():
-    """Each run has one line for its main row. A curve needs two points or more. Losses are running means."""
+    """Each run has one line. A curve needs two points or more. Losses are running means."""
     runs = {}
     tokens = list(range(0, 400, 10))
-    for name, main_row, control in (("a", "gprune", "base"), ("b", "base", "gprune")):
+    for name in "ab":
         frame = {"development/tokens": [0, 100, *[None] * 38], "development/perplexity": [9.0, 8.0, *[None] * 38]}
-        frame |= {f"distill/{main_row}/tokens": tokens, f"distill/{main_row}/loss": [float(t % 20) for t in tokens]}
-        runs[name] = pd.DataFrame(frame | {f"distill/{control}/tokens": [None, *tokens[1:]]})
+        frame |= {"distill/tokens": tokens, "distill/loss": [float(t % 20) for t in tokens]}
+        runs[name] = pd.DataFrame(frame)
     perplexity, loss = learning_figure(runs).axes
     assert [list(line.get_ydata()) for line in perplexity.lines] == [[9.0, 8.0]] * 2
     # The losses alternate between 0 and 10, so each running mean except the first one is 5.
@@ -393,54 +325,17 @@ def test_learning_curves_of_several_runs_are_in_one_figure():
     assert learning_figure({"a": pd.DataFrame(), "b": pd.DataFrame({"learn/tokens": [1], "learn/loss": [2]})}) is None
 
 
-def test_another_run_can_be_the_base(run):
-    other = another(run, "other", setting=0.5, shift=0.3)
-    cells = row(report.make([other], base=run).tables[0], "other", "gprune")
-    gprune, base = (geometric_mean(records_of(*of, seen=False)) for of in ((other, "gprune"), (run, "base")))
-    assert cells["unseen / unrecovered base"].value == pytest.approx(gprune / base, rel=1e-9)
-    assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / unrecovered base"] is None
-
-
-def test_a_base_with_other_evaluation_windows_gives_no_ratio(run):
-    other = another(run, "other", setting=0.5, shift=0.3)
-    unseen = records_of(run, "base", seen=False)[0]["corpus"]
-
-    def change_windows(metrics):
-        for r in metrics["records"]:
-            if r["corpus"] == unseen:
-                r["content_hash"] = "other windows"
-
-    edit(run / "metrics.json", change_windows)
-    assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"] is None
-
-
-def test_a_page_compares_a_single_window_with_controls_without_intervals(run):
-    def keep_one_window(metrics: dict) -> None:
-        for r in metrics["records"]:
-            r["window_nll"] = r["window_nll"][:1]
-
-    sentence = re.compile(r"Unseen perplexity of gprune \+ bias: .*")
-    assert "(95 % intervals over windows)" in sentence.search(render(report.make([run])))[0]
-    edit(run / "metrics.json", keep_one_window)
-    number = r"\d\.\d{3}"
-    assert re.fullmatch(
-        rf"Unseen perplexity of gprune \+ bias: {number} times that of base \+ bias; "
-        rf"{number} times that of averaged \+ bias\.</p>",
-        sentence.search(render(report.make([run])))[0],
-    )
-
-
 def test_pairs_are_compared_on_corpora_that_are_unseen_for_both(run):
     """The ratio has the same size in either order of the two runs."""
     other = another(run, "other", setting=0.5, shift=0.3)
-    first, second = [r["corpus"] for r in records_of(run, "gprune", seen=False)]
+    first, second = [r["corpus"] for r in records_of(run, "pruned", seen=False)]
 
     def comparison(*runs):
         (table,) = [table for table in report.make(runs).tables if table.name == "comparison"]
         return table.rows
 
     (both,) = comparison(run, other)
-    assert both[:3] == ["one: gprune + bias", "other: gprune + bias", 1]
+    assert both[:3] == ["one: recovered", "other: recovered", 1]
     np.testing.assert_allclose(both[3], [math.exp(-0.3)] * 3)
     for corpus, rows in ((second, 1), (first, 0)):
         edit(other / "metrics.json", lambda m, corpus=corpus: [r.update(seen=True) or raise_loss(r, 0.5)
@@ -449,16 +344,6 @@ def test_pairs_are_compared_on_corpora_that_are_unseen_for_both(run):
             compared = comparison(*runs)
             assert len(compared) == rows
             assert all(abs(math.log(ratio.value)) == pytest.approx(0.3) for *_, ratio in compared)
-
-
-def test_a_missing_reference_leaves_the_ratios_empty(run):
-    runs = read_runs([run, another(run, "two", seed=1)])
-    with_reference = report.of_runs(runs).tables[0]
-    without_reference = report.of_runs(runs, bases={})
-    assert any(cells[-1] is not None for cells in with_reference.rows)
-    assert without_reference.tables[0].rows == [[*cells[:-1], None] for cells in with_reference.rows]
-    assert "not there yet" in without_reference.tables[0].note
-    assert "ratios" not in without_reference.figures()
 
 
 def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measured(run, tmp_path):
@@ -530,25 +415,25 @@ def zero_shot_record(**changes: object) -> dict:
 def test_zero_shot_results_are_compared_with_the_matching_dense_results(run):
     """Dense results match if model, dtype and questions are the same."""
     dense = zero_shot_record(stage="dense", correct="110110", answers=[0, 1, 3, 0, 2, 1])
-    pruned = zero_shot_record(stage="gprune", correct="100110", answers=[0, 2, 0, 0, 2, 1])
+    pruned = zero_shot_record(stage="pruned", correct="100110", answers=[0, 2, 0, 0, 2, 1])
     not_matching = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
     write_json(run / "evaluation.json", {"records": [*not_matching, pruned, dense]})
     run_report = report.make([run])
-    cells = row(run_report.tables[-1], "piqa", "one", "gprune")
+    cells = row(run_report.tables[-1], "piqa", "one", "pruned")
     difference, error = paired_difference([1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0])
     assert cells["against dense"] == f"{difference:+.3f} +- {error:.3f}"
     assert cells["flips"] == "33.3%: -16.7% +0.0%"  # one correct answer became wrong, and one wrong answer changed
     assert (cells["acc or perplexity"], cells["standard protocol"]) == ("0.500 +- 0.200", "no")
     assert "a note" in run_report.to_markdown()
     without_dense = evaluation_table([record | {"run": "r"} for record in (pruned, *not_matching)])
-    (cells_without_dense,) = [cells for cells in without_dense.rows if cells[2] == "gprune"]
+    (cells_without_dense,) = [cells for cells in without_dense.rows if cells[2] == "pruned"]
     assert run_report.tables[-1].columns[7] == "against dense"
     assert cells_without_dense[7] is None
 
 
 def test_zero_shot_results_without_stored_answers_have_no_column_of_flips():
     """Older versions recorded only which answers were correct."""
-    records = [zero_shot_record(stage=stage, correct="110110", run="r") for stage in ("dense", "gprune")]
+    records = [zero_shot_record(stage=stage, correct="110110", run="r") for stage in ("dense", "pruned")]
     table = evaluation_table(records)
     assert "flips" not in table.columns
     assert "Flips" not in table.note
@@ -594,7 +479,7 @@ def test_lines_and_points_differ_in_more_than_colour(run):
     records = json.loads((run / "metrics.json").read_text())["records"]
     points = [c.lines[0] for c in perplexity_figure(records).axes[0].containers]
     looks = {(point.get_marker(), point.get_markerfacecolor() == "white") for point in points}
-    assert len(looks) == len(points) == 6
+    assert len(looks) == len(points) == 2
 
 
 def test_an_estimate_just_outside_its_interval_is_drawn():
@@ -609,11 +494,11 @@ def test_every_axis_is_labelled_and_every_run_and_ratio_is_drawn(run):
     axes = {name: figure.axes[0] for name, figure in run_report.figures().items()}
     labels = {name: (axis.get_xlabel(), axis.get_ylabel()) for name, axis in axes.items()}
     assert labels == {
-        "ratios": ("unseen perplexity / base, same recovery; 95 % interval", ""),
+        "ratios": ("unseen perplexity / dense; 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
     }
     assert len(axes["sparsity"].lines) == 3
-    assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in run_report.tables[0].rows)
+    assert len(axes["ratios"].get_yticklabels()) == sum(cells[6] is not None for cells in run_report.tables[0].rows)
 
 
 def test_long_corpus_paths_do_not_shrink_the_figures(run):
@@ -665,8 +550,7 @@ def test_a_new_report_replaces_the_files_of_the_previous_one_and_keeps_others(ru
     report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
     assert written(output) >= {"tables/comparison.csv", "figures/sparsity.png"}
-    assert command("report", [str(other), "--base", str(run), "--output", str(output)]) == 0
-    assert "the stage `base` of one" in capsys.readouterr().out
+    assert command("report", [str(other), "--output", str(output)]) == 0
     names = ("ratios", "perplexity", "sparsity", "heterogeneity")
     assert written(output) == (
         {"report.md", "tables/mine.csv"}
@@ -675,17 +559,13 @@ def test_a_new_report_replaces_the_files_of_the_previous_one_and_keeps_others(ru
     )
 
 
-def without_base(metrics: dict) -> None:
-    metrics["records"] = [r for r in metrics["records"] if r["stage"] != "base"]
-
-
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
         ("metrics.json", lambda file: edit(file, lambda content: content.pop("summary")), "is not finished"),
         ("manifest.json", Path.unlink, "not a gprune run"),
         ("manifest.json", lambda file: file.write_text("{half"), "not a gprune run"),
-        ("masks/gprune.safetensors", Path.unlink, "missing or damaged"),
+        ("masks.safetensors", Path.unlink, "missing or damaged"),
         ("modules.safetensors", lambda file: file.write_text("x"), "missing or damaged"),
         (
             "evaluation.json",
@@ -698,8 +578,7 @@ def test_an_invalid_run_folder_is_refused_in_one_line_and_nothing_is_written(fil
     good, bad = Path(shutil.copytree(run, run.parent / "good")), another(run, "bad")
     damage(bad / file)
     before = written(run.parent)
-    for args in ([str(good), str(bad)], [str(good), "--base", str(bad)]):
-        assert message in refused(args, capsys)
+    assert message in refused([str(good), str(bad)], capsys)
     assert written(run.parent) == before
 
 
@@ -713,14 +592,11 @@ def refused(args: list[str], capsys) -> str:
 
 def test_invalid_arguments_are_refused_in_one_line(run, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    no_base = another(run, "no-base")
-    edit(no_base / "metrics.json", without_base)
     for args, message in (
         ([], "See --help"),
         ([str(run), "--colour", "red"], "See --help"),
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run), "--output", str(tmp_path / "file")], "Cannot write"),
-        ([str(run), "--base", str(no_base)], "'no-base': it has no stage 'base'"),
     ):
         assert message in refused(args, capsys)
     assert (tmp_path / "file").read_text() == "mine"

@@ -36,7 +36,7 @@ def record(task: str, model: str, **entries) -> dict:
     return result | entries
 
 
-RECORDS = [record(task, model) for model in ("dense", "gprune") for task in SIZES]
+RECORDS = [record(task, model) for model in ("dense", "pruned") for task in SIZES]
 
 
 def rows_by_name(records) -> dict[tuple[str, str], dict]:
@@ -68,18 +68,18 @@ def test_means_and_differences_equal_sums_over_questions(name, weights):
         def used(task, model, metric=metric):
             return digits(task, model, "acc" if task == "boolq" else metric)
 
-        for model in ("dense", "gprune"):
+        for model in ("dense", "pruned"):
             assert rows[name, model][metric] == pytest.approx(
                 expected(weights, lambda task, m=model: used(task, m)), abs=1e-4
             )
-        difference = expected(weights, lambda t: used(t, "gprune").astype(float) - used(t, "dense").astype(float))
-        assert rows[name, "gprune"][f"{metric} - dense"] == pytest.approx(difference, abs=1e-4)
+        difference = expected(weights, lambda t: used(t, "pruned").astype(float) - used(t, "dense").astype(float))
+        assert rows[name, "pruned"][f"{metric} - dense"] == pytest.approx(difference, abs=1e-4)
         assert rows[name, "dense"][f"{metric} - dense"] is None
 
 
 def test_a_group_of_which_a_task_is_missing_has_no_mean():
-    without_piqa = [r for r in RECORDS if (r["task"], r["stage"]) != ("piqa", "gprune")]
-    row = rows_by_name(without_piqa)["pair", "gprune"]
+    without_piqa = [r for r in RECORDS if (r["task"], r["stage"]) != ("piqa", "pruned")]
+    row = rows_by_name(without_piqa)["pair", "pruned"]
     assert (row["tasks"], row["acc"], row["acc - dense"], row["standard protocol"]) == ("1 of 2", None, None, "no")
     assert rows_by_name(without_piqa)["pair", "dense"]["acc"] is not None
     nowhere = [r for r in RECORDS if r["task"] != "piqa"]
@@ -88,7 +88,7 @@ def test_a_group_of_which_a_task_is_missing_has_no_mean():
 
 def test_differences_need_the_same_questions_of_the_dense_model():
     other_questions = [r | {"content_hash": "x"} if r["stage"] == "dense" else r for r in RECORDS]
-    assert rows_by_name(other_questions)["pair", "gprune"]["acc - dense"] is None
+    assert rows_by_name(other_questions)["pair", "pruned"]["acc - dense"] is None
 
 
 def test_a_single_task_or_a_perplexity_has_no_mean():
@@ -113,7 +113,7 @@ def test_two_models_are_compared_on_complete_groups():
     names = [f"{name}, {metric}" for name in ("pair", "mmlu", "all tasks") for metric in ("acc", "acc_norm")]
     assert list(compared) == names
     value = expected(
-        {"boolq": 0.5, "piqa": 0.5}, lambda t: digits(t, "gprune", "acc") * 1.0 - digits(t, "dense", "acc")
+        {"boolq": 0.5, "piqa": 0.5}, lambda t: digits(t, "pruned", "acc") * 1.0 - digits(t, "dense", "acc")
     )
     assert compared["pair, acc"] == "{:.3f} [{:.3f}, {:.3f}]".format(*value)
     assert "pair, acc" not in compare_means(pruned[1:], dense)
@@ -125,9 +125,9 @@ def test_means_never_mix_numbers_of_examples():
     zero = [r | {"num_fewshot": 0} for r in RECORDS]
     rows, without = rows_by_name([*zero, *shots]), rows_by_name(zero)
     assert {key: row for key, row in rows.items() if "examples" not in key[0]} == without
-    assert rows["mmlu, 5 examples", "gprune"]["acc"] == without["mmlu", "gprune"]["acc"]
-    assert (rows["pair, 5 examples", "gprune"]["tasks"], rows["pair, 5 examples", "gprune"]["acc"]) == ("1 of 2", None)
-    compared = compare_means(*([r for r in (*zero, *shots) if r["stage"] == of] for of in ("gprune", "dense")))
+    assert rows["mmlu, 5 examples", "pruned"]["acc"] == without["mmlu", "pruned"]["acc"]
+    assert (rows["pair, 5 examples", "pruned"]["tasks"], rows["pair, 5 examples", "pruned"]["acc"]) == ("1 of 2", None)
+    compared = compare_means(*([r for r in (*zero, *shots) if r["stage"] == of] for of in ("pruned", "dense")))
     assert {key: value for key, value in compared.items() if "examples" not in key} == compare_means(zero[4:], zero[:4])
     assert "mmlu, 5 examples, acc" in compared
     assert "pair, 5 examples, acc" not in compared

@@ -160,7 +160,7 @@ def test_processes_use_the_precision_of_the_slowest_hardware_or_of_the_resumed_r
 
 def test_a_resumed_run_keeps_its_precision_on_other_hardware(tmp_path, hardware, capsys):
     world = tiny_run.make_world(tmp_path)
-    flags = ["--trainer.precision=auto", "--export=none", "--evaluation.controls=[]", "--evaluation.curve=[]"]
+    flags = ["--trainer.precision=auto", "--export=none", "--evaluation.before_recovery=false", "--evaluation.curve=[]"]
     with tiny_run.isolated(tmp_path / "cache"):
         hardware(FAST)
         first = world.run(tmp_path / "runs", *flags)

@@ -33,9 +33,7 @@ def test_a_result_has_a_repr_of_at_most_ten_lines_a_table_and_html(recovered):
     assert str(recovered.path) in shown[0]
     assert "50.00% of ffn removed" in shown[1]
     table = recovered.table()
-    assert list(table.index) == [
-        "dense", "base", "averaged", "gprune", "base + bias", "averaged + bias", "gprune + bias",
-    ]  # fmt: skip
+    assert list(table.index) == ["dense", "pruned", "recovered"]
     first = recovered.records[0]
     assert first["seen"]
     assert table.loc["dense", f"{first['corpus']}*"] == first["perplexity"]
@@ -44,33 +42,32 @@ def test_a_result_has_a_repr_of_at_most_ten_lines_a_table_and_html(recovered):
 
 def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
     frame = recovered.to_frame()
-    rows = dict.fromkeys(f"{r['stage']}+{r['recovery']}" for r in recovered.records)
-    assert list(frame["stage"] + "+" + frame["recovery"]) == list(rows)
+    assert list(frame["stage"]) == ["dense", "pruned", "recovered"]
+    assert list(frame["recovery"]) == ["none", "none", "bias"]
     assert list(frame.columns[: len(COLUMNS)]) == COLUMNS
     means = recovered.summary["geometric_means"]
-    main_row, dense = frame.iloc[-1], frame.iloc[0]
-    assert (main_row["stage"], main_row["recovery"], main_row["precision"]) == ("gprune", "bias", "32-true")
+    final, dense = frame.iloc[-1], frame.iloc[0]
+    assert (final["stage"], final["recovery"], final["precision"]) == ("recovered", "bias", "32-true")
     for name in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
-        assert main_row[name] == pytest.approx(means["gprune + bias"][name], rel=1e-9)
-        assert main_row[f"{name}_low"] < main_row[name] < main_row[f"{name}_high"]
-    ratio = recovered.summary["unseen_over_base_same_recovery"]["gprune + bias"]
-    ratio_in_frame = main_row[[f"unseen_over_base_same_recovery{end}" for end in ("", "_low", "_high")]]
-    assert ratio_in_frame.to_list() == pytest.approx([ratio["ratio"], ratio["low"], ratio["high"]], rel=1e-9)
-    over_unrecovered_base = means["gprune + bias"]["unseen"] / means["base"]["unseen"]
-    assert main_row["unseen_over_unrecovered_base"] == pytest.approx(over_unrecovered_base, rel=1e-9)
-    assert main_row["unseen_dense"] == dense["unseen"] == pytest.approx(means["dense"]["unseen"], rel=1e-9)
-    assert main_row["parameters_after"] == recovered.summary["parameters_after"]
-    assert main_row["seconds"] > 0
-    assert pd.isna(dense["parameters_after"])  # only the main row has a value
+        assert final[name] == pytest.approx(means["recovered"][name], rel=1e-9)
+        assert final[f"{name}_low"] < final[name] < final[f"{name}_high"]
+    for text in ("seen", "unseen"):
+        ratio = means["recovered"][text] / means["dense"][text]
+        assert final[f"{text}_over_dense"] == pytest.approx(ratio, rel=1e-9)
+        assert final[f"{text}_over_dense_low"] < ratio < final[f"{text}_over_dense_high"]
+    assert final["unseen_dense"] == dense["unseen"] == pytest.approx(means["dense"]["unseen"], rel=1e-9)
+    assert final["parameters_after"] == recovered.summary["parameters_after"]
+    assert final["seconds"] > 0
+    assert pd.isna(dense["parameters_after"])  # only the final model has a value
     assert pd.isna(dense["gap"])
     for r in recovered.records:
         (line,) = frame[(frame["stage"] == r["stage"]) & (frame["recovery"] == r["recovery"])].to_dict("records")
         assert line[f"perplexity/{Path(r['corpus']).name}"] == r["perplexity"]
-    assert main_row["record"] == str(recovered.path / "metrics.json")
+    assert final["record"] == str(recovered.path / "metrics.json")
 
 
 def test_the_frame_of_numbers_has_every_number_of_the_records_once(recovered):
-    numbers = number_frame(recovered.records, base=recovered.records)
+    numbers = number_frame(recovered.records)
     assert list(numbers.columns) == NUMBER_COLUMNS
     assert set(numbers["seed"]) == {recovered.config.run.seed}
     assert not numbers.duplicated(["row", "corpus", "number"]).any()
@@ -84,19 +81,18 @@ def test_the_frame_of_numbers_has_every_number_of_the_records_once(recovered):
     assert of_corpora.to_dict() == expected
     defined = numbers[numbers["corpus"] == ""].groupby("row", sort=False)["number"].agg(set)
     assert defined["dense"] == {"seen", "unseen"}
-    assert defined["base"] == {"seen", "unseen", "gap", "unseen_over_dense", "unseen_kl", "unseen_agreement"}
-    assert defined["base + bias"] == defined["base"] | {"unseen_over_unrecovered_base"}
-    assert defined["gprune + bias"] == defined["base + bias"] | {"unseen_over_base_same_recovery"}
+    of_pruned = {"gap", "unseen_over_dense", "seen_over_dense", "unseen_kl", "unseen_agreement"}
+    assert defined["pruned"] == defined["recovered"] == defined["dense"] | of_pruned
 
 
 def test_resuming_a_run_removes_temporary_files_of_gprune_and_no_user_files(recovered, tmp_path):
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
-    user_files = [folder / ".model.backup", folder / "masks/.notes.x.tmp", folder / "model.tmp"]
-    temporary_files = [folder / ".model.ab12_xyz.tmp", folder / "masks/.base.safetensors.q1w2e3r4.tmp"]
+    user_files = [folder / ".model.backup", folder / "statistics/.notes.x.tmp", folder / "model.tmp"]
+    temporary_files = [folder / ".model.ab12_xyz.tmp", folder / "statistics/.a.safetensors.q1w2e3r4.tmp"]
     for path in (*user_files, *temporary_files):
         path.mkdir()
         (path / "file").touch()
-    temporary_files.append(folder / "masks/.metrics.json.0123abcd.tmp")
+    temporary_files.append(folder / "statistics/.metrics.json.0123abcd.tmp")
     temporary_files[-1].touch()
     settings = folder.manifest["settings"]
     with folder.in_use(settings, (folder / "config.yaml").read_text()):

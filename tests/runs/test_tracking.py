@@ -100,14 +100,12 @@ def test_the_wandb_history_has_the_values_of_the_csv_file(logged):
 def test_the_wandb_summary_has_the_results_under_fixed_keys(logged):
     run, summary = logged.run, logged.summary
     means = run.summary["geometric_means"]
-    ratio = run.summary["unseen_over_base_same_recovery"]["gprune"]["ratio"]
     for kind in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
-        assert summary[f"final/{kind}"] == summary[f"rows/gprune/{kind}"] == means["gprune"][kind]
-        assert summary[f"rows/averaged/{kind}"] == means["averaged"][kind]
-    assert summary["final/unseen_over_base_same_recovery"] == ratio
-    assert summary["final/unseen_over_unrecovered_base"] == ratio  # a run without recovery
+        assert summary[f"final/{kind}"] == summary[f"pruned/{kind}"] == means["pruned"][kind]
+    for text in ("seen", "unseen"):
+        assert summary[f"final/{text}_over_dense"] == pytest.approx(means["pruned"][text] / means["dense"][text])
     for record in run.records:
-        row, corpus = f"rows/{record['stage']}", Path(record["corpus"]).name
+        row, corpus = record["stage"], Path(record["corpus"]).name
         assert summary[f"{row}/perplexity/{corpus}"] == record["perplexity"]
         for name in ("kl", "agreement"):
             assert summary.get(f"{row}/{name}/{corpus}") == record.get(name)
@@ -147,7 +145,7 @@ def test_load_run_loads_downloaded_artifacts(logged, tmp_path):
     masks, model = (artifact for artifact in logged.artifacts if artifact["type"] in ("masks", "model"))
     assert [artifact["name"] for artifact in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
     metadata = json.loads(masks["metadata"])
-    key = "final/unseen_over_base_same_recovery"
+    key = "final/unseen_over_dense"
     assert (metadata["budget"], metadata[key]) == (0.5, logged.summary[key])
     for artifact in (masks, model):
         for entry in artifact["manifest"]["contents"]:
@@ -169,15 +167,15 @@ def test_an_artifact_that_cannot_be_downloaded_is_refused_in_one_line(tmp_path, 
 def test_task_results_are_logged_to_the_wandb_run_of_their_run(logged):
     """They are in a second file of the same W&B run. `latest-run` still points to the file with the curves."""
     piqa = {"kind": "zero_shot", "task": "piqa", "acc": 0.5, "acc_norm": None, "acc_stderr": 0.1}
-    wikitext = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "gprune"}
+    wikitext = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "pruned"}
     latest = os.readlink(logged.run.path / "wandb/latest-run")
-    log_evaluation(logged.run.path, [piqa | {"stage": "dense"}, piqa | {"stage": "gprune"}, wikitext])
+    log_evaluation(logged.run.path, [piqa | {"stage": "dense"}, piqa | {"stage": "pruned"}, wikitext])
     first, second = wandb_files.find(logged.run.path)
     assert first.name == second.name
     resumed = wandb_files.read(second)
     assert resumed.about["resume"]
     assert {name: value for name, value in resumed.summary.items() if not name.startswith("_")} == {
-        "rows/dense/piqa/acc": 0.5, "rows/dense/piqa/acc_stderr": 0.1, "final/piqa/acc": 0.5,
+        "dense/piqa/acc": 0.5, "dense/piqa/acc_stderr": 0.1, "final/piqa/acc": 0.5,
         "final/piqa/acc_stderr": 0.1, "final/wikitext2/128/perplexity": 9.0,
     }  # fmt: skip
     assert os.readlink(logged.run.path / "wandb/latest-run") == latest
@@ -228,8 +226,8 @@ def test_an_open_wandb_run_is_used_and_stays_open(world, tmp_path):
     assert (logged.about["project"], logged.about.get("run_group"), logged.about.get("tags")) == ("mine", None, None)
     assert (logged.config["model"], logged.config["gprune"]["importance"]) == ("x", "wanda_sp")
     assert not any(fnmatch(name, pattern) for pattern in logged.axes for name in ("loss", "epoch"))
-    assert logged.axes["distill/base/*"] == "distill/base/tokens"
-    assert logged.summary["final/unseen"] == result.summary["geometric_means"]["base + distill"]["unseen"]
+    assert logged.axes["distill/*"] == "distill/tokens"
+    assert logged.summary["final/unseen"] == result.summary["geometric_means"]["recovered"]["unseen"]
 
 
 @pytest.mark.slow

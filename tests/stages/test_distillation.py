@@ -22,7 +22,6 @@ from gprune.config.running import DistillConfig
 from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
-from gprune.method.run import TokenMeter
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart, Part
@@ -31,7 +30,7 @@ from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recov
 from gprune.runs import folder
 from gprune.runs.results import load_run
 from gprune.stages.distillation import DistillationStage, OutlierDetector
-from gprune.stages.student import Student, TeacherStates
+from gprune.stages.student import Student
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
@@ -230,16 +229,6 @@ def test_16_bit_weights_are_trained_in_float32(dtype, resolution, targets, probl
     assert any(not torch.equal(initial[name], t) for name, t in small.state_dict().items())
 
 
-@pytest.mark.parametrize(("keep", "passes"), [(True, 1), (False, 2)])
-def test_tokens_of_the_teacher_are_counted_when_it_computes_them(keep, passes, problem):
-    dense, _, tokens = problem
-    meter, states = TokenMeter(), TeacherStates(keep=keep)
-    meter.watch(dense)
-    first, second = (states.hidden(dense, tokens[:2]) for _ in range(2))
-    assert torch.equal(first, second)
-    assert meter.counts() == {"forward_tokens": passes * tokens[:2].numel(), "forward_backward_tokens": 0}
-
-
 def test_trained_tensors_are_in_the_order_of_the_model(problem):
     # The gradient norm is a sum in this order, so another one (a ParameterDict sorts a plain dict) changes its bits.
     dense, pruned, _ = problem
@@ -261,7 +250,7 @@ def test_kl_to_a_student_with_another_output_embedding_is_refused(problem):
 def test_initial_adapters_do_not_depend_on_the_cache(world, tmp_path):
     with tiny_run.isolated(tmp_path / "cache"):
         cold, warm = (
-            learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, "--distill.targets=lora", name=name).path) for name in "ab"
+            learned_of(world.run(tmp_path, *FLAGS, *ALONE, "--distill.targets=lora", name=name).path) for name in "ab"
         )
     assert_same_tensors(cold, warm)
 
@@ -296,10 +285,10 @@ FLAGS = (
     "--distill.batch_size=2",
     "--distill.learning_rate=0.003",
 )
-ONE_ROW = ("--gprune=false", "--evaluation.controls=[]", "--export=none")
+ALONE = ("--gprune=false", "--evaluation.before_recovery=false", "--export=none")
 EVERY_STEP = "--run.checkpoint_minutes=0"
 TWO_PROCESSES = ("--trainer.devices=2", "--trainer.strategy=ddp")
-CURVES = "distill/base"
+CURVES = "distill"
 
 
 def learned_of(run) -> dict[str, torch.Tensor]:
@@ -314,40 +303,35 @@ def assert_same_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tenso
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
-    """An uninterrupted run with distillation of a single row."""
-    return world.run(tmp_path_factory.mktemp("uninterrupted"), *FLAGS, *ONE_ROW)
+    """An uninterrupted run with distillation and without early evaluation."""
+    return world.run(tmp_path_factory.mktemp("uninterrupted"), *FLAGS, *ALONE)
 
 
-def test_a_run_distills_all_rows_and_resumes_without_training_again(
+def test_a_run_distills_its_model_once_and_resumes_without_training_again(
     uninterrupted, world, tmp_path, monkeypatch, capsys
 ):
-    result = world.run(tmp_path, *FLAGS)
-    before_training, after_training = capsys.readouterr().out.split("Distilling", 1)
-    # The table before training has no recovery.
+    flags = (*FLAGS, "--gprune=false")
+    result = world.run(tmp_path, *flags)
+    before_training, after_training = capsys.readouterr().out.split("Distilling")
+    # The table before training has no recovered model.
     assert [line.split("|")[1].strip() for line in before_training.splitlines() if line.startswith("| ")][1:] == [
-        "dense", "base", "averaged", "gprune",
+        "dense", "pruned",
     ]  # fmt: skip
-    assert "| gprune + least_squares+distill" in after_training
-    rows = {(r["stage"], r["recovery"]) for r in result.records}
-    chain = "least_squares+distill"
-    assert {row for row in rows if row[1] == chain} == {(s, chain) for s in ("base", "averaged", "gprune")}
-    assert all((r["distill"] is not None) == (r["recovery"] == chain) for r in result.records)
+    assert "| recovered" in after_training
+    assert all((r["distill"] is not None) == (r["stage"] == "recovered") for r in result.records)
     plan = make_plan(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
-    # The teacher's tokens are counted for one of three rows.
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    # The row `base` is the same as in a run of this row alone.
-    expected = {r["corpus"]: r["nll"] for r in uninterrupted.records if r["recovery"] == chain}
-    of_base = [r for r in result.records if (r["stage"], r["recovery"]) == ("base", chain)]
-    assert {r["corpus"]: r["nll"] for r in of_base} == expected
+    # The recovered model is the same as without its evaluation before recovery.
+    assert [r for r in result.records if r["stage"] != "pruned"] == uninterrupted.records
     # All training text is recorded as used.
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert sum(name.endswith(" recovered") for name in manifest["settings"]["inputs"]["text"]) == 3
-    saved = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype="auto", trust_remote_code=False)
+    saved = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype="auto", trust_remote_code=True)
     # A resumed run does not train again.
     monkeypatch.setattr(DistillationStage, "training_step", lambda *_: pytest.fail("trained again"))
     (result.path / "metrics.json").unlink()
-    resumed = world.run(tmp_path, *FLAGS)
+    resumed = world.run(tmp_path, *flags)
     assert [r["nll"] for r in resumed.records] == [r["nll"] for r in result.records]
     ids = torch.arange(3, 35)[None]
     assert torch.equal(resumed.model(ids).logits, saved(ids).logits)
@@ -356,7 +340,7 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
 def test_the_plan_counts_the_tokens_of_validation(uninterrupted):
     """Validation is at the start and after 3, 6 and 9 batches, on one window of each of three corpora."""
     steps = json.loads((uninterrupted.path / "manifest.json").read_text())["steps"]
-    forward, _ = make_plan(uninterrupted.config).tokens[9]  # step 9 recovers the main row
+    forward, _ = make_plan(uninterrupted.config).tokens[9]  # step 9 recovers the model
     assert forward - 3 * 32 == steps["shrink"]["forward_tokens"] == 576 + 4 * 3 * 32  # 3 x 32: the check of the export
 
 
@@ -395,7 +379,7 @@ def run_killed_at(step: int, world, runs, *flags) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_distillation_resumed_after_kills_has_the_same_bits(accumulate, uninterrupted, world, tmp_path):
-    flags = (*FLAGS, *ONE_ROW, f"--distill.accumulate={accumulate}", EVERY_STEP)
+    flags = (*FLAGS, *ALONE, f"--distill.accumulate={accumulate}", EVERY_STEP)
     whole = uninterrupted if accumulate == 1 else world.run(tmp_path, *flags, name="whole")
     for step in (6, 3):  # of nine batches
         run_killed_at(step, world, tmp_path, *flags)
@@ -408,7 +392,7 @@ def test_distillation_resumed_after_kills_has_the_same_bits(accumulate, uninterr
 
 
 def test_a_checkpoint_is_kept_until_the_learned_weights_are_written(world, tmp_path, monkeypatch):
-    flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
+    flags = (*FLAGS, *ALONE, EVERY_STEP)
     write_tensors = folder.write_tensors
 
     def fail_on_full_disk(path, tensors, metadata=None):
@@ -440,7 +424,7 @@ def test_a_recovery_with_options_is_the_same_object_in_revise_and_tune(world, tm
             tuned.append((self.label, self.revised))
             return pruned
 
-    world.run(tmp_path, *ONE_ROW, "--recovery=remembers", "--options.remembers.label=2")
+    world.run(tmp_path, *ALONE, "--recovery=remembers", "--options.remembers.label=2")
     assert tuned == [(2, [0, 1, 2])]
 
 
@@ -468,7 +452,7 @@ def test_a_recovery_with_two_training_phases_resumes_after_both(world, tmp_path,
         def tokens(self, text, fresh, *, attention):
             return 2 * fresh, 2 * fresh
 
-    flags = (*ONE_ROW, "--recovery=two_phases")
+    flags = (*ALONE, "--recovery=two_phases")
     first = world.run(tmp_path, *flags)
     assert len(list((first.path / "recovery").iterdir())) == 2
     (first.path / "metrics.json").unlink()
@@ -480,7 +464,7 @@ def test_a_recovery_with_two_training_phases_resumes_after_both(world, tmp_path,
 @pytest.mark.slow
 def test_a_damaged_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_path, capsys):
     """The file is truncated, from another run, or has other bits or content. The stage logs a line and starts again."""
-    flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
+    flags = (*FLAGS, *ALONE, EVERY_STEP)
     content = {}
     for name, more_flags in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
         run_killed_at(4, world, tmp_path / name, *flags, *more_flags)
@@ -544,7 +528,7 @@ def test_the_validation_curve_is_logged_with_a_warning_if_perplexity_rose(
     fakes = [fake_losses(p, noise * (p == last)) for p in perplexities]
     monkeypatch.setattr("gprune.stages.base.window_losses", lambda *args: fakes[len(students)](*args))
     flags = ["--trainer.val_check_interval=3", f"--evaluation.development_samples={windows}"]
-    result = world.run(tmp_path, *FLAGS, *ONE_ROW[:2], *flags)
+    result = world.run(tmp_path, *FLAGS, *ALONE[:2], *flags)
     output = " ".join(capsys.readouterr().out.split())
     assert output.count("Development perplexity rose") == bool(warning)
     assert warning in output
@@ -572,7 +556,7 @@ def test_the_recipe_for_the_best_weights_restores_them_after_training(world, tmp
     monkeypatch.setattr(DistillationStage, "on_validation_epoch_end", record_student)
     fakes = [fake_losses(perplexity) for perplexity in (5.0, 4.0, 3.0, 4.5)]
     monkeypatch.setattr("gprune.stages.base.window_losses", lambda *args: fakes[len(measured)](*args))
-    cfg = parse(world.args(tmp_path, *FLAGS, *ONE_ROW[:2], "--trainer.val_check_interval=3"))
+    cfg = parse(world.args(tmp_path, *FLAGS, *ALONE[:2], "--trainer.val_check_interval=3"))
     best_weights = run_recipe("class BestWeights")["BestWeights"](monitor="development/perplexity")
     result = gprune.prune(cfg, callbacks=[best_weights])
     assert len(measured) == 4
@@ -750,7 +734,7 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
     (tmp_path / "killed_run.py").write_text(KILLED_RUN)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
-    flags += ["--evaluation.development_samples=2", "--evaluation.controls=[]"]
+    flags += ["--evaluation.development_samples=2", "--evaluation.before_recovery=false"]
     flags += [f"--corpora.evaluate={world.names('alpha')}"]
     two, sharded, learned = [*TWO_PROCESSES], ["--trainer.devices=2", "--trainer.strategy=fsdp"], {}
     manifests = {}
@@ -801,7 +785,7 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
 def test_fused_matrices_and_adapters_can_be_sharded(family, flag, world, tmp_path):
     make_tiny(family).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    flags = (*FLAGS, *ONE_ROW, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001")
+    flags = (*FLAGS, *ALONE, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001")
     flags += (flag,)
     results = {}  # learned weights and losses
     for name, more_flags in (("one", []), ("sharded", ["--trainer.devices=2", "--trainer.strategy=fsdp"])):
@@ -819,4 +803,4 @@ def test_fused_matrices_and_adapters_can_be_sharded(family, flag, world, tmp_pat
 def test_distillation_with_an_offloaded_dense_model_has_the_same_bits(uninterrupted, world, tmp_path):
     """Most layers of the dense model are offloaded by accelerate. Trained weights are in memory."""
     flags = ["--model.device_map=auto", '--model.max_memory={"cpu": "100KiB"}']
-    assert_same_tensors(learned_of(uninterrupted.path), learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, *flags).path))
+    assert_same_tensors(learned_of(uninterrupted.path), learned_of(world.run(tmp_path, *FLAGS, *ALONE, *flags).path))

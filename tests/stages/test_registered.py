@@ -109,7 +109,7 @@ def test_a_run_uses_stages_of_the_user_with_their_arguments_and_records_them(
     CALLS.clear()
     monkeypatch.setattr(GateLearner, "instances", ())
     flags = ["--recovery=[scaled,heal]", "--options.heal.factor=2", "--options.scaled.by=1.5",
-             "--evaluation.controls=[]"]  # fmt: skip
+             "--evaluation.before_recovery=false"]  # fmt: skip
 
     def run(rate, name="run"):
         stages = {
@@ -128,7 +128,7 @@ def test_a_run_uses_stages_of_the_user_with_their_arguments_and_records_them(
         with pytest.raises(UserError, match=r"other settings: stages\.learner\.arguments\.rate: 50 there, 1e-09 here"):
             run(1e-9)
         unlearned = run(1e-9, name="unlearned")
-        built_in = world.run(tmp_path, "--evaluation.controls=[]", name="built-in")
+        built_in = world.run(tmp_path, "--evaluation.before_recovery=false", name="built-in")
     assert first.thresholds is None
     assert built_in.thresholds is not None
     assert first.masks != unlearned.masks  # with a rate of 50 the masks change
@@ -191,7 +191,7 @@ def test_a_list_compares_two_learners(world, cache, tmp_path, write_module):
         value = f"functools.partial(ThresholdLearning, learning_rate={rate})"
         write_module(name, kind="learner", value=value)
     common = {flag.removeprefix("--").partition("=")[0]: yaml.safe_load(flag.partition("=")[2])
-              for flag in world.args(tmp_path, "--recovery=none", "--evaluation.controls=[]")
+              for flag in world.args(tmp_path, "--recovery=none", "--evaluation.before_recovery=false")
               if not flag.startswith(("--run.name", "--export", "--run.seed"))}  # fmt: skip
     rows = {"slow": {"stages": "slow_learner"}, "fast": {"stages": "fast_learner"}}
     (tmp_path / "learners.yaml").write_text(yaml.safe_dump({"common": common, "rows": rows, "tables": ["final"]}))

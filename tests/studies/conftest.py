@@ -22,7 +22,7 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="package")
 def first(bench):
     """Return the path of a list of three rows, and the output of its first run."""
-    path = bench.write("first", ROWS, about="Three rows", reference="plain", compare=COMPARE)
+    path = bench.write("first", ROWS, about="Three rows", compare=COMPARE)
     with pytest.MonkeyPatch.context() as patch:
         written = []
         patch.setattr(sys.stdout, "write", written.append)

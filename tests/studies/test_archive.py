@@ -118,8 +118,8 @@ def test_a_row_of_a_removed_setting_is_printed_from_its_record_and_names_its_com
     stem = "gone-seed0-0123456789"
     made_by = record["environment"] | {"git_revision": "c0ffee"}
     archive.write_record(path.with_stem(stem), record | {"settings": settings, "environment": made_by})
-    ours = bench.write("ours", {"plain": ROWS["plain"], "ours": ROWS["ours"]}, reference="plain")
-    listing = bench.write("gone", {"plain": ROWS["plain"], "gone": {"record": stem}}, reference="plain")
+    ours = bench.write("ours", {"plain": ROWS["plain"], "ours": ROWS["ours"]})
+    listing = bench.write("gone", {"plain": ROWS["plain"], "gone": {"record": stem}})
 
     def rows_of(name: str, output: str) -> list[list[str]]:
         return [cells(line)[1:] for line in output.splitlines() if line.startswith(f"| {name} ")]
@@ -201,7 +201,7 @@ def test_a_file_that_is_not_the_record_of_the_row_is_never_overwritten(bench, tm
 
 
 def test_learned_tokens_do_not_depend_on_the_cache(bench, first):
-    """Tokens of calibration and of controls are not counted. Those of calibration are 0 after the first row."""
+    """Tokens of calibration are not counted. Those of calibration are 0 after the first row."""
     record = finished_record(bench.rows(first[0])[1])
     learned = record["summary"]["learned_tokens"]
     assert learned == record["steps"]["thresholds"]["forward_backward_tokens"] > 0

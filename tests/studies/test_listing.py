@@ -58,7 +58,7 @@ def test_all_ablations_are_rows_of_their_list_and_the_row_default_is_the_default
     others = {"default", "averaged", "base, bias", "base, least squares"}
     assert {row.name for row in listing.rows} == files | others
     files = [f"--config={EXPERIMENTS / name}.yaml" for name in ("default", "method")]
-    default = parse([*files, "--evaluation.controls=[]", "--trainer.precision=32-true"])
+    default = parse([*files, "--trainer.precision=32-true"])
     (row,) = [row for row in listing.rows if row.name == "default"]
     assert row.config.settings() == default.settings()
 
@@ -96,7 +96,7 @@ def test_rows_of_a_named_protocol_have_different_run_folders(bench):
 
 def test_empty_keys_equal_missing_keys(bench):
     path = bench.folder / "empty.yaml"
-    empty = ("common", "compare", "seeds", "tables", "tasks", "seen", "protocol", "reference")
+    empty = ("common", "compare", "seeds", "tables", "tasks", "seen", "protocol")
     path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
     with_empty_keys = Listing.read(path)
     path.write_text("about: x\nrows: {a: {}, b: {}}\n")
@@ -105,10 +105,9 @@ def test_empty_keys_equal_missing_keys(bench):
 
 def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
     path = bench.folder / "numbers.yaml"
-    path.write_text("rows: {1: {}, 0.5: {}}\nreference: 0.5\nseeds: [4, 4, 5]\n")
+    path.write_text("rows: {1: {}, 0.5: {}}\nseeds: [4, 4, 5]\n")
     listing = Listing.read(path)
     assert [(row.name, row.seed) for row in listing.rows] == [("1", 4), ("0.5", 4), ("1", 5), ("0.5", 5)]
-    assert listing.content.reference == "0.5"
 
 
 # --- invalid lists and arguments --------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["[1] must be strings; got 1."]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
-        ("rows: {1: {}, '1': {}}\ncompare: [['1', '1: base']]\n", ["bad.yaml", "different names", "'1'"]),
+        ("rows: {1: {}, '1': {}}\ncompare: [['1', '1: pruned']]\n", ["bad.yaml", "different names", "'1'"]),
         ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
@@ -138,14 +137,14 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: {a: {dry_run: true}}\n", ["--dry_run cannot be set in a study"]),
         ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "must be given after --"]),
         # missing rows
-        ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
-        ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
+        ("rows: {a: {}}\nreference: a\n", ["reference", "bad.yaml"]),
+        ("rows: {a: {}}\ncompare: [['a: pruned', 'b: pruned']]\n", ["compare", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [[a, b]]\n", ["compare", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
         ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),
         ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "comparison", "perplexities"]),
-        ("rows: {a: {}}\ncompare: [['a: gprune']]\n", ["compare[0]", "2 items"]),
+        ("rows: {a: {}}\ncompare: [['a: pruned']]\n", ["compare[0]", "2 items"]),
         ("rows: {a: {}}\ntasks: {names: []}\n", ["--tasks", "at least 1"]),
         ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["--limt", "100"]),
     ],

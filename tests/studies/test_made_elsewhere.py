@@ -79,7 +79,7 @@ def copy_model(bench, folders, name, change=None, **config):
 def list_with_export(bench, exported):
     """Return a list with the row `plain` and its exported model as another row, and the output of its run."""
     rows = PLAIN | {"theirs": {"model": str(exported[0])}}
-    path = bench.write("export as row", rows, compare=[["theirs: model", "plain: base"]], reference="plain")
+    path = bench.write("export as row", rows, compare=[["theirs", "plain"]])
     with pytest.MonkeyPatch.context() as patch:
         written = []
         patch.setattr(sys.stdout, "write", written.append)
@@ -91,8 +91,8 @@ def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(benc
     _, run = exported
     path, out = list_with_export
     _, ((_, plain), (row, theirs)) = bench.done(path)
-    of_plain = [r for r in plain["records"] if r["stage"] == "base"]
-    of_export = [r for r in theirs["records"] if r["stage"] == "model"]
+    of_plain = [r for r in plain["records"] if r["stage"] == "pruned"]
+    of_export = [r for r in theirs["records"] if r["stage"] == "measured"]
     assert [r["corpus"] for r in of_export] == [r["corpus"] for r in of_plain]
     for expected, r in zip(of_plain, of_export, strict=True):
         for number in ("nll", "kl", "agreement"):
@@ -105,9 +105,9 @@ def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(benc
     assert theirs["masks"] is None
     assert row.config.sparsity == type(row.config.sparsity)()  # settings of pruning have their defaults
     lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
-    (ratio,) = [line for line in lines if line[0] == "theirs: model / plain: base"]
+    (ratio,) = [line for line in lines if line[0] == "theirs / plain"]
     assert ratio[2].startswith("1.000")
-    (summary,) = [line for line in lines if line[:2] == ["theirs", "model"] and len(line) == 8]
+    (summary,) = [line for line in lines if line[:2] == ["theirs", "measured"] and len(line) == 7]
     assert summary[5] != ""  # the gap
     assert "Another tokenizer" not in out
 
@@ -117,11 +117,12 @@ def test_frames_files_and_reports_accept_a_model_row(bench, list_with_export, no
     path, _ = list_with_export
     study = gprune.load_study(path, records=bench.records)
     frame = study.to_frame().set_index("row")
-    assert frame.loc["theirs", "stage"] == "model"
+    assert frame.loc["theirs", "stage"] == "measured"
     assert frame.loc["theirs", "model.made_elsewhere"].endswith("model")
     assert frame.loc["theirs", "unseen_kl"] == pytest.approx(frame.loc["plain", "unseen_kl"], rel=1e-4)
     assert frame.loc["theirs", "gap"] == pytest.approx(frame.loc["plain", "gap"], rel=1e-4)
-    assert frame.loc["theirs", "unseen_over_unrecovered_base"] == pytest.approx(1, rel=1e-4)
+    over_dense = frame["unseen_over_dense"]
+    assert over_dense["theirs"] == pytest.approx(over_dense["plain"], rel=1e-4)
     assert frame.loc["theirs", ["target", "importance", "scope"]].isna().all()
     assert frame.loc["plain", "importance"] == "magnitude"
     for suffix in (".csv", ".json", ".md", ".tex", ".html"):
@@ -131,14 +132,14 @@ def test_frames_files_and_reports_accept_a_model_row(bench, list_with_export, no
     assert command("report", [f"{path}:theirs", "--records", str(bench.records), "--html", str(page)]) == 0
     assert "Made elsewhere" in page.read_text()
     (row,) = [row for row in study.rows if row.name == "theirs"]
-    assert record_to_run(finished_record(row)).final == "model"
+    assert record_to_run(finished_record(row)).final == "measured"
 
 
 def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
     path = bench.write("itself", {"itself": {"model": str(bench.world.model)}})
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
-    dense, model = ([r for r in record["records"] if r["stage"] == stage] for stage in ("dense", "model"))
+    dense, model = ([r for r in record["records"] if r["stage"] == stage] for stage in ("dense", "measured"))
     for of_dense, of_model in zip(dense, model, strict=True):
         assert of_model["perplexity"] == pytest.approx(of_dense["perplexity"], rel=1e-5)
         assert of_model["kl"] == pytest.approx(0, abs=1e-9)
@@ -162,10 +163,10 @@ def save_gpt2(folder):
 
 def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(bench, folders, capsys):
     folder = save_gpt2(folders / "other")
-    path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}}, reference="plain")
+    path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}})
     out = bench(capsys, path)
     _, (_, (_, record)) = bench.done(path)
-    of_model = [r for r in record["records"] if r["stage"] == "model"]
+    of_model = [r for r in record["records"] if r["stage"] == "measured"]
     assert [r["corpus"] for r in of_model] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
     assert all(r["perplexity"] > 1 and r.get("kl") is None for r in of_model)
     assert "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: gpt." in out
@@ -174,7 +175,7 @@ def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(be
     (run,) = [run for run in gprune.load_study(path, records=bench.records).runs if run.name == "gpt"]
     assert run_figures(run.records, None, None, run.summary) == {}  # the ratio to dense would be of other tokens
     frame = gprune.load_study(path, records=bench.records).to_frame().set_index("row")
-    missing = ["unseen_kl", "unseen_agreement", "gap", "unseen_over_dense", "unseen_over_unrecovered_base"]
+    missing = ["unseen_kl", "unseen_agreement", "gap", "unseen_over_dense"]
     assert frame.loc["gpt", missing].isna().all()
     assert frame.loc["gpt", ["unseen", "seen"]].notna().all()
     assert frame.loc["plain", "gap"] > 0
@@ -189,7 +190,7 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
     path = bench.write("unknown", {"mamba": {"model": str(folders / "mamba")}})
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
-    assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "model")
+    assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "measured")
 
 
 def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monkeypatch):
@@ -199,7 +200,7 @@ def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monk
         evaluated.append((model, benchmarks.dtype))
         record = {
             "kind": "zero_shot", "task": "piqa", "split": "test", "dtype": "float32", "note": "", "questions": 4,
-            "standard_protocol": False, "content_hash": "c", "model": model, "stage": "model",
+            "standard_protocol": False, "content_hash": "c", "model": model, "stage": "measured",
             **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5),
         }  # fmt: skip
         return [record], None
@@ -211,7 +212,7 @@ def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monk
     assert evaluated == [(str(bench.world.model), "float32"), (theirs, "float32")]
     results = row_to_run(row, record, None).evaluation
     assert [(r["stage"], r["model"], r["run"]) for r in results] == [
-        (stage, model_label(str(bench.world.model)), "gpt") for stage in ("dense", "model")
+        (stage, model_label(str(bench.world.model)), "gpt") for stage in ("dense", "measured")
     ]
 
 
@@ -301,7 +302,7 @@ def test_custom_code_of_a_model_needs_trust_remote_code_on_the_command_line(benc
     assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
     bench(capsys, path, "--", "--model.trust_remote_code=true")
     (row,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
-    assert max(r["kl"] for r in finished_record(row)["records"] if r["stage"] == "model") < 1e-9
+    assert max(r["kl"] for r in finished_record(row)["records"] if r["stage"] == "measured") < 1e-9
 
 
 @pytest.mark.parametrize("weight_format", ["several files", "pickled"])
@@ -321,7 +322,7 @@ def test_sharded_and_pickled_weights_are_loaded(bench, folders, weight_format, c
     path = bench.write(weight_format, {weight_format: {"model": str(folder)}})
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
-    assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
+    assert max(r["kl"] for r in record["records"] if r["stage"] == "measured") < 1e-9
 
 
 def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeypatch):
@@ -348,7 +349,7 @@ def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewh
     world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
     theirs = gprune.measure(world.model, world.model, parse(world.args(tmp_path, evaluate)))
     ours = world.run(tmp_path, evaluate, "--sparsity.allocation=uniform", "--export=none", name="ours")
-    seen = theirs[(theirs["row"] == "model") & theirs["windows"].notna()]["seen"].tolist()
+    seen = theirs[(theirs["row"] == "measured") & theirs["windows"].notna()]["seen"].tolist()
     assert seen == [r["seen"] for r in ours.records if r["stage"] == "dense"] == [True, True, False]
 
 
@@ -380,7 +381,7 @@ def test_measure_returns_the_numbers_of_a_list_row_and_ignores_settings_of_pruni
     lines = list(zip(frame["row"], frame["corpus"], frame["seen"], strict=True))
     corpora = [("alpha.txt", True), ("delta.txt", False), ("epsilon.txt", False)]
     means = [("mean of seen corpora", True), ("mean of unseen corpora", False)]
-    assert lines == [(row, *line) for row in ("dense", "model") for line in (*corpora, *means)]
+    assert lines == [(row, *line) for row in ("dense", "measured") for line in (*corpora, *means)]
 
 
 def test_a_loaded_model_is_measured_as_it_is_and_not_changed(bench, exported, tmp_path):

@@ -6,7 +6,6 @@ import csv
 import errno
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -42,23 +41,18 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
     assert list(frame.columns[: len(COLUMNS)]) == COLUMNS
     by_row = frame.set_index("row")
     done = {row.name: (row, record) for row, record in study.done}
-    plain = unseen(done["plain"][1], "base")
     for name, (row, record) in done.items():
         line = by_row.loc[name]
-        stage = "base" if name == "plain" else "gprune"
-        window_nll = unseen(record, stage)
+        window_nll = unseen(record, "pruned")
         nll_of_corpora = [np.mean(nll) / 31 for nll in window_nll.values()]  # 31 predicted tokens in a window
         assert line["unseen"] == pytest.approx(np.exp(np.mean(nll_of_corpora)), rel=1e-6)
         assert line["parameters_after"] == record["summary"]["parameters_after"]
         assert line["seconds"] == pytest.approx(sum(step["seconds"] for step in record["steps"].values()))
-        assert (line["stage"], line["precision"], line["record"]) == (stage, "32-true", str(find_record(row)[0]))
-        ratio = [line[f"unseen_over_unrecovered_base{end}"] for end in ("", "_low", "_high")]
-        if name == "plain":  # the reference
-            assert all(math.isnan(number) for number in ratio)
-        else:
-            assert ratio == pytest.approx(paired_ratio(window_nll, plain, 31), rel=1e-9)
+        assert (line["stage"], line["precision"], line["record"]) == ("pruned", "32-true", str(find_record(row)[0]))
+        ratio = [line[f"unseen_over_dense{end}"] for end in ("", "_low", "_high")]
+        assert ratio == pytest.approx(paired_ratio(window_nll, unseen(record, "dense"), 31), rel=1e-9)
         for r in record["records"]:
-            if r["stage"] == stage:
+            if r["stage"] == "pruned":
                 label = r["corpus"].rpartition("/")[2]
                 assert line[f"perplexity/{label}"] == r["perplexity"]
 
@@ -100,18 +94,9 @@ def test_a_frame_has_columns_only_for_settings_in_which_rows_differ(study):
     assert not [name for name in study.to_frame().columns[len(COLUMNS) :] if name.startswith(("corpora.", "run."))]
 
 
-def test_a_report_on_a_row_divides_by_the_reference_of_its_list(bench, first, study, tmp_path):
-    line = study.to_frame().set_index("row").loc["ours"]
-    args = [f"{first[0]}:ours", "--records", str(bench.records), "--output", str(tmp_path)]
-    assert command("report", args) == 0
-    table = pd.read_csv(tmp_path / "tables" / "summary.csv")
-    ratio = table[table["stage"] == "gprune"]["unseen / unrecovered base"].item()
-    assert float(ratio) == pytest.approx(line["unseen_over_unrecovered_base"], rel=1e-6)
-
-
 def test_a_report_on_a_list_says_that_the_list_sets_the_seen_corpora(bench, first, tmp_path):
     seen = [str(bench.world.corpora[name]) for name in ("alpha", "delta")]
-    path = bench.write("seen in a report", ROWS, seen=seen, reference="plain")
+    path = bench.write("seen in a report", ROWS, seen=seen)
     assert command("report", [str(path), "--records", str(bench.records), "--output", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "In every row alpha.txt, delta.txt count as seen" in text
@@ -120,7 +105,7 @@ def test_a_report_on_a_list_says_that_the_list_sets_the_seen_corpora(bench, firs
 
 def test_a_frame_with_stages_has_a_line_for_each_stage(study):
     frame = study.to_frame(stages=True)
-    assert list(frame[frame["row"] == "ours"]["stage"]) == ["dense", "base", "averaged", "gprune"]
+    assert list(frame[frame["row"] == "ours"]["stage"]) == ["dense", "pruned"]
     dense = frame[frame["stage"] == "dense"]
     assert dense["unseen"].nunique() == 1
     assert dense["gap"].isna().all()
@@ -143,7 +128,7 @@ def test_selecting_a_row_that_the_list_does_not_have_is_refused(first):
 
 
 def test_rows_and_seeds_without_a_record_are_listed(bench, first, capsys, nothing_runs, caplog):
-    path = bench.write("gaps", ROWS | {"later": {"sparsity.target": 0.1}}, seeds=[0, 7], reference="plain")
+    path = bench.write("gaps", ROWS | {"later": {"sparsity.target": 0.1}}, seeds=[0, 7])
     out = bench(capsys, path, "--table")
     message = (
         "Without a record, so left out: 5 of 8 rows and seeds: later (seeds 0, 7); plain (seed 7); ours (seed 7); "
@@ -188,15 +173,12 @@ def test_the_results_are_written_in_every_format(bench, first, study, capsys, tm
     if suffix == ".csv":
         read = pd.read_csv(path)
         assert list(read.columns) == list(frame.columns)
-        assert list(read["unseen_over_unrecovered_base_low"].dropna()) == list(
-            frame["unseen_over_unrecovered_base_low"].dropna()
-        )
+        assert list(read["unseen_over_dense_low"]) == list(frame["unseen_over_dense_low"])
         assert len(list(csv.reader(text.splitlines()))) == 1 + len(frame)
     elif suffix == ".json":
         read = json.loads(text)
         assert [line["row"] for line in read] == list(frame["row"])
         assert [line["unseen"] for line in read] == pytest.approx(list(frame["unseen"]), rel=1e-12)
-        assert read[0]["unseen_over_unrecovered_base"] is None
     else:
         shown = study.report.tables[0]
         text_without_tags = re.sub("</?small>", "", text)
@@ -263,14 +245,14 @@ def test_a_failed_write_keeps_the_existing_file(bench, first, capsys, tmp_path, 
 def test_gprune_report_accepts_names_of_rows_and_prints_the_numbers_of_the_list(bench, first, study, capsys, tmp_path):
     rows = [f"{first[0]}:plain", f"{first[0]}:ours"]
     args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
-    assert command("report", [*rows, *args, "--base", rows[0]]) == 0
+    assert command("report", [*rows, *args]) == 0
     summary = capsys.readouterr().out.partition("## Perplexity by corpus")[0]
     printed = {tuple(cells(line)[:2]): cells(line) for line in summary.splitlines()}
     expected = study.report.tables[0]
     texts_by_row = {
         tuple(row[:2]): texts for row, texts in zip(expected.rows, expected.formatted().to_numpy(), strict=True)
     }
-    assert printed["ours", "gprune"] == list(texts_by_row["ours", "gprune"])
+    assert printed["ours", "pruned"] == list(texts_by_row["ours", "pruned"])
 
 
 def test_gprune_report_accepts_the_file_of_a_record(bench, study, capsys, tmp_path):
@@ -288,13 +270,12 @@ def test_gprune_report_writes_a_page_of_rows(bench, first, tmp_path):
     assert "config.yaml" not in text  # a record has no config.yaml
 
 
-def test_gprune_report_refuses_unknown_rows_missing_files_and_several_bases(bench, first, capsys, tmp_path):
+def test_gprune_report_refuses_unknown_rows_and_missing_files(bench, first, capsys, tmp_path):
     args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
     for arguments, message in (
         ([f"{first[0]}:mine"], "got 'mine'"),
         ([f"{tmp_path / 'no.yaml'}:mine"], "Cannot read list: there is no file"),
         ([str(tmp_path / "no.json")], "Cannot read record: there is no file"),
-        ([str(first[0]), "--base", str(first[0])], "--base must be one run; got 3"),
         ([f"{first[0]}:plain", "--seeds", "77"], "must have records; got none"),
     ):
         assert command("report", [*arguments, *args]) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -22,9 +21,7 @@ from gprune.report.tables import (
     perplexity_table,
 )
 from gprune.studies import study
-from gprune.studies.archive import finished_record
 from gprune.studies.listing import Listing
-from gprune.studies.report_command import merge_references
 from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
 from tests.tiny_run import on_a_terminal
 
@@ -34,12 +31,11 @@ def test_comparisons_are_paired_over_windows(bench, first):
     records = {row.name: record for row, record in done}
     runs = study.make_report(listing, done).runs
     assert listing.content.compare == COMPARE
-    references = (("ours", "averaged"), ("plain", "base"))
-    for (a, b), (row, stage) in zip(listing.content.compare, references, strict=True):
+    for (a, b), row in zip(listing.content.compare, ("plain", "other"), strict=True):
         expected_cells = [f"{a} / {b}", "1"]
         for number in ("nll", "kl"):
-            of_gprune = unseen(records["ours"], "gprune", f"window_{number}")
-            of_reference = unseen(records[row], stage, f"window_{number}")
+            of_gprune = unseen(records["ours"], "pruned", f"window_{number}")
+            of_reference = unseen(records[row], "pruned", f"window_{number}")
             ratio, low, high = paired_ratio(of_gprune, of_reference, 31)
             assert study.pair_ratios(runs, a, b, number) == [Estimate(ratio, low, high)]
             assert ratio != 1
@@ -50,17 +46,17 @@ def test_comparisons_are_paired_over_windows(bench, first):
 def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
     """`seen` must include the seen corpora of each row. Means over unseen corpora use the remaining ones."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
-    listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta], reference="plain"))
+    listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta]))
     report = study.make_report(listing, done)
     by_corpus = {r["corpus"]: r["seen"] for run in report.runs for r in run.records}
     assert by_corpus == {name: name in (alpha, delta) for name in by_corpus}
     epsilon = str(bench.world.corpora["epsilon"])
     nll = {}  # losses of windows of the only unseen corpus
-    for (row, record), stage in zip(done, ("base", "gprune", "gprune"), strict=True):
-        nll[row.name] = {epsilon: unseen(record, stage)[epsilon]}
+    for stage in ("dense", "pruned"):
+        nll[stage] = {epsilon: unseen(done[1][1], stage)[epsilon]}
     table = report.tables[0]
-    ratios = {tuple(row[:2]): row[table.columns.index("unseen / unrecovered base")] for row in table.rows}
-    assert ratios["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
+    ratios = {tuple(row[:2]): row[table.columns.index("unseen / dense")] for row in table.rows}
+    assert ratios["ours", "pruned"] == Estimate(*paired_ratio(nll["pruned"], nll["dense"], 31))
     notes = [table.note for table in study.study_tables(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
     with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
@@ -76,30 +72,24 @@ def test_tables_have_bold_headers_on_a_terminal(bench, first):
 
 def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     rows = {"plain": {"gprune": False}, "wifv": {"gprune": False, "importance": "wifv"}}
-    path = bench.write("seeds", rows, seeds=[0, 1, 2], compare=[["wifv: base", "plain: base"]], reference="plain")
+    path = bench.write("seeds", rows, seeds=[0, 1, 2], compare=[["wifv", "plain"]])
     bench(capsys, path)
     listing, done = bench.done(path)
     assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
     table = study.make_report(listing, done).tables[0]
     by_row = {(row[0], row[1]): row for row in table.rows}
-    assert by_row["plain (3 seeds)", "base"][2] == by_row["wifv (3 seeds)", "base"][2] == 3
+    assert by_row["plain (3 seeds)", "pruned"][2] == by_row["wifv (3 seeds)", "pruned"][2] == 3
     by_seed = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
     ratios, distances = (
-        [paired_ratio(unseen(wifv, "base", number), unseen(plain, "base", number), 31)[0] for plain, wifv in by_seed]
+        [
+            paired_ratio(unseen(wifv, "pruned", number), unseen(plain, "pruned", number), 31)[0]
+            for plain, wifv in by_seed
+        ]
         for number in ("window_nll", "window_kl")
     )
     (compared,) = study.compare_table(listing, study.make_report(listing, done).runs).rows
-    assert compared == ["wifv: base / plain: base", 3, mean_over_seeds(ratios), mean_over_seeds(distances)]
+    assert compared == ["wifv / plain", 3, mean_over_seeds(ratios), mean_over_seeds(distances)]
     assert len(set(ratios)) == 3
-    # Each seed is divided by the run of the reference with the same seed.
-    column = table.columns.index("unseen / unrecovered base")
-    assert by_row["wifv (3 seeds)", "base"][column] == mean_over_seeds(ratios)
-    assert by_row["plain (3 seeds)", "base"][column] is None
-    # Without a seed of the reference there is no ratio. Without a seed of the row, the mean is over the others.
-    for missing, has_ratio in ((("plain", 2), False), (("wifv", 2), True)):
-        fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
-        rows = study.make_report(listing, fewer).tables[0].rows
-        assert {row[column] is not None for row in rows if row[0].startswith("wifv")} == {has_ratio}
 
 
 def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
@@ -114,22 +104,22 @@ def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
 
 def test_the_key_tables_selects_the_printed_tables(bench, first, capsys):
     out = bench(capsys, bench.write("wanted", {"plain": ROWS["plain"]}, tables=["perplexity"]))
-    assert "unrecovered base" not in out
+    assert "unseen / dense" not in out
     assert "* seen: the corpus" in out
 
 
 def test_the_table_final_has_one_line_for_each_row(bench, first, capsys):
     out = bench(capsys, bench.write("final", ROWS, tables=["final"]), "--table")
     lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
-    assert [line[:2] for line in lines[1:]] == [["plain", "base"], ["ours", "gprune"], ["other", "gprune"]]
+    assert [line[:2] for line in lines[1:]] == [["plain", "pruned"], ["ours", "pruned"], ["other", "pruned"]]
     assert lines[0][2:5] == ["seeds", "seen", "unseen"]
 
 
 def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_have_no_ratio(bench, first):
-    compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
+    compare = [["later", "ours"], ["ours", "plain"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
     table = study.compare_table(listing, study.make_report(listing, done).runs)
-    assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
+    assert [row[:2] for row in table.rows] == [["ours / plain", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     with_other_windows = []
     for row, record in done:
@@ -138,21 +128,21 @@ def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_ha
         with_other_windows.append((row, record))
     runs = study.make_report(listing, with_other_windows).runs
     table = study.compare_table(listing, runs)
-    assert table.rows == [["ours: gprune / plain: base", 0, None]]
+    assert table.rows == [["ours / plain", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
 
 
 def test_the_name_of_a_row_compares_its_final_model(bench):
     """A row with a recovery was also measured before it, as another stage."""
     unrecovered, recovered = {"beta": [30.0, 35.0]}, {"beta": [20.0, 26.0]}
-    before = fake_run("ours", {"gprune": unrecovered}).records
-    ours = fake_run("ours", {"gprune": recovered}, recovery="bias")
+    before = fake_run("ours", {"pruned": unrecovered}).records
+    ours = fake_run("ours", {"recovered": recovered}, recovery="bias")
     ours = replace(ours, records=[*before, *ours.records])
-    runs = [ours, fake_run("plain", {"base": {"beta": [21.0, 25.0]}})]
+    runs = [ours, fake_run("plain", {"pruned": {"beta": [21.0, 25.0]}})]
     final = study.pair_ratios(runs, "ours", "plain")
-    assert final == study.pair_ratios(runs, "ours: gprune + bias", "plain: base")
+    assert final == study.pair_ratios(runs, "ours: recovered", "plain: pruned")
     assert final == [Estimate(*paired_ratio(recovered, {"beta": [21.0, 25.0]}, 10))]
-    assert final != study.pair_ratios(runs, "ours: gprune", "plain")
+    assert final != study.pair_ratios(runs, "ours: pruned", "plain")
     rows = {"a": {"gprune": False}, "a: base": {"ridge": 0.5}}
     with pytest.raises(UserError, match=r"one meaning; got 'a: base', a row and a stage of row 'a'"):
         Listing.read(bench.write("shared name", rows, compare=[["a", "a: base"]]))
@@ -160,8 +150,8 @@ def test_the_name_of_a_row_compares_its_final_model(bench):
 
 def test_comparing_a_stage_that_a_row_does_not_have_is_refused(bench, first):
     runs = study.make_report(*bench.done(first[0])).runs
-    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
-        study.pair_ratios(runs, "ours: best", "ours: base")
+    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, pruned\); got 'best'"):
+        study.pair_ratios(runs, "ours: best", "ours: pruned")
 
 
 def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, first):
@@ -173,24 +163,6 @@ def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, 
     # Another model may have another tokenizer, which gives other windows.
     other_model = record | {"inputs": inputs | {"model": "another"}}
     assert len(study.make_report(listing, [*others, (row, other_model)]).runs) == 3
-
-
-@pytest.mark.slow
-def test_only_rows_with_as_few_parameters_as_the_reference_have_a_ratio(bench, capsys, tmp_path):
-    rows = {"plain": {"gprune": False}, "ours": {}, "larger": {"sparsity.target": 0.3}}
-    common = {"evaluation.controls": [], "importance": "wifv"}
-    path = bench.write("budgets", rows, reference="plain", common=common)
-    out = bench(capsys, path, "--records", tmp_path)
-    records = {row.name: finished_record(row) for row in bench.rows(path, records=tmp_path)}
-
-    def ratio(name: str) -> str:
-        """Return the last cell of the first line of a row with an interval."""
-        line = next(line for line in out.splitlines() if line.startswith(f"| {name} ") and "[" in line)
-        return cells(line)[-1]
-
-    nll = [unseen(records[row], stage) for row, stage in (("ours", "gprune"), ("plain", "base"))]
-    assert ratio("ours").startswith(f"{paired_ratio(*nll, 31)[0]:.3f} [")
-    assert ratio("plain") == ratio("larger") == ""
 
 
 def test_figures_are_drawn_from_records_with_and_without_masks(bench, first, capsys, tmp_path, nothing_runs):
@@ -210,28 +182,19 @@ def test_kl_and_agreement_over_seeds_have_arithmetic_means_inside_of_their_limit
 
 def test_a_row_that_does_not_depend_on_the_seed_keeps_its_interval_over_windows():
     """Two seeds with the same losses would have an interval over seeds without width."""
-    losses = {"dense": {"a": [20, 21]}, "base": {"a": [24, 27]}}
+    losses = {"dense": {"a": [20, 21]}, "pruned": {"a": [24, 27]}}
     one, two = (fake_run("magnitude", losses, seed=seed) for seed in (0, 1))
-    changed = fake_run("magnitude", losses | {"base": {"a": [24, 28]}}, seed=1)
+    changed = fake_run("magnitude", losses | {"pruned": {"a": [24, 28]}}, seed=1)
 
     def interval(*runs):
-        (line,) = group_frame(group_by_seed(runs)).query("row == 'base' and number == 'unseen_over_dense'").itertuples()
+        (line,) = (
+            group_frame(group_by_seed(runs)).query("row == 'pruned' and number == 'unseen_over_dense'").itertuples()
+        )
         return line.value, line.low, line.high
 
     assert interval(one, two) == interval(one)
     assert interval(one)[1] < interval(one)[0]
     assert interval(one, changed) != interval(one)
-
-
-def test_lists_that_divide_a_shared_record_by_different_references_are_not_reported_together():
-    one, other, shared = (
-        replace(fake_run(name, {"dense": {"a": [1.0]}}), path=Path(name)) for name in ("one", "other", "shared")
-    )
-    first, second = ([shared], {shared.path: one}, None), ([shared], {shared.path: other}, None)
-    assert merge_references([first, first]) == {shared.path: one}
-    assert merge_references([first, ([shared], None, None)]) is None
-    with pytest.raises(UserError, match="share the record shared must have one reference for it; got one and other"):
-        merge_references([first, second])
 
 
 def test_the_table_of_corpora_has_the_worst_corpus_and_counts_where_a_row_is_ahead():
@@ -241,7 +204,7 @@ def test_the_table_of_corpora_has_the_worst_corpus_and_counts_where_a_row_is_ahe
     second = {"a": [28], "b": [33], "c": [24]}
     runs = []
     for name, losses in (("first", first), ("second", second)):
-        run = fake_run(name, {"dense": dense, "base": losses})
+        run = fake_run(name, {"dense": dense, "pruned": losses})
         runs.append(replace(run, records=[r | {"seen": r["corpus"] == "c"} for r in run.records]))
     table = corpora_table(group_by_seed(runs))
     lines = [[cell.value if isinstance(cell, Estimate) else cell for cell in row] for row in table.rows]
@@ -249,12 +212,20 @@ def test_the_table_of_corpora_has_the_worst_corpus_and_counts_where_a_row_is_ahe
     for line, name, (seen_ratio, ratio, worst) in zip(
         lines, ("first", "second"), (first_ratios, second_ratios), strict=True
     ):
-        assert line == [name, "base", 1, *map(pytest.approx, (seen_ratio, ratio)), "b", pytest.approx(worst), "1 of 2"]
+        assert line == [
+            name,
+            "pruned",
+            1,
+            *map(pytest.approx, (seen_ratio, ratio)),
+            "b",
+            pytest.approx(worst),
+            "1 of 2",
+        ]
 
 
 def test_the_table_of_perplexities_has_a_line_per_corpus_if_there_are_many():
     corpora = [f"corpus {number}" for number in range(9)]
-    run = fake_run("mine", {stage: {c: [20 + n] for n, c in enumerate(corpora)} for stage in ("dense", "base")})
+    run = fake_run("mine", {stage: {c: [20 + n] for n, c in enumerate(corpora)} for stage in ("dense", "pruned")})
     groups = group_by_seed([run])
     table = perplexity_table(groups, group_frame(groups))
     assert table.columns == ["corpus", "dense", "mine"]

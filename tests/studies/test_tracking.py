@@ -32,7 +32,7 @@ OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
 @pytest.fixture(scope="module")
 def finished_list(bench):
     """Return the path of a finished list, and the folder of its W&B files."""
-    path = bench.write("ablations", ROWS, reference="base")
+    path = bench.write("ablations", ROWS)
     with tiny_run.isolated(bench.folder / "cache"):
         assert run_study(path, bench.records) == 0
     return path, bench.records / "ablations"
@@ -62,7 +62,7 @@ def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_result
         assert all(name.count("/") == 1 for name in charts)
     _, done = bench.done(path)
     for row, record in done:
-        final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.main_variant]
+        final = [r["corpus"] for r in record["records"] if r["stage"] == "pruned"]
         summary = wandb_runs["base" if row.name == "base" else "no"].summary
         assert {f"final/perplexity/{Path(corpus).name}" for corpus in final} <= summary.keys()
     assert "WANDB_DIR" not in os.environ
@@ -87,7 +87,7 @@ def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, fi
         assert len(after[row].history) == 1
         for name in ("run_id", "display_name", "run_group", "tags", "job_type"):
             assert after[row].about[name] == before[row].about[name]
-        final = {name for name in after[row].summary if name.startswith(("final/", "rows/", "parameters"))}
+        final = {name for name in after[row].summary if name.startswith(("final/", "dense/", "parameters"))}
         assert len(final) > 10
         for name in final:
             assert after[row].summary[name] == pytest.approx(before[row].summary[name], rel=1e-4)
