@@ -55,31 +55,32 @@ def run(args: Sequence[str], prog: str = "gprune prune") -> str:
 
 
 def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
-    """Return the text that is printed after a run: result table, parameters, tokens, and paths of the results."""
+    """Return the text that is printed after a run: result table, sizes, ratios to dense, tokens, paths of results."""
+    from gprune.report.sentences import describe_sizes, describe_stages, first_look
     from gprune.report.tables import result_table
     from gprune.runs.folder import RunFolder
     from gprune.runs.numbers import entries
     from gprune.runs.tracking import curves_hint
 
     summary = result.summary
-    of_scope = f"{summary['sparsity_of_scope']:.2%} of {cfg.sparsity.scope}"
+    dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
     results = f"Results: {result.path}"
     if (result.path / "report.html").exists():
         results += ", report.html is their page"
     if cfg.export.format != "none":
-        dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
         results += f"; model: {result.path / 'model'}, in {dtype}"
     lines = [
         f"\n{result_table(result.records).for_stdout()}\n",
-        f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model: {summary['parameters_before']:,} -> "
-        f"{summary['parameters_after']:,} parameters.",
+        describe_sizes(summary, cfg.sparsity.scope, dtype),
+        *describe_stages(result.records, cfg.recovery),
         *(line for entry in entries(summary).values() for line in (entry["said"], *entry.get("warnings", ()))),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
-        f"Curves: {curves_hint(result.path)}.\n",
+        f"Curves: {curves_hint(result.path)}.",
+        first_look(cfg),
     ]
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines)) + "\n\n"
 
 
 def check_early(cfg: RunConfig) -> None:

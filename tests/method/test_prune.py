@@ -6,6 +6,7 @@ import csv
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gprune.method.inputs
 import gprune.storage.files
+from gprune import report
 from gprune.calibration.statistics import pool_statistics
 from gprune.corpora.load import CORPORA
 from gprune.corpora.windows import Windows
@@ -32,6 +34,8 @@ from gprune.method.plan import make_plan
 from gprune.method.run import open_run
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
+from gprune.report import sentences
+from gprune.report.sentences import first_look
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 
@@ -375,6 +379,44 @@ def test_the_pruned_model_is_not_measured_without_the_flag_and_in_its_place_if_i
     assert without.records == [r for r in full if r["stage"] != "pruned"]
     assert make_plan(without.config).forward_tokens < make_plan(run_with_option("bias").config).forward_tokens
     assert world.run(tmp_path, *flags).records == full
+
+
+def test_the_last_lines_say_what_was_removed_what_it_cost_and_what_recovery_gave_back(run_with_option, world, capsys):
+    result = run_with_option("least_squares")
+    capsys.readouterr()
+    world.run(result.path.parent, *OPTIONS["least_squares"].split(), name="least_squares")  # only prints
+    out = capsys.readouterr().out
+    before, after = (result.summary[f"parameters_{when}"] for when in ("before", "after"))
+    megabytes = f"{4e-6 * before:,.1f} -> {4e-6 * after:,.1f} MB in float32"
+    of_model = f"{result.summary['sparsity_of_model']:.2%} of the model"
+    assert f"\nRemoved 50.00% of ffn, {of_model}: {before:,} -> {after:,} parameters, {megabytes}.\n" in out
+    nll = {stage: {} for stage in ("dense", "pruned", "recovered")}
+    for r in result.records:
+        nll[r["stage"]].setdefault(r["seen"], []).append(r["nll"])
+    ratios = {}
+    for stage, start in (("pruned", "After pruning"), ("recovered", "After recovery (least_squares)")):
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{start}, perplexity is "))
+        for seen, text in ((True, "seen"), (False, "unseen")):
+            means = [sum(nll[name][seen]) / len(nll[name][seen]) for name in (stage, "dense")]
+            ratios[stage, seen] = means[0] - means[1]
+            shown = rf"{math.exp(means[0] - means[1]):.3f} \[\d\.\d{{3}}, \d\.\d{{3}}\] times dense on {text} text"
+            assert re.search(shown, line), line
+    given_back = 1 - ratios["recovered", False] / ratios["pruned", False]
+    assert ("recovery gave back" in line) == (given_back > 0 and ratios["pruned", False] > 0)
+    if "recovery gave back" in line:
+        assert f"recovery gave back {given_back:.0%} of the loss" in line
+
+
+def test_on_the_default_text_a_run_names_a_command_that_compares_methods(tmp_path, monkeypatch):
+    default, other_text = gprune.RunConfig(), gprune.RunConfig(corpora={"evaluate": ["wiki"]})
+    monkeypatch.chdir(tmp_path)
+    assert first_look(default) == f"Compare with other methods: gprune study {sentences.CLONE / sentences.FIRST_LOOK}"
+    assert first_look(other_text) == ""
+    monkeypatch.chdir(sentences.CLONE)
+    assert first_look(default) == "Compare with other methods: gprune study experiments/first_look.yaml"
+    for module in (sentences, report):  # an installed wheel has no list
+        monkeypatch.setattr(module, "CLONE", tmp_path)
+    assert first_look(default).startswith("Compare with the base metric: gprune prune --gprune false; gprune report ")
 
 
 def test_with_one_drift_corpus_drift_is_zero_and_no_module_is_switched(world, tmp_path, dense):
