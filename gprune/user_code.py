@@ -195,7 +195,9 @@ def _imported(module: ModuleType, content: bytes) -> Iterator[str]:
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom):
-            base = resolve_name("." * statement.level + (statement.module or ""), module.__package__)
+            # The modules with which transformers loads others lazily have no __package__, and a script has no __spec__.
+            package = module.__spec__.parent if module.__package__ is None else module.__package__
+            base = resolve_name("." * statement.level + (statement.module or ""), package)
             yield base
             yield from (f"{base}.{alias.name}" for alias in statement.names)
 

@@ -89,6 +89,15 @@ def test_an_import_in_a_try_statement_counts(package):
     assert "code_of_mine.helper" in imported_code()
 
 
+def test_relative_imports_of_a_package_that_loads_its_modules_lazily_count(package):
+    """As transformers does where it lies outside of site-packages: the package replaces itself by a bare module."""
+    (package / "__init__.py").write_text(
+        "import sys, types\nfrom . import unused\nlazy = types.ModuleType(__name__)\nlazy.__spec__ = __spec__\n"
+        "lazy.__file__, lazy.__path__ = __file__, __path__\nsys.modules[__name__] = lazy\n"
+    )
+    assert "code_of_mine.unused" in imported_code()
+
+
 def test_an_imported_module_counts_as_it_was_imported_until_it_is_reloaded(package):
     """A file that is edited during a run does not change what the run records."""
     before = imported_code()

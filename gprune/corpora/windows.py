@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gprune.corpora.load import Conversation
-from gprune.errors import UserError
+from gprune.errors import UserError, quoting
 
 log = logging.getLogger("gprune")
 
@@ -131,12 +130,8 @@ def chat_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) ->
             f"{conversation.location}: The tokenizer of the model must have a chat template for 'messages'; it has "
             "none. Use an instruction-tuned model, or rows with a string 'text'."
         )
-    try:
+    with quoting(f"{conversation.location}: Cannot apply the chat template of the model: "):
         return tokenizer.apply_chat_template(json.loads(conversation), tokenize=False)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"{conversation.location}: The chat template of the model refuses the messages: {error}."
-        ) from error
 
 
 def _what_fits(sample: Sample, tokens: int, windows: int) -> str:

@@ -283,7 +283,7 @@ def test_messages_are_text_by_the_chat_template_of_the_tokenizer(tmp_path):
             "w1",
             r"chat\.jsonl:1: The tokenizer of the model must have a chat template for 'messages'; it has none",
         ),
-        (CHAT, "tool", r"chat\.jsonl:1: The chat template of the model refuses the messages: no tools"),
+        (CHAT, "tool", r"chat\.jsonl:1: Cannot apply the chat template of the model: no tools"),
     ],
 )
 def test_messages_that_cannot_be_rendered_are_refused_by_file_and_line(template, role, message, tmp_path):

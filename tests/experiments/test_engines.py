@@ -76,9 +76,8 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
             tokens = {"prefill": 12 * batch, "decode": batch, "generate": 4 * batch}[kind]
             assert r["tokens_per_second"] == pytest.approx(tokens / r["seconds"])
         for batch in (1, 3):
-            prefill, decode, total = (
-                records[f"transformers {kind}", batch, "pruned"]["seconds"] for kind in ("prefill", "decode", "generate")
-            )
+            kinds = ("prefill", "decode", "generate")
+            prefill, decode, total = (records[f"transformers {kind}", batch, "pruned"]["seconds"] for kind in kinds)
             # There is one round, so the times are of one answer: prefill gives the first of its four tokens.
             assert total == pytest.approx(prefill + 3 * decode, rel=0.01)
         assert records["transformers:nemotron-nas decode", 1, "pruned"]["engine_class"] == "DeciLMForCausalLM"
