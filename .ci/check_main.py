@@ -53,10 +53,12 @@ unseen = {r["corpus"] for r in records if not r["seen"]}
 assert len(unseen) >= 2, unseen
 assert all(math.isfinite(r["perplexity"]) for r in records)
 if not arguments.cached:
-    means = summary["geometric_means"]
-    for row, most in (("gprune", 2.8), ("gprune + least_squares+distill", 2.2)):
-        ratio = means[row]["unseen"] / means["dense"]["unseen"]
-        print(f"unseen geometric mean, {row} over dense:", round(ratio, 3))
+    from gprune.runs.results import read_numbers
+
+    frame = read_numbers(folder).frame()
+    for stage, most in (("pruned", 2.8), ("recovered", 2.2)):
+        (ratio,) = frame.query(f"stage == '{stage}' and number == 'unseen_over_dense'")["value"]
+        print(f"unseen perplexity, {stage} over dense:", round(ratio, 3))
         assert ratio <= most
 
 logits = manifest["logits"]

@@ -8,7 +8,6 @@ of dense for each row of a list that is evaluated on the corpora of `experiments
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from experiments.kinds import CHOOSING, KINDS, UNSEEN
 from experiments.summary import runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
-from gprune.report.tables import Table, over_dense
+from gprune.evaluation.intervals import geometric_mean
+from gprune.report.tables import Table
+from gprune.runs.numbers import final_lines
 from gprune.runs.results import FinishedRun
 
 ALONE = ("c", "french", "rust", "german")  # the other kinds are English prose
@@ -36,8 +37,9 @@ NOTE = "Geometric mean of perplexity over that of dense. *: text for choosing; t
 
 def ratios(run: FinishedRun) -> list[float]:
     """Return the perplexity of a run's final model over that of dense, as the geometric mean over each of `GROUPS`."""
-    logarithms = over_dense(run)
-    return [math.exp(logarithms[kinds].mean()) for kinds in GROUPS.values()]
+    lines = final_lines(run.frame())
+    by_corpus = lines[lines["number"] == "times_dense"].set_index("corpus")["value"]
+    return [geometric_mean(by_corpus[kinds]) for kinds in GROUPS.values()]
 
 
 def work(arguments: Sequence[str] | None = None) -> str:

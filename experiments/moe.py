@@ -37,6 +37,7 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.errors import UserError
 from gprune.models.loading import load_weights, locate_model
+from gprune.report.tables import result_table
 from gprune.storage.paths import expanded
 
 DENSE = "smollm2-135m"
@@ -216,7 +217,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
         tokenizer.save_pretrained(folder / "start")
     cfg.model.name = DENSE
     distil(str(folder / "start"), cfg, folder / "distilled/model")
-    return f"\n{gprune.measure(folder / 'distilled/model', DENSE, cfg).to_string()}\n"
+    return f"\n{result_table(gprune.measure(folder / 'distilled/model', DENSE, cfg)).for_stdout()}\n"
 
 
 def main() -> int:

@@ -15,11 +15,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.summary import DENSE, Lines, draw_curves, runs_of
+from experiments.summary import Lines, draw_curves, runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
 from gprune.report.figures import add_title, save, style
-from gprune.report.tables import Estimate, Table, ratio_to
-from gprune.runs.numbers import by_row
+from gprune.report.tables import Estimate, Table
 from gprune.runs.results import FinishedRun
 
 COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
@@ -99,7 +98,7 @@ def find(place: Place) -> tuple[FinishedRun, Estimate] | None:
     path, name = place
     for run in runs_of(path):
         if run.name == name:
-            ratio = ratio_to(run, list(by_row(run.records))[-1], run, DENSE)
+            ratio = times_dense(run)
             return None if ratio is None else (run, ratio)
     return None
 

@@ -85,16 +85,16 @@ def pairs(runs: Iterable[FinishedRun]) -> Iterator[tuple[Any, ...]]:
 
 def tables(runs: Sequence[FinishedRun], *, of_pairs: bool) -> Iterator[Table]:
     """Tables of agreement of each pair of runs, and of runs that differ only in the seed, as means over pairs."""
-    of_seeds = group_by_seed(runs)
+    named = group_by_seed(runs)
     if of_pairs:
-        rows = list(map(list, pairs(run for group in of_seeds for run in group.runs)))
+        rows = list(map(list, pairs(named)))
         yield Table("stability", "", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
     rows = []
-    for group in of_seeds:
-        within = list(pairs(group.runs))
+    for name in dict.fromkeys(run.name for run in named):
+        within = list(pairs(run for run in named if run.name == name))
         for units in ("ffn", "attention"):
             if numbers := [found for _, _, kind, *found in within if kind == units]:
-                rows.append([group.name, units, *np.mean(numbers, axis=0).tolist()])
+                rows.append([name, units, *np.mean(numbers, axis=0).tolist()])
     yield Table("repeatability", "", ["run", *COLUMNS], rows, DIGITS, NOTE)
 
 

@@ -21,21 +21,19 @@ from gprune.report.figures import (
     LINES,
     add_title,
     canvas,
-    draw_ratios,
     interval_lengths,
     plain_ticks,
     save,
     style,
 )
-from gprune.report.tables import Estimate, pool_estimates, ratio_to
-from gprune.runs.numbers import by_row
+from gprune.report.page import pair_ratios
+from gprune.report.tables import Estimate
+from gprune.runs.numbers import by_stage, final, pool_estimates, unseen_ratio
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import finished_record, row_to_run
 from gprune.studies.listing import Listing
-from gprune.studies.study import pair_ratios
 
 HERE = Path(__file__).resolve().parent
-DENSE = ("dense", "none")
 # Rows of the headline in the order in which parts are added.
 PARTS = {
     "paper": "the paper: modules, thresholds",
@@ -44,7 +42,6 @@ PARTS = {
     "averaged, least squares": "and least squares",
     "gates": "and gates by KL, 49k tokens",
     "best": "or distillation, 98k tokens",
-    "base: dense": "the dense model",
 }
 # (method, recovery, tokens of distillation): label in the figure
 LINES_BY_BUDGET = {
@@ -102,18 +99,23 @@ def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
     runs = [run for name, rows in lists.items() for run in runs_of(name) if rows is None or run.name in rows]
     for run in runs:
         of = run.settings["sparsity"]
-        label, ratio = _label(run), ratio_to(run, list(by_row(run.records))[-1], run, DENSE)
+        label, ratio = _label(run), times_dense(run)
         if of["scope"] == "ffn" and label is not None and ratio is not None:
             lines.setdefault((label, ""), []).append((of["target"], ratio))
     order = [(label, "") for label in LINES_BY_BUDGET.values() if (label, "") in lines]
     return {name: sorted(lines[name], key=lambda point: point[0]) for name in order}
 
 
+def times_dense(run: FinishedRun) -> Estimate | None:
+    """Unseen perplexity of the final model of a run relative to dense."""
+    return unseen_ratio(final(run.records), by_stage(run.records)["dense"])
+
+
 def _label(run: FinishedRun) -> str | None:
-    """Label of a run; None if it is not drawn."""
-    settings, recovery = run.settings, run.settings["recovery"]
-    method = "gprune" if settings["gprune"] else "base" if isinstance(settings["corpora"]["score"], str) else "averaged"
-    learned = settings["distill"]["tokens"] if recovery.endswith("distill") else None
+    """Label of a run's final model; None if it is not drawn."""
+    recovery, scored = run.settings["recovery"], run.settings["corpora"]["score"]
+    method = "gprune" if run.settings["gprune"] else "base" if isinstance(scored, str) else "averaged"
+    learned = run.settings["distill"]["tokens"] if recovery.endswith("distill") else None
     return LINES_BY_BUDGET.get((method, recovery, learned))
 
 
@@ -123,7 +125,7 @@ def by_tokens() -> Lines:
     lines: Lines = {}
     for line, rows in BY_TOKENS.items():
         for run in (runs[name] for name in rows if name in runs):
-            if (ratio := ratio_to(run, list(by_row(run.records))[-1], run, DENSE)) is not None:
+            if (ratio := times_dense(run)) is not None:
                 lines.setdefault((line, ""), []).append((run.summary["learned_tokens"] / 1000, ratio))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 
@@ -144,6 +146,8 @@ def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows relative to the unrecovered base, pooled over seeds."""
     runs = runs_of("headline.yaml")
     by_part = [(label, pair_ratios(runs, row, "base")) for row, label in PARTS.items()]
+    dense = [unseen_ratio(by_stage(run.records)["dense"], final(run.records)) for run in runs if run.name == "base"]
+    by_part.append(("the dense model", dense))
     return [("the base metric", Estimate(1.0))] + [(label, pool_estimates(of)) for label, of in by_part if of]
 
 
@@ -187,6 +191,27 @@ def draw_curves(
     axes.xaxis.set_major_formatter(ticks)
     axes.set_ylabel(f"unseen perplexity / {reference}")
     axes.grid(axis="y")
+
+
+def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) -> None:
+    """Draw ratios of unseen perplexities with their intervals, one line per row; left is better."""
+    ratios = [ratio for _, ratio in rows]
+    axes.errorbar(
+        [ratio.value for ratio in ratios], range(len(rows)), xerr=interval_lengths(ratios), ls="none", ms=5,
+        capsize=2.5, lw=1.2, color="#0072B2", marker="o",
+    )  # fmt: skip
+    axes.axvline(1, color="black", lw=0.8)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # hides the line at 1 behind a number
+    for y, (_, ratio) in enumerate(rows):
+        axes.annotate(
+            f"{ratio.value:.2f}", (ratio.value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8,
+            bbox=behind,
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel=f"unseen perplexity / {base}; 95 % interval")
+    plain_ticks(axes.xaxis)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x")
 
 
 @style()

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.summary import DENSE, draw_curves, runs_of
+from experiments.summary import draw_curves, runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
 from gprune.report.figures import FORMATS, LINES, add_title, canvas, save, style
-from gprune.report.tables import Cell, Estimate, Table, ratio_to
-from gprune.runs.numbers import by_row
+from gprune.report.tables import Cell, Estimate, Table
 from gprune.runs.results import FinishedRun
 
 COLUMNS = ["model", "tokens", "text", "unseen / dense", "fit", "unseen / fit"]
@@ -74,8 +73,7 @@ def points_of(runs: Sequence[FinishedRun]) -> list[Point]:
     for run in runs:
         if not (tokens := run.summary["learned_tokens"]):
             continue
-        ratio = ratio_to(run, list(by_row(run.records, "window_nll"))[-1], run, DENSE)
-        if ratio is not None:
+        if (ratio := times_dense(run)) is not None:
             repeats = run.settings["distill"].get("repeat", False)
             points.append(Point(run.name.partition(", ")[0], tokens, repeats, ratio))
     models = list(dict.fromkeys(p.model for p in points))

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from experiments.after_pruning import GGUF_TYPES
 from experiments.engines import NEW_TOKENS
-from experiments.summary import DENSE, Lines, draw_curves, runs_of
+from experiments.summary import Lines, draw_curves, runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, leading_token, make_windows
@@ -35,7 +35,7 @@ from gprune.export.gguf import QUANTISED, has_llama_cpp, window_nll
 from gprune.models.loading import locate_model
 from gprune.report.figures import FORMATS, add_title, save, style
 from gprune.report.tables import Cell, Estimate, Table
-from gprune.runs.numbers import by_row, unseen_ratio
+from gprune.runs.numbers import by_stage, unseen_ratio
 from gprune.runs.results import FinishedRun, read_run
 
 PROMPT, GENERATE = 128, NEW_TOKENS
@@ -60,8 +60,7 @@ def pruned(run: FinishedRun) -> list[Cell]:
         needed = f"python -m experiments.engines RUN --dense --batch 1 --prompt {PROMPT}"
         raise UserError(f"The table needs timings of `{needed}`; got none of '{run.name}'.")
     dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
-    ratio = unseen_ratio(run.records, list(by_row(run.records, "window_nll"))[-1], run.records, DENSE)
-    return [run.name, ratio, dense / own, run.summary["parameters_after"] * 2 / 2**20]
+    return [run.name, times_dense(run), dense / own, run.summary["parameters_after"] * 2 / 2**20]
 
 
 def quantised(run: FinishedRun, scratch: Path) -> list[list[Cell]]:
@@ -78,13 +77,16 @@ def quantised(run: FinishedRun, scratch: Path) -> list[list[Cell]]:
 
 def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
     """Unseen perplexity of a GGUF file relative to the row's dense model, on the same windows."""
-    own, tokenizer = [], AutoTokenizer.from_pretrained(locate_model(run.settings["model"]["name"]))
-    for r in (r for r in run.records if r["stage"] == "dense" and not r["seen"]):
+    own, dense = {}, by_stage(run.records)["dense"]
+    tokenizer = AutoTokenizer.from_pretrained(locate_model(run.settings["model"]["name"]))
+    for corpus, r in dense.items():
+        if r["seen"]:
+            continue
         bos = leading_token(tokenizer, run.settings["corpora"]["bos"])
         sample = Sample(len(r["window_nll"]), r["seq_len"], bos=bos)
         w = make_windows(load_corpus(r["corpus"], r["split"]), tokenizer, sample, corpus=r["corpus"], split=r["split"])
-        own.append(r | {"content_hash": w.content_hash, "window_nll": window_nll(file, w.tokens)})
-    return unseen_ratio(own, DENSE, run.records, DENSE)
+        own[corpus] = r | {"content_hash": w.content_hash, "window_nll": window_nll(file, w.tokens)}
+    return unseen_ratio(own, dense)
 
 
 def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:

@@ -59,10 +59,10 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     from gprune.report.sentences import describe_sizes, describe_stages, first_look
     from gprune.report.tables import result_table
     from gprune.runs.folder import RunFolder
-    from gprune.runs.numbers import entries
+    from gprune.runs.numbers import entries, run_frame
     from gprune.runs.tracking import curves_hint
 
-    summary = result.summary
+    summary, frame = result.summary, run_frame(result.path.name, result.records)
     dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
     results = f"Results: {result.path}"
@@ -71,9 +71,9 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     if cfg.export.format != "none":
         results += f"; model: {result.path / 'model'}, in {dtype}"
     lines = [
-        f"\n{result_table(result.records).for_stdout()}\n",
+        f"\n{result_table(frame).for_stdout()}\n",
         describe_sizes(summary, cfg.sparsity.scope, dtype),
-        *describe_stages(result.records, cfg.recovery),
+        *describe_stages(frame, cfg.recovery),
         *(line for entry in entries(summary).values() for line in (entry["said"], *entry.get("warnings", ()))),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",

@@ -9,12 +9,8 @@ features: `export/convert.py` and `registry.py` have their interfaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from collections.abc import Sequence
+from typing import Any
 
 Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward and backward)
 
@@ -86,25 +82,3 @@ DEFAULTS = Feature()
 def attribute(feature: Any, name: str) -> Any:
     """Return an attribute of a feature, by default that of `Feature`."""
     return getattr(feature, name, getattr(DEFAULTS, name))
-
-
-@dataclass(frozen=True)
-class EntryFigure:
-    """A figure of an entry of the summary, which the report of a finished run draws if the summary has the entry."""
-
-    entry: str
-    caption: str
-    draw: Callable[[Any, Any], Figure]  # from the entry and the masks of the run
-
-
-FIGURES: dict[str, EntryFigure] = {}  # by the name of the figure's file
-
-
-def entry_figure(entry: str, name: str, caption: str) -> Callable[[Callable], Callable]:
-    """Return a decorator for a function that draws the figure of an entry; `name` is that of the figure's file."""
-
-    def decorate(draw: Callable) -> Callable:
-        FIGURES[name] = EntryFigure(entry, caption, draw)
-        return draw
-
-    return decorate

@@ -56,7 +56,7 @@ ANSWERS = {  # a record of `evaluation.json`
 }  # fmt: skip
 SUMMARY = {
     "sparsity_of_scope": 0.5, "sparsity_of_model": 0.25, "parameters_before": 100, "parameters_after": 75,
-    "geometric_means": {}, "forward_tokens": 10, "forward_backward_tokens": 0,
+    "forward_tokens": 10, "forward_backward_tokens": 0,
 }  # fmt: skip
 
 

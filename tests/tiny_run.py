@@ -155,7 +155,7 @@ def in_this_process(command: list[str], *, input: str, **_: object) -> Completed
     return CompletedProcess(command, 0)
 
 
-WRITE_PAGES, WRITE_FIGURES = summary.write_pages, summary.write_figures
+WRITE_PAGE, WRITE_FIGURES = summary.write_page, summary.write_figures
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
@@ -167,13 +167,13 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     """
     patch.setattr(hf, "subprocess", SimpleNamespace(run=in_this_process))
     patch.setattr(lightning_registry, "entry_points", functools.cache(lightning_registry.entry_points))
-    patch.setattr(summary, "write_pages", lambda run: None)
-    patch.setattr(summary, "write_figures", lambda *_: [])
+    patch.setattr(summary, "write_page", lambda *_: None)
+    patch.setattr(summary, "write_figures", lambda *_: None)
 
 
 def draw(patch: pytest.MonkeyPatch) -> None:
     """Let runs draw figures and write pages, as for users."""
-    patch.setattr(summary, "write_pages", WRITE_PAGES)
+    patch.setattr(summary, "write_page", WRITE_PAGE)
     patch.setattr(summary, "write_figures", WRITE_FIGURES)
 
 

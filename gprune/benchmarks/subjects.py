@@ -19,15 +19,11 @@ from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import slice_model
 from gprune.report.card import write_card
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import key_part
+from gprune.runs.numbers import keyed, task_frame
 from gprune.runs.results import config_of, exported_model, read_evaluation, read_numbers, read_run
 from gprune.storage.files import key_of, write_json
 from gprune.storage.paths import expanded
 
-METRICS = (  # entries of records that are logged to W&B
-    "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "score", "score_stderr",
-    "perplexity", "tokens_per_second", "seconds",
-)  # fmt: skip
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -68,7 +64,7 @@ class Evaluation:
         with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
             log_evaluation(self.folder, records)
             run = read_numbers(self.folder)
-            write_card(RunFolder(self.folder), config_of(run), run.records)
+            write_card(RunFolder(self.folder), config_of(run), run)
 
 
 def find_evaluation(
@@ -181,7 +177,7 @@ def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | N
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add `task_numbers` of records to the summary of the run's W&B run, if it has one."""
+    """Add the numbers of records to the summary of the run's W&B run, if it has one."""
     wandb_entry = RunFolder(run).manifest.get("wandb")
     if not wandb_entry:
         return
@@ -189,20 +185,4 @@ def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
 
     with resumed_run(run, wandb_entry) as wandb_run:
         if wandb_run is not None:
-            wandb_run.summary.update(task_numbers(records))
-
-
-def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return numbers of records by W&B key: `final/<task>/acc` for the final model, `dense/<task>/acc` for dense.
-
-    For a perplexity the window length is added after the task, for a speed the batch size.
-    """
-    numbers = {}
-    for r in records:
-        prefix = "dense" if r["stage"] == "dense" else "final"
-        task = key_part(r["task"])
-        size = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
-        if size is not None:
-            task += f"/{size}"
-        numbers |= {f"{prefix}/{task}/{name}": r[name] for name in METRICS if r.get(name) is not None}
-    return numbers
+            wandb_run.summary.update(keyed(task_frame(records)))

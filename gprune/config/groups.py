@@ -145,6 +145,7 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "evaluate.tasks=speed": "python -m experiments.engines",
     "evaluate.source": "--include_path FOLDER for YAML tasks of lm_eval, which python -m experiments.tasks writes",
     "evaluate.shard": "--device_map auto",
+    "report.base": "the key compare of a list, which names pairs of rows (gprune study)",
 }
 
 

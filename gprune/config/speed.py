@@ -5,16 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gprune.checks import AtLeast0, AtLeast1, UpTo4096
 from gprune.config.groups import Group
 from gprune.errors import UserError
-from gprune.features import entry_figure
 from gprune.sparsity.cost import COST, Currency, ModelCosts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger("gprune")
 FILE = "speed.json"  # file in a run's folder
@@ -161,24 +157,3 @@ class Seconds(Currency):
 
 
 COST.register("seconds")(Seconds())
-
-
-@entry_figure("speed_table", "speed", "Milliseconds of all blocks by what each keeps, measured on random weights.")
-def speed_figure(table: dict[str, Any], masks: Any) -> Figure:
-    """Figure of the latency table: milliseconds of all layers by kept neurons and KV groups, and of other parts."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    # Tables of earlier versions have no number of layers. Their layers have one block each.
-    depth = table.get("layers") or len(masks.ffn)
-    figure = Figure(figsize=(9, 3.4))
-    panels = {"neurons": "FFN neurons", "groups": "KV groups"}
-    for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        kept_units, seconds = np.transpose(table[kind])
-        axes.plot(kept_units, 1000 * depth * seconds, marker="o", ms=4, color="#0072B2", label=f"{depth} layers")
-        axes.axhline(1000 * table["rest"], ls="--", color="#CC79A7", label="other parts")
-        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept_units, ylim=0)
-        axes.label_outer()
-        axes.grid(axis="y")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    return figure

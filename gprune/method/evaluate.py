@@ -23,7 +23,7 @@ from gprune.models.offload import device_of
 from gprune.recoveries import recovery_needs
 from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import STAGES
+from gprune.runs.numbers import STAGES, run_frame
 from gprune.storage.environment import model_versions
 from gprune.storage.files import Cache, key_of, write_json
 
@@ -60,7 +60,7 @@ def evaluate(run: Run, stage: str, model: Callable[[], PreTrainedModel]) -> list
             results = [measure(run, evaluated, windows, name) for windows in run.text.test]
             add_stage(run, records, name, results, run.text.test, leaked)
     if not (is_final or run.folder.finished):
-        log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
+        log.info("Before recovery:\n\n%s\n", result_table(run_frame("", records)).for_stdout())
     return records
 
 

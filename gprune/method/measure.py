@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.config.elsewhere import without_pruning
 from gprune.console import show_progress
-from gprune.corpora.load import corpus_labels, identity
+from gprune.corpora.load import identity
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import PerplexityResult, perplexity, perplexity_from_logits
@@ -29,7 +29,7 @@ from gprune.method.evaluate import as_record, cached_perplexity
 from gprune.method.inputs import Text, load_dense, window_cutter
 from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, load_tokenizer
-from gprune.runs.numbers import Record, by_row, number_frame, records_of, row_name
+from gprune.runs.numbers import Record, run_frame
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.environment import peak_memory, reset_peak_memory
 
@@ -58,9 +58,8 @@ def measure(
             if `corpora.score`, `drift` or `recover` names it. Settings of pruning are ignored. Default: `RunConfig()`.
 
     Returns:
-        A frame with a line for each row (`dense`, `measured`) and corpus, and for the means over seen and over unseen
-        corpora. Columns: row, corpus, seen, windows; perplexity, kl, agreement and over_dense, the ratio of the
-        perplexities; and 95 % intervals over windows of perplexity and over_dense (`_low`, `_high`).
+        All numbers with 95 % intervals over windows, one per line, as `PruningResult.to_frame`. The stages are `dense`
+        and `measured`.
 
     Raises:
         UserError: if weights are missing, unexpected, of other shapes or quantised; if the model needs code of its own
@@ -76,7 +75,9 @@ def measure(
     show_progress()
     cfg = without_pruning(cfg)
     cfg.model.name = os.fspath(dense)
-    return _frame(measure_records(model, cfg).records)
+    measured = measure_records(model, cfg)
+    name = os.path.basename(os.path.normpath(model)) if isinstance(model, str) else type(model).__name__
+    return run_frame(name, measured.records, measured.summary, measured.steps)
 
 
 @dataclass(frozen=True)
@@ -203,30 +204,3 @@ def _records(cfg: RunConfig, stage: str, text: Sequence[Windows], results: Seque
         leak = identity(windows.corpus) in used, 0.0
         records.append(as_record(cfg, stage, result, windows, leak, sparsity=0.0) | {"scope": "model"})
     return records
-
-
-def _frame(records: Sequence[Record]) -> pd.DataFrame:
-    """Return the frame of `measure`."""
-    labels = corpus_labels({r["corpus"] for r in records})
-    lines = []
-    for row in by_row(records):
-        of_row = number_frame(records).query(f"row == '{row_name(*row)}'")
-        numbers = {(line.corpus, line.number): line for line in of_row.itertuples()}
-
-        def cells(corpus: str, numbers: Mapping = numbers, **columns: str) -> dict[str, float]:
-            """Return numbers of a corpus by column; columns with intervals have `_low` and `_high`."""
-            found = {name: numbers[corpus, number] for name, number in columns.items() if (corpus, number) in numbers}
-            values = {column: line.value for column, line in found.items()}
-            for column in {"perplexity", "over_dense"} & found.keys():
-                values |= {f"{column}_low": found[column].low, f"{column}_high": found[column].high}
-            return values
-
-        for corpus, r in records_of(records, row).items():
-            line = {"row": row[0], "corpus": labels[corpus], "seen": r["seen"], "windows": len(r["window_nll"])}
-            lines.append(line | cells(corpus, perplexity="perplexity", kl="kl", agreement="agreement"))
-        means = {"unseen": {"kl": "unseen_kl", "agreement": "unseen_agreement", "over_dense": "unseen_over_dense"}}
-        for mean in ("seen", "unseen"):
-            if values := cells("", perplexity=mean, **means.get(mean, {})):
-                lines.append({"row": row[0], "corpus": f"mean of {mean} corpora", "seen": mean == "seen"} | values)
-    columns = ["row", "corpus", "seen", "windows", "perplexity", "perplexity_low", "perplexity_high", "kl", "agreement"]
-    return pd.DataFrame(lines, columns=[*columns, "over_dense", "over_dense_low", "over_dense_high"])

@@ -10,7 +10,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import Estimate
 from gprune.method.quality import FILE, percent, percent_with_interval, requested_rise
 from gprune.method.run import Run
-from gprune.runs.numbers import DENSE, Record, estimates, records_of, unseen_ratio
+from gprune.runs.numbers import ByCorpus, Record, by_stage, unseen_ratio
 from gprune.storage.files import read_json
 
 WIDE = 0.5  # share of the requested rise by which a wide interval is above the limit
@@ -22,7 +22,8 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     It has requested, predicted and measured quality, on development and on unseen text. The key `numbers` has
     rises of perplexity above dense; other keys of the same names have ratios to dense.
     """
-    final = (run.cfg.final_stage, run.cfg.recovery)
+    stages = by_stage(records)
+    final, dense = stages[run.cfg.final_stage], stages["dense"]
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     model, target = reached["model"], run.cfg.sparsity.target
     numbers = {name: model[name] for name in ("predicted", "got", "low", "high", "share")}
@@ -34,8 +35,8 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     worst = _worst_in_words(model["worst"], reached["asked"])
     got = percent_with_interval(model["got"], model["low"], model["high"])
     phrases.append(f"got {worst}" if limits_worst else f"got {got}, of which {worst}")
-    unseen = estimates(records, final)["unseen_over_dense"]
-    worst_unseen = _worst_unseen(records, final)
+    unseen = unseen_ratio(final, dense)
+    worst_unseen = _worst_unseen(final, dense)
     if unseen is not None:
         numbers |= {"unseen": unseen.value, "unseen_low": unseen.low, "unseen_high": unseen.high}
         phrases.append(f"on unseen text {percent_with_interval(unseen.value, unseen.low, unseen.high)}")
@@ -58,10 +59,9 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     return {"quality": reached | numbers | entry | {"unseen_worst": worst_unseen}}
 
 
-def _worst_unseen(records: Sequence[Record], row: tuple[str, str]) -> dict[str, Any] | None:
+def _worst_unseen(final: ByCorpus, dense: ByCorpus) -> dict[str, Any] | None:
     """Return the unseen corpus whose perplexity rose most, with its ratio to dense; None without unseen text."""
-    by_corpus = {corpus: [r for r in records if r["corpus"] == corpus] for corpus in records_of(records, row)}
-    ratios = {corpus: unseen_ratio(of_corpus, row, of_corpus, DENSE) for corpus, of_corpus in by_corpus.items()}
+    ratios = {corpus: unseen_ratio({corpus: r}, dense) for corpus, r in final.items()}
     ratios = {corpus: ratio for corpus, ratio in ratios.items() if ratio is not None}
     if not ratios:
         return None

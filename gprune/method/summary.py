@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,23 +17,22 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
 from gprune.report.card import write_card
-from gprune.report.figures import write_figures
-from gprune.report.page import make, write_report
-from gprune.report.tables import entry_tables, result_table
+from gprune.report.page import Report, write_report
+from gprune.report.tables import entry_tables
 from gprune.runs import tracking
-from gprune.runs.numbers import entries, number_frame, run_numbers
+from gprune.runs.numbers import entries, keyed
+from gprune.runs.results import FinishedRun
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import write_json
 
 log = logging.getLogger("gprune")
-MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each stage in the summary; None if undefined
 
 
 def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
     """Compute the summary of a run; write it to manifest, metrics.json, model card, figures, trackers and page."""
-    summary = sizes_and_perplexity(run, records, masks, pruned)
+    summary = sizes(run, masks, pruned)
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
         for feature in run.cfg.features:
             summary |= attribute(feature, "summary")(run, masks, pruned)
@@ -47,56 +47,52 @@ def summarise(
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))
+    manifest = run.folder.manifest
+    report = Report([
+        FinishedRun(
+            run.folder.path, run.folder.path.name, manifest["settings"], list(records), summary, masks, modules,
+            steps=manifest["steps"], environment=manifest.get("environment") or {},
+        )
+    ])  # fmt: skip
+    for logger in run.loggers:
+        logger.save()  # writes curves that are still in memory
     remedy = f"`gprune report {run.folder.path}` writes"
     with optional_output("the model card", f"{remedy} it"):
-        write_card(run.folder, run.cfg, records)
+        write_card(run.folder, run.cfg, report.runs[0])
     with optional_output("figures", f"{remedy} them"):
-        write_figures(run.folder / "figures", records, modules, masks, summary)
-    numbers = run_numbers(records, summary, run.folder.manifest["steps"])
+        write_figures(report, run.folder.path)
     with optional_output("results to the trackers", "metrics.json has them"):
-        tracking.log_numbers(run.loggers, numbers)
+        tracking.log_numbers(run.loggers, report.frame)
         figures = sorted((run.folder / "figures").glob("*.png"))
-        tracking.log_pictures(run.loggers, figures, "\n\n".join(results_as_markdown(run, records, summary)))
-    # Written last, because a run with a summary and all rows in metrics.json is finished and is not logged again.
+        tracking.log_pictures(run.loggers, figures, report.to_markdown())
+    # Written last, because a run with a summary and all stages in metrics.json is finished and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
-    metadata = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
+    metadata = {name: value for name, value in keyed(report.frame).items() if name.startswith("final/")}
     with optional_output("artifacts", "the run folder has their content"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, metadata)
     with optional_output("report.html", f"{remedy} it"):
-        write_pages(run)
+        write_page(report, run.folder.path)
     return summary
 
 
-def sizes_and_perplexity(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks, pruned: PreTrainedModel
-) -> dict[str, Any]:
-    """Return the part of the summary with sizes, tokens and mean perplexities; arguments as for `summarise`."""
+def sizes(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
+    """Return the part of the summary with sizes and tokens; arguments as for `summarise`."""
     before, after = run.model.num_parameters(), pruned.num_parameters()
-    numbers = number_frame(records)
-    means: dict[str, dict[str, float | None]] = {stage: dict.fromkeys(MEANS) for stage in numbers["stage"].unique()}
-    for line in numbers.itertuples():
-        if line.number in MEANS:
-            means[line.stage][line.number] = line.value
     return {
         "sparsity_of_scope": run.budget.parameters_removed_by(masks) / run.budget.total_parameters,
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,
-        "geometric_means": means,
+        "learned_tokens": sum(run.folder.manifest.get("learned_tokens", {}).values()),
         **run.folder.total_tokens(),
     }
 
 
-def results_as_markdown(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """Return paragraphs in Markdown: the result table, and the sentences and tables of the entries of the summary."""
-    paragraphs = [result_table(records).to_markdown()]
-    for entry in entries(summary).values():
-        paragraphs += [entry["said"], *entry.get("warnings", ())]
-    return [*paragraphs, *(table.to_markdown() for table in entry_tables({run.folder.path.name: summary}))]
+def write_figures(report: Report, folder: Path) -> None:
+    """Write the figures of a run."""
+    report.draw(folder / "figures")
 
 
-def write_pages(run: Run) -> None:
-    """Write `report.html` from the files in the run folder."""
-    for logger in run.loggers:
-        logger.save()  # writes curves that are still in memory
-    write_report(make([run.folder.path]), run.folder / "report.html")
+def write_page(report: Report, folder: Path) -> None:
+    """Write `report.html` of a run."""
+    write_report(report, folder / "report.html")

@@ -7,13 +7,10 @@ from gprune.console import lazy_exports
 from gprune.user_code import IMPORTED
 
 if TYPE_CHECKING:
-    from gprune.report.page import Report, make, of_runs
+    from gprune.report.page import Report, make
     from gprune.report.tables import Estimate, Table
 
-# Names of the tables of a report; `corpora` and `final` are tables of lists.
-TableName = Literal[
-    "comparison", "corpora", "distance", "evaluation", "final", "means", "perplexity", "quality", "settings", "summary"
-]
+TableName = Literal["corpora", "evaluation", "means", "perplexity", "quality", "summary"]  # that lists can select
 CLONE = Path(__file__).parents[2]
 
 
@@ -23,8 +20,8 @@ def prune_command() -> list[str]:
     return [*program, *(f"--import={module}" for module in IMPORTED)]
 
 
-__all__ = ["Estimate", "Report", "Table", "make", "of_runs"]
+__all__ = ["Estimate", "Report", "Table", "make"]
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Estimate": "gprune.report.tables", "Report": "gprune.report.page", "Table": "gprune.report.tables",
-    "make": "gprune.report.page", "of_runs": "gprune.report.page",
+    "make": "gprune.report.page",
 })  # fmt: skip

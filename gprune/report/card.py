@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from transformers.models.auto.modeling_auto import (
@@ -23,21 +22,20 @@ from gprune.report.tables import in_markdown, result_table
 from gprune.report.task_tables import evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries
-from gprune.runs.results import read_evaluation
+from gprune.runs.results import FinishedRun, read_evaluation
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.paths import expanded
 
 RESULTS = "## Perplexity"  # heading of the results
 
 
-def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, Any]]) -> None:
+def write_card(folder: RunFolder, cfg: RunConfig, run: FinishedRun) -> None:
     """Write the card of a run's exported model, if there is one, and store the card's hash in the manifest."""
     model = folder / "model"
     if not model.is_dir():
         return
-    manifest = folder.manifest
-    card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"))
-    for entry in entries(manifest.get("summary", {})).values():
+    card = model_card(cfg, run, model, dtype=folder.manifest.get("exported_dtype"))
+    for entry in entries(run.summary).values():
         card += "".join(f"\n{line}\n" for line in (entry["said"], *entry.get("warnings", ())))
     if evaluation := read_evaluation(folder / "evaluation.json"):
         tables = "\n\n".join(table.to_text() for table in evaluation_tables(evaluation))
@@ -47,7 +45,7 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
-def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None) -> str:
+def model_card(cfg: RunConfig, run: FinishedRun, model: Path, *, dtype: str | None = None) -> str:
     """Return the README.md of the exported folder `model`: description, method, results, and how to load it.
 
     `dtype` is that of the exported weights.
@@ -64,8 +62,8 @@ def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *
     local_folder = _local_folder(cfg)
     # The name alone, because a path on this machine is not useful for others.
     label = in_markdown(local_folder.name if local_folder else model_label(cfg.model.name))
-    labels = corpus_labels([*cfg.corpora.scored, *cfg.roles["drift"], *(r["corpus"] for r in records)])
-    method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
+    labels = corpus_labels([*cfg.corpora.scored, *cfg.roles["drift"], *(r["corpus"] for r in run.records)])
+    method = _describe_method(cfg, labels, sparsity=run.records[-1]["sparsity"])
     credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n" if cfg.gprune else ""
     return f"""---
 {_metadata(cfg, model).to_yaml()}
@@ -83,7 +81,7 @@ Base model: {label}. Licence: {licence}.{notice}
 ```
 
 {code}
-{_results(cfg, records, labels)}"""
+{_results(cfg, run, labels)}"""
 
 
 def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: float) -> str:
@@ -162,15 +160,15 @@ def _metadata(cfg: RunConfig, model: Path) -> ModelCardData:
     )
 
 
-def _results(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> str:
+def _results(cfg: RunConfig, run: FinishedRun, labels: Mapping[str, str]) -> str:
     """Return the section with the result table and the protocol of evaluation."""
     num_samples, seq_len, split = cfg.evaluation.num_samples, cfg.evaluation.seq_len, cfg.evaluation.split
-    bos = "with" if records[0]["bos"] else "no"
+    bos = "with" if run.records[0]["bos"] else "no"
     return f"""
 {RESULTS}
 
-{result_table(records, labels).to_text()}
+{result_table(run.frame(labels)).to_text()}
 
 {num_samples} windows of {seq_len} tokens of {split} text per corpus (stride {seq_len}, {bos} BOS), computed in
-{cfg.model.dtype}. `base` is the metric alone. Other documents of the seen corpora were used for pruning.
+{cfg.model.dtype}. Other documents of the seen corpora were used for pruning.
 """

@@ -19,13 +19,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gprune.corpora.load import corpus_labels
-from gprune.evaluation.intervals import paired_ratio
-from gprune.features import FIGURES
+from gprune.evaluation.intervals import Estimate
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
-from gprune.report.tables import Estimate, caption
-from gprune.runs.numbers import DENSE, Record, ResultRow, by_row, on_same_windows, row_name
 from gprune.storage.files import read_json, replacing
 
 log = logging.getLogger("gprune")
@@ -37,33 +33,16 @@ STYLE = matplotlib.rcParamsDefault | {  # ignores the user's matplotlibrc
     "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
 LETTER_WIDTH = 0.08  # largest width of a letter in inches
-COLOURS = {"pruned": "#E69F00", "recovered": "#0072B2", "measured": "#CC79A7"}  # by stage of the model
-MARKERS = {"pruned": "s", "recovered": "o", "measured": "D"}
 # Colour, dashes and marker. Lightness decreases, so that lines can be distinguished in grey print.
 LINES = (
     ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
     ("#56B4E9", (0, (5, 1)), "v"), ("#CC79A7", (0, (3, 1, 1, 1)), "P"), ("#000000", (0, (1, 3)), "X"),
 )  # fmt: skip
-# Label -> (x axis, metric) of training curves.
-LEARNED = {
+LEARNED = {  # label -> (x axis, metric) of training curves
     "development perplexity": ("development/tokens", "development/perplexity"),
     "loss while sparsity is learned, nats": ("learn/tokens", "learn/loss"),
     "loss of distillation, nats": ("distill/tokens", "distill/loss"),
 }
-# Title -> (x axis, its label, metric, its label). There is a line for each corpus that matches `*`.
-CURVES = {
-    "Loss while sparsity is learned": ("step", "step", "learn/loss", "loss, nats"),
-    "Development perplexity while sparsity is learned": (
-        "learn/epoch", "epoch", "development/perplexity/*", "perplexity under masks",
-    ),
-    "Development perplexity against sparsity": (
-        "curve/sparsity", "share of the scope removed", "curve/perplexity/*", "perplexity under masks",
-    ),
-    "Loss of distillation": ("distill/tokens", "tokens learned from", "distill/loss", "loss, nats"),
-    "Development perplexity while distilling": (
-        "distill/tokens", "tokens learned from", "development/perplexity/*", "perplexity",
-    ),
-}  # fmt: skip
 
 
 @contextmanager
@@ -74,16 +53,17 @@ def style() -> Iterator[None]:
         yield
 
 
-def draw_line(axes: Axes, i: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
-    """Draw the i-th line of a figure, with a marker at about a dozen points.
-
-    The style is the i-th of `LINES`. When styles repeat, lines differ by their markers.
-    """
+def line_style(i: int) -> tuple[str, Any, str]:
+    """Return colour, dashes and marker of the i-th line of a figure. Repeated styles differ by their markers."""
     colour, dashes, _ = LINES[i % len(LINES)]
-    repeats = i // len(LINES)
-    _, _, marker = LINES[(i + repeats) % len(LINES)]
-    if label.startswith("_"):
-        label = f" {label}"  # matplotlib's legend omits labels that begin with _
+    _, _, marker = LINES[(i + i // len(LINES)) % len(LINES)]
+    return colour, dashes, marker
+
+
+def draw_line(axes: Axes, i: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
+    """Draw the i-th line of a figure, with a marker at about a dozen points."""
+    colour, dashes, marker = line_style(i)
+    label = f" {label}" if label.startswith("_") else label  # matplotlib's legend omits labels that begin with _
     axes.plot(x, y, color=colour, ls=dashes, lw=1.3, marker=marker, ms=4, markevery=len(x) // 12 or 1, label=label)
 
 
@@ -102,10 +82,9 @@ def add_title(figure: Figure, title: str, size: float = 7) -> Figure:
 
 def interval_lengths(estimates: Sequence[Estimate]) -> np.ndarray:
     """Return the lengths of intervals below and above n values, (2, n) float64; 0 without an interval."""
+    values, low, high = np.array([tuple(estimate) for estimate in estimates], dtype=float).T
     # If all windows have equal values the interval has length 0, and rounding may put the value outside.
-    below = [0.0 if e.low is None else max(e.value - e.low, 0.0) for e in estimates]
-    above = [0.0 if e.high is None else max(e.high - e.value, 0.0) for e in estimates]
-    return np.array([below, above])
+    return np.nan_to_num(np.maximum([values - low, high - values], 0))
 
 
 def plain_ticks(axis: Axis) -> None:
@@ -135,42 +114,57 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     return paths
 
 
-def _comparable_rows(records: Sequence[Record]) -> list[ResultRow]:
-    """Return the rows of the result table other than dense that were measured on the dense model's windows."""
-    return [row for row in by_row(records) if row != DENSE and on_same_windows(records, row)]
-
-
 @style()
-def perplexity_figure(records: Sequence[Record]) -> Figure:
-    """Figure of perplexity relative to dense by corpus and row, with paired 95 % intervals; seen corpora first.
+def loss_figure(frame: pd.DataFrame) -> Figure:
+    """Figure of perplexity divided by dense on each corpus, with paired 95 % intervals; seen corpora first.
 
-    Rows with another tokenizer than the dense model's are left out, because their perplexity is of other tokens.
+    There is a series for each stage of a single run, or for each row of several (`tables.lines_of_rows`). Models with
+    another tokenizer than the dense model's are left out, because their perplexity is of other tokens.
     """
-    nll = by_row(records, "window_nll")
-    dense_nll = nll["dense", "none"]
-    is_seen = {r["corpus"]: r["seen"] for r in records}
-    predicted_tokens = records[0]["seq_len"] - 1  # per window
-    corpora = sorted(is_seen, key=lambda c: not is_seen[c])
-    labels = corpus_labels(corpora)
-    rows = _comparable_rows(records)
-    corpus_width = max(1.1, LETTER_WIDTH * max(map(len, labels.values())))  # inches
-    figure, axes = canvas(3.2 + corpus_width * len(corpora), 3.4)
-    for i, (stage, recovery) in enumerate(rows):
-        row_nll = nll[stage, recovery]
-        ratios = [Estimate(*paired_ratio({c: row_nll[c]}, {c: dense_nll[c]}, predicted_tokens)) for c in corpora]
-        offset = (i - (len(rows) - 1) / 2) * 0.6 / len(rows)  # rows share 0.6 of a corpus' width
-        x = np.arange(len(corpora)) + offset
+    ratios = frame[frame["number"] == "times_dense"].sort_values("seen", ascending=False, kind="stable")
+    series = "stage" if ratios["row"].nunique() == 1 else "row"
+    corpora = list(ratios["corpus"].unique())
+    is_seen = ratios.groupby("corpus")["seen"].all()
+    rows = list(ratios.sort_index(kind="stable")[series].unique())
+    corpus_width = max(0.9, 0.16 * len(rows), LETTER_WIDTH * max(map(len, corpora)))  # inches
+    figure, axes = canvas(3.2 + corpus_width * len(corpora), 3.4 + 0.05 * len(rows))
+    for i, row in enumerate(rows):
+        of_row = ratios[ratios[series] == row]
+        lengths = interval_lengths([Estimate(*line) for line in of_row[["value", "low", "high"]].to_numpy()])
+        offset = (i - (len(rows) - 1) / 2) * 0.7 / len(rows)  # rows share 0.7 of a corpus' width
+        colour, _, marker = line_style(i)
         axes.errorbar(
-            x, [ratio.value for ratio in ratios], yerr=interval_lengths(ratios), ls="none", ms=5, capsize=2.5, lw=1.2,
-            color=COLOURS[stage], marker=MARKERS[stage], label=row_name(stage, recovery),
+            of_row["corpus"].map(corpora.index) + offset, of_row["value"], yerr=lengths, ls="none",
+            ms=5, capsize=2.5, lw=1.2, color=colour, marker=marker, label=row,
         )  # fmt: skip
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
     axes.axhline(1, color="black", lw=0.8)
-    axes.set_xticks(range(len(corpora)), [f"{labels[c]}\n{'seen' if is_seen[c] else 'unseen'}" for c in corpora])
-    axes.set_ylabel("perplexity / dense, 95 % interval")
+    axes.set_xticks(range(len(corpora)), [f"{c}\n{'seen' if is_seen[c] else 'unseen'}" for c in corpora])
+    axes.set_ylabel("perplexity, times dense")
     axes.grid(axis="y")
     figure.legend(loc="outside right center")
+    return figure
+
+
+@style()
+def removed_figure(masks: Mapping[str, Masks], labels: Sequence[Tensor] | None = None) -> Figure:
+    """Figure of the share of neurons removed per layer: a line for each run and, with labels, a point for each module.
+
+    `labels` has the modules of the neurons of a single run, by layer.
+    """
+    figure, axes = canvas(8, 3.2 + 0.06 * len(masks))
+    for i, (name, run_masks) in enumerate(masks.items()):
+        removed = [float((~mask).float().mean()) if len(mask) else 0.0 for mask in run_masks.ffn]
+        draw_line(axes, i, range(len(removed)), removed, name)
+        for layer, of_layer in enumerate(labels or ()):
+            modules = pd.Series((~run_masks.ffn[layer]).float().numpy()).groupby(of_layer.numpy())
+            areas = 60 * modules.size() / len(of_layer)
+            axes.scatter([layer] * len(areas), modules.mean(), s=areas, color="#56B4E9", ec="white", lw=0.4, zorder=0)
+    axes.set(ylim=(0, 1.02 * max(axes.get_ylim()[1], 0.1)), xlabel="layer", ylabel="share of neurons removed")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -214,106 +208,32 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     return figure
 
 
-@style()
-def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
-    """Figure of the share of neurons removed per block and, if there are modules, per module."""
-    figure, axes = canvas(9, 3.4)
-    removed_of_block = [float((~mask).float().mean()) if len(mask) else 0.0 for mask in masks.ffn]
-    axes.bar(range(len(removed_of_block)), removed_of_block, color="#BFDDF0", label="block")
-    if labels is not None:
-        block_indices, removed, sizes = [], [], []  # of each module
-        for block_index, (mask, block_labels) in enumerate(zip(masks.ffn, labels, strict=True)):
-            for module in block_labels.unique().tolist():
-                members = block_labels == module
-                block_indices.append(block_index)
-                removed.append(float((~mask[members]).float().mean()))
-                sizes.append(int(members.sum()))
-        scale = 40 / max(sizes)  # area of the largest module is 40 square points
-        areas = [scale * size for size in sizes]
-        axes.scatter(
-            block_indices, removed, s=areas, color="#0072B2", ec="white", lw=0.4, zorder=2,
-            label="module (area: neurons)",
-        )  # fmt: skip
-    limits = {"xlim": (-0.7, len(masks.ffn) - 0.3), "ylim": (0, 1.02)}
-    axes.set(**limits, xlabel="block", ylabel="fraction of neurons removed")
-    figure.legend(loc="outside right center")
-    return figure
-
-
 def run_figures(
-    records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any]
-) -> dict[str, Figure]:
-    """Make all figures for which a run has data, by name."""
-    labels = None if modules is None else modules.labels
-    figures = {"perplexity": perplexity_figure(records)} if _comparable_rows(records) else {}
-    if masks is not None:
-        figures["sparsity"] = sparsity_figure(masks, labels)
-    if modules is not None and len(modules.drift[0].ranks) > 1:
-        figures["heterogeneity"] = heterogeneity_figure(modules)
-    for name, figure in FIGURES.items():
-        if figure.entry in summary:
-            with style():
-                figures[name] = figure.draw(summary[figure.entry], masks)
-    title = caption(records)
+    frame: pd.DataFrame, masks: Mapping[str, Masks], curves: Mapping[str, pd.DataFrame], title: str = "",
+    modules: Modules | None = None,
+) -> dict[str, Figure]:  # fmt: skip
+    """Make the figures for which runs have data, by name: loss by corpus, removed share by layer, learning curves.
+
+    Args:
+        frame: stages of a single run, or lines of several rows (`tables.lines_of_rows`).
+        masks: masks of the final models by name.
+        curves: result of `read_curves` by name.
+        title: small title of each figure.
+        modules: modules of a single run.
+    """
+    figures = {}
+    if (frame["number"] == "times_dense").any():
+        figures["loss"] = loss_figure(frame)
+    if masks:
+        figures["removed"] = removed_figure(masks, None if modules is None else modules.labels)
+    if (learned := learning_figure(curves)) is not None:
+        figures["learning"] = learned
     return {name: add_title(figure, title) for name, figure in figures.items()}
-
-
-def write_figures(
-    folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any], *,
-    formats: Sequence[str] = ("png",),
-) -> list[Path]:  # fmt: skip
-    """Write the figures of a run, and return their paths."""
-    paths = []
-    for name, figure in run_figures(records, modules, masks, summary).items():
-        paths += save(figure, folder, name, formats)
-    return paths
-
-
-@style()
-def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
-    """Figure of perplexity on unseen text relative to a model `base`, with paired intervals; left is better."""
-    figure, axes = canvas(4.5 + 0.07 * max(len(label) for label, _ in rows), 1.2 + 0.3 * len(rows))
-    draw_ratios(axes, rows, base=base)
-    return figure
-
-
-def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) -> None:
-    """Draw `ratio_figure` on existing axes."""
-    ratios = [ratio for _, ratio in rows]
-    axes.errorbar(
-        [ratio.value for ratio in ratios], range(len(rows)), xerr=interval_lengths(ratios), ls="none", ms=5,
-        capsize=2.5, lw=1.2, color="#0072B2", marker="o",
-    )  # fmt: skip
-    axes.axvline(1, color="black", lw=0.8)
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # hides the line at 1 behind a number
-    for y, (_, ratio) in enumerate(rows):
-        axes.annotate(
-            f"{ratio.value:.2f}", (ratio.value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8,
-            bbox=behind,
-        )  # fmt: skip
-    axes.set(xscale="log", xlabel=f"unseen perplexity / {base}; 95 % interval")
-    plain_ticks(axes.xaxis)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(axis="x")
-
-
-@style()
-def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
-    """Figure of the share of neurons removed per block, one line per run."""
-    figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
-    for i, (name, run_masks) in enumerate(masks.items()):
-        removed = [float((~mask).float().mean()) for mask in run_masks.ffn]
-        draw_line(axes, i, range(len(removed)), removed, name)
-    axes.set(ylim=(0, min(1.02, 1.1 * axes.get_ylim()[1])), xlabel="block", ylabel="fraction of neurons removed")
-    axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
 
 
 @style()
 def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
-    """Figure of training curves: one panel per entry of `LEARNED`, one line per run.
+    """Figure of training curves: one panel per entry of `LEARNED`, one line per run; None without curves.
 
     Lines are moving averages over a twentieth of the points.
     """
@@ -340,73 +260,30 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
 def read_curves(run: Path) -> pd.DataFrame:
     """Read the logged metrics of a run, with a row for each time that metrics were logged.
 
-    Sessions are concatenated in their order. The DataFrame is empty if there are no files. In a run with a quality
-    target, metrics of the trial that is the run's model lose their prefix, such as `trial_2/`.
+    Sessions are concatenated in their order. The frame is empty if there are no files, as for a record of a list. In a
+    run with a quality target, metrics of the trial that is the run's model lose their prefix, such as `trial_2/`.
     """
     frames = []
-    files = sorted(
-        run.glob("csv/version_*/metrics.csv"), key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0)
-    )
-    for file in files:
+    number = re.compile(r"\d*$")
+    for file in sorted(run.glob("csv/version_*/metrics.csv"), key=lambda f: int(number.search(f.parent.name)[0] or 0)):
         try:
             frames.append(pd.read_csv(file))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("Cannot read %s: %s. Its curves are left out.", file, " ".join(str(error).split()))
-    if not frames:  # such as a record of a list, which is no folder
+    if not frames:
         return pd.DataFrame()
     frame = pd.concat(frames, ignore_index=True)
-    trials = read_json(run / "quality.json") or {}
-    kept = (trials.get("reached") or {}).get("trial")
-    return frame if kept is None else _without_prefix(frame, f"trial_{kept}/")
-
-
-def _without_prefix(frame: pd.DataFrame, prefix: str) -> pd.DataFrame:
-    """Remove the prefix of metrics, and merge them with columns that exist already."""
-    columns: dict[str, pd.Series] = {}
-    for column, values in frame.items():
-        name = column.removeprefix(prefix)
-        columns[name] = values.combine_first(columns[name]) if name in columns else values
-    return pd.DataFrame(columns)
-
-
-def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
-    """Make a figure for each entry of `CURVES` with at least two points, by title."""
-    figures = {}
-    for title, (axis, axis_label, pattern, label) in CURVES.items():
-        columns = matching_columns(frame, pattern)
-        lines = {name: curve_points(frame, axis.replace("*", name), column) for name, column in columns.items()}
-        if any(len(points) > 1 for points in lines.values()):
-            figures[title] = _figure(lines, axis_label, label)
-    return figures
-
-
-def matching_columns(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
-    """Return text that matches `*` -> column, for the columns that match a pattern of `CURVES`."""
-    expression = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
-    matches = [match for column in frame if (match := expression.fullmatch(column))]
-    return {"".join(match.groups()): match[0] for match in matches}
+    trial = ((read_json(run / "quality.json") or {}).get("reached") or {}).get("trial")
+    if trial is None:
+        return frame
+    of_model = frame.rename(columns=lambda name: name.removeprefix(f"trial_{trial}/"))
+    return of_model.T.groupby(level=0, sort=False).first().T
 
 
 def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
-    """Return a DataFrame with columns x and y of a metric, sorted by x, without missing values.
+    """Return a frame with columns x and y of a metric, sorted by x, without missing values.
 
     Points of later sessions replace earlier ones.
     """
     points = frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna()
     return points.set_axis(["x", "y"], axis=1).drop_duplicates("x", keep="last").sort_values("x")
-
-
-@style()
-def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
-    """Draw the lines of a metric. With several lines the y axis is logarithmic."""
-    labels = corpus_labels(lines)
-    figure, axes = canvas(5.4 + LETTER_WIDTH * max(8, *map(len, labels.values())), 3.2)
-    for i, (name, points) in enumerate(lines.items()):
-        draw_line(axes, i, points["x"], points["y"], labels[name])
-    axes.set(xlabel=axis_label, ylabel=label)
-    axes.grid(axis="y")
-    if len(lines) > 1:
-        axes.set_yscale("log")
-        plain_ticks(axes.yaxis)
-        figure.legend(loc="outside right center")
-    return figure

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,9 +14,6 @@ from typing import Any
 from gprune.config import effective_settings
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.paths import expanded
-
-DEFAULT_NAME = re.compile(r".+-(base|gprune)-.+-.+-[0-9a-f]{8}")  # made by `RunConfig.run_name`
-HASH = re.compile(r"-[0-9a-f]{8}$")
 
 
 def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
@@ -49,6 +45,23 @@ def _folder_names(folders: Sequence[Path], used: set[str]) -> list[str]:
     return names
 
 
+def group_by_seed(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Give runs that differ only in the seed one name, that of the first, and order them by seed beside each other.
+
+    Two runs with the same seed keep their names.
+    """
+    # The second part of the key counts runs with the same settings and seed.
+    groups: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
+    repeats: Counter[tuple[str, int]] = Counter()
+    for run in runs:
+        settings = run.all_but_seed
+        repeats[settings, run.seed] += 1
+        groups[settings, repeats[settings, run.seed]].append(run)
+    return [
+        replace(run, name=group[0].name) for group in groups.values() for run in sorted(group, key=lambda run: run.seed)
+    ]
+
+
 def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     """Rename runs with the same name to 'NAME, seed S'."""
     runs = list(runs)
@@ -56,89 +69,27 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
     return [replace(run, name=f"{run.name}, seed {run.seed}") if shared[run.name] > 1 else run for run in runs]
 
 
-def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """Rename runs with default names, which end in a hash, by the settings in which they differ.
+def differing_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return row -> settings by flag, from row -> settings, for the flags in which rows differ.
 
-    Rows of a list, whose path is a record, keep their names.
-
-    A new name lists settings, such as `importance flap, target 0.3`. A setting is added only if it distinguishes more
-    runs; seeds are ignored. Runs that differ only in the seed lose their hash. Names chosen by the user are kept. All
-    names are kept if there is a single run, or if the new names of two runs with the same seed would be equal.
+    Flags of the run folder and the seed are left out.
     """
-    if len(runs) == 1:
-        return list(runs)
-    settings = {run.all_but_seed: run_flags(run) for run in runs}
-    descriptions = dict.fromkeys(settings, "")
-    for flag, short_name in _short_names(dict.fromkeys(chain(*settings.values()))).items():
-        longer = {}
-        for key, flags in settings.items():
-            parts = (descriptions[key], f"{short_name} {format_setting(flags.get(flag))}")
-            longer[key] = ", ".join(filter(None, parts))
-        if len(set(longer.values())) > len(set(descriptions.values())):
-            descriptions = longer
-    names = []
-    for run in runs:
-        has_default_name = not run.path.is_file() and DEFAULT_NAME.fullmatch(run.name) is not None
-        default = descriptions[run.all_but_seed] or HASH.sub("", run.name)
-        names.append(default if has_default_name else run.name)
-    if len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):
-        return list(runs)
-    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
+    flags = {}
+    for row, of_row in settings.items():
+        flags[row] = effective_settings({group: v for group, v in of_row.items() if group not in ("inputs", "run")})
+    first = next(iter(flags.values()))
+    different = [
+        flag
+        for flag in dict.fromkeys(chain(*flags.values()))
+        if any(of_row.get(flag) != first.get(flag) for of_row in flags.values())
+    ]
+    return {row: {flag: _to_cell(of_row.get(flag)) for flag in different} for row, of_row in flags.items()}
 
 
-def _short_names(flags: Iterable[str]) -> dict[str, str]:
-    """Return flag -> its last part, or the whole flag if several flags have the same last part."""
-    last_parts = {flag: flag.rpartition(".")[2] for flag in flags}
-    counts = Counter(last_parts.values())
-    return {flag: last_part if counts[last_part] == 1 else flag for flag, last_part in last_parts.items()}
-
-
-@dataclass(frozen=True)
-class SeedGroup:
-    """Runs that differ only in the seed; often a single run."""
-
-    runs: list[FinishedRun]
-
-    @property
-    def name(self) -> str:
-        """Name of the run or, for several, of the first run, with the number of seeds."""
-        name, seeds = self.runs[0].name, len(self.runs)
-        return name if seeds == 1 else f"{name} ({seeds} seeds)"
-
-
-def group_by_seed(runs: Sequence[FinishedRun]) -> list[SeedGroup]:
-    """Group runs that differ only in the seed, in the given order. Two runs with the same seed are in two groups.
-
-    A corpus that one run of a group has seen counts as seen in all of them, so that means over seeds are over the same
-    corpora.
-    """
-    # The second part of the key counts runs with the same settings and seed.
-    members_by_key: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
-    repeats: Counter[tuple[str, int]] = Counter()
-    for run in runs:
-        settings = run.all_but_seed
-        repeats[settings, run.seed] += 1
-        members_by_key[settings, repeats[settings, run.seed]].append(run)
-    groups = []
-    for members in members_by_key.values():
-        members.sort(key=lambda run: run.seed)  # sums do not depend on the order of runs
-        seen = {r["corpus"] for run in members for r in run.records if r["seen"]}
-        marked = []
-        for run in members:
-            records = [r | {"seen": r["corpus"] in seen} for r in run.records]
-            marked.append(replace(run, records=records))
-        groups.append(SeedGroup(marked))
-    return groups
-
-
-def run_flags(run: FinishedRun) -> dict[str, Any]:
-    """Return the settings of a run by flag, except those of the run folder and the seed."""
-    settings = {group: values for group, values in run.settings.items() if group not in ("inputs", "run")}
-    return effective_settings(settings)
-
-
-def format_setting(value: Any) -> str:
-    """Format a setting like a flag; a path is shortened to its last part."""
+def _to_cell(value: Any) -> str | int | float | bool | None:
+    """Convert a setting to a cell: a list becomes text, and a path its last part."""
     if isinstance(value, list):
-        return ", ".join(map(format_setting, value))
-    return PurePath(value).name if isinstance(value, str) else json.dumps(value)
+        return ", ".join(str(_to_cell(item)) for item in value)
+    if isinstance(value, str):
+        return PurePath(value).name
+    return value if isinstance(value, int | float | None) else json.dumps(value)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from gprune.config import RunConfig
 from gprune.evaluation.intervals import Estimate
 from gprune.report import CLONE, prune_command
-from gprune.report.tables import format_estimate
-from gprune.runs.numbers import Record, number_frame, to_estimate
+from gprune.report.tables import format_cell
 
 FIRST_LOOK = "experiments/first_look.yaml"
 
@@ -29,19 +29,18 @@ def describe_sizes(summary: Mapping[str, Any], scope: str, dtype: str) -> str:
     )
 
 
-def describe_stages(records: Sequence[Record], recovery: str) -> list[str]:
+def describe_stages(frame: pd.DataFrame, recovery: str) -> list[str]:
     """Return a sentence per measured stage of the pruned model: its perplexity in times dense, on both kinds of text.
 
     That on recovery has the share of the loss on unseen text that recovery gave back, if both stages were measured.
     """
     over_dense: dict[str, dict[str, Estimate]] = {}
-    for line in number_frame(records).itertuples():
-        if line.number in ("unseen_over_dense", "seen_over_dense"):
-            text = line.number.partition("_")[0]
-            over_dense.setdefault(line.stage, {})[text] = to_estimate(line.value, line.low, line.high)
+    for line in frame[frame["number"].isin(("unseen_over_dense", "seen_over_dense"))].itertuples():
+        text = line.number.partition("_")[0]
+        over_dense.setdefault(line.stage, {})[text] = Estimate(line.value, line.low, line.high)
     sentences = []
     for stage, estimates in over_dense.items():
-        texts = [f"{format_estimate(ratio, 3)} times dense on {text} text" for text, ratio in estimates.items()]
+        texts = [f"{format_cell(ratio, 3)} times dense on {text} text" for text, ratio in estimates.items()]
         when, gain = "After pruning", ""
         if stage == "recovered":
             when, gain = f"After recovery ({recovery})", _describe_gain(over_dense)

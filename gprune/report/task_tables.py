@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gprune.evaluation.intervals import Estimate, paired_difference, paired_ratio
-from gprune.report.tables import Cell, Table, format_estimate
-from gprune.runs.numbers import Record, row_name
+from gprune.report.tables import Cell, Table, format_cell
+from gprune.runs.numbers import HALF_WIDTH, Record
 
-HALF_WIDTH = 1.959964  # of a 95 % interval, in standard errors; tasks have hundreds of questions
 LIST = "all tasks"  # name of the mean over the whole list
 METRICS = {"acc": "acc_norm", "acc_norm": "acc"}  # metric -> the one that counts for a task without it
 CORRECT = {"acc": "correct", "acc_norm": "correct_norm"}  # metric -> entry of records with a digit per question
@@ -33,7 +32,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     rows: list[list[Cell]] = []
     for r in sorted(shown, key=_order):
         reference = dense.get(pair_key(r)) if r["stage"] != "dense" else None
-        rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_cells(r, reference)])
+        rows.append([r["task"], r["run"], r["stage"], *_cells(r, reference)])
     header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips", "greedy"]
     optional_columns = {  # dropped if empty -> their note
         "flips": "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. ",
@@ -110,7 +109,7 @@ def _format_comparison(r: Record, reference: Record) -> str | None:
     if r["kind"] == "perplexity":
         nll, reference_nll = {"": r["window_nll"]}, {"": reference["window_nll"]}
         ratio = Estimate(*paired_ratio(nll, reference_nll, r["seq_len"] - 1))
-        return f"x {format_estimate(ratio, 3)}"
+        return f"x {format_cell(ratio, 3)}"
     if r["kind"] == "speed":
         return f"x {r['tokens_per_second'] / reference['tokens_per_second']:.3f}"
     if "scores" in r:  # of a task with a metric of its own
@@ -174,7 +173,7 @@ def _cells(r: Record, dense: Record | None) -> list[Cell]:
     description = [r["source"]] if "source" in r else []
     if r["kind"] == "perplexity":
         description.append(f"windows of {r['seq_len']} tokens")
-        n, number = r["tokens"], format_estimate(Estimate(r["perplexity"], r["low"], r["high"]))
+        n, number = r["tokens"], format_cell(Estimate(r["perplexity"], r["low"], r["high"]))
     elif r["kind"] == "speed":
         n, number = r["batch"], format_rate(r)
     else:
@@ -257,7 +256,7 @@ def _row(mean: Mean, records: Mapping[str, Record], dense: Mapping[Any, Record])
         numbers.append(mean.difference(records, dense, metric) if is_complete and has_dense else None)
     tasks = f"{len(records)}" if is_complete else f"{len(records)} of {mean.num_tasks}"
     standard = "yes" if is_complete and all(of_task["standard_protocol"] for of_task in records.values()) else "no"
-    return [mean.name, r["run"], row_name(r["stage"], r.get("recovery") or "none"), tasks, *numbers, standard]
+    return [mean.name, r["run"], r["stage"], tasks, *numbers, standard]
 
 
 def compare_means(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
@@ -270,7 +269,7 @@ def compare_means(records: Sequence[Record], references: Sequence[Record]) -> di
             if len(mean.weights) == mean.num_tasks:
                 for metric in METRICS:
                     difference = mean.difference(shared, by_key, metric)
-                    differences[f"{mean.name}, {metric}"] = format_estimate(difference, 3)
+                    differences[f"{mean.name}, {metric}"] = format_cell(difference, 3)
     return differences
 
 

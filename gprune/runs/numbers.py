@@ -1,42 +1,32 @@
-"""Numbers of a run, computed from the records in `metrics.json`: the frame from which all tables are made."""
+"""The frame of a run: all of its numbers, one per line.
+
+The terminal, files, the page, W&B, the model card, lists and notebooks print this frame, filtered and pivoted.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import Estimate, mean_per_token, mean_perplexity, paired_gap, paired_ratio
 
 Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
-ResultRow = tuple[str, str]  # (stage, recovery) of a row of the result table
-STAGES = ("dense", "pruned", "recovered", "measured")  # of the model, in records; `measured` was not made by gprune
-Line = dict[str, Any]  # a line of the frame of a run
-DENSE = ("dense", "none")
-NUMBER_COLUMNS = ["row", "seed", "stage", "recovery", "corpus", "number", "value", "low", "high"]
-
-
-ESTIMATES = ("unseen", "seen", "gap", "unseen_over_dense", "seen_over_dense", "unseen_kl", "unseen_agreement")
-WITH_INTERVALS = [column for name in ESTIMATES for column in (name, f"{name}_low", f"{name}_high")]
-SUMMARY = (
-    "sparsity_of_scope", "sparsity_of_model", "parameters_before", "parameters_after", "forward_tokens",
-    "forward_backward_tokens",
-)  # fmt: skip
-ABOUT = ("model", "dtype", "precision", "scope", "target", "importance", "allocation")
-# Columns of every frame. Columns of corpora, entries, settings and tasks follow, and `record` is the last column.
-COLUMNS = [
-    "row", "seed", "stage", "recovery", *WITH_INTERVALS, "unseen_dense", "seen_dense", *SUMMARY, "seconds",
-    "peak_memory_mib", *ABOUT, "seen_corpora",
-]  # fmt: skip
-
-
-def row_name(stage: str, recovery: str) -> str:
-    """Return the name of a row in tables: the stage of the model."""
-    return stage
+ByCorpus = dict[str, Record]
+Line = tuple[str, bool | None, str, Estimate, int | None]  # corpus, seen, number, value with interval, windows
+COLUMNS = ["row", "stage", "corpus", "seen", "seed", "number", "value", "low", "high", "windows"]
+STAGES = ("dense", "pruned", "recovered", "measured")  # of a model, in the order of the frame
+SUMMARY = ("sparsity_of_model", "sparsity_of_scope", "forward_tokens", "forward_backward_tokens", "learned_tokens")
+METRICS = ("acc", "acc_norm", "exact_match", "score", "perplexity", "tokens_per_second", "seconds")  # of tasks
+HALF_WIDTH = 1.959964  # of a 95 % interval, in standard errors; tasks have hundreds of questions
+NOTHING: Mapping[str, Any] = {}
 
 
 def key_part(name: str) -> str:
@@ -44,103 +34,46 @@ def key_part(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def by_row(records: Sequence[Record], number: str = "perplexity") -> dict[ResultRow, dict[str, Any]]:
-    """Return (stage, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
-    table: dict[ResultRow, dict[str, Any]] = {}
+def by_stage(records: Sequence[Record]) -> dict[str, ByCorpus]:
+    """Return stage -> corpus -> record, in the order of the records; the last stage is the final model."""
+    table: dict[str, ByCorpus] = {}
     for r in records:
-        table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
+        table.setdefault(r["stage"], {})[r["corpus"]] = r
     return table
 
 
-def records_of(records: Sequence[Record], row: ResultRow, *, seen: bool | None = None) -> dict[str, Record]:
-    """Return the records of a row by corpus, optionally of seen or of unseen corpora only."""
-    of_row = [r for r in records if (r["stage"], r["recovery"]) == row]
-    return {r["corpus"]: r for r in of_row if seen is None or r["seen"] == seen}
+def final(records: Sequence[Record]) -> ByCorpus:
+    """Return the records of the final model by corpus."""
+    return list(by_stage(records).values())[-1]
 
 
-def on_same_windows(records: Sequence[Record], row: ResultRow) -> bool:
-    """Return whether a row was measured on the dense model's windows. It was not if the tokenizers differ."""
-
-    def content_hashes(row: ResultRow) -> dict[str, str]:
-        return {corpus: r["content_hash"] for corpus, r in records_of(records, row).items()}
-
-    return content_hashes(row) == content_hashes(DENSE)
+def same_windows(one: ByCorpus, other: ByCorpus) -> bool:
+    """Return whether two models were measured on the same windows. They were not if their tokenizers differ."""
+    return {c: r["content_hash"] for c, r in one.items()} == {c: r["content_hash"] for c, r in other.items()}
 
 
-def distance(records: Sequence[Record], row: ResultRow) -> tuple[Estimate | None, Estimate | None]:
-    """Return a row's mean KL from the dense model, and agreement with it, on unseen text; None if not measured."""
-    unseen = records_of(records, row, seen=False)
-    if not unseen or any(r.get("kl") is None for r in unseen.values()):
-        return None, None
-    predicted_tokens = records[0]["seq_len"] - 1  # of a window
-
-    def mean(name: str, largest: float) -> Estimate:
-        window_sums = {corpus: r[f"window_{name}"] for corpus, r in unseen.items()}
-        return Estimate(*mean_per_token(window_sums, predicted_tokens, largest=largest))
-
-    return mean("kl", math.inf), mean("agreement", 1.0)
-
-
-def unseen_ratio(
-    records: Sequence[Record],
-    row: ResultRow,
-    other_records: Sequence[Record],
-    other_row: ResultRow,
-    number: str = "nll",
-) -> Estimate | None:
-    """Ratio of the geometric-mean perplexities of two rows on unseen text, with a paired 95 % interval.
+def unseen_ratio(one: ByCorpus, other: ByCorpus, number: str = "nll") -> Estimate | None:
+    """Ratio of the geometric-mean perplexities of two models on text unseen by both, with a paired 95 % interval.
 
     With `number="kl"` it is the ratio of exp(KL). None without unseen text, on different windows, or if not measured.
     """
-    denominator = records_of(other_records, other_row)
-    numerator = {  # without corpora that the other row has seen
-        corpus: r
-        for corpus, r in records_of(records, row, seen=False).items()
-        if corpus not in denominator or not denominator[corpus]["seen"]
-    }
-    if not numerator:
+    unseen = [c for c, r in one.items() if not (r["seen"] or (c in other and other[c]["seen"]))]
+    if any(c not in other or other[c]["content_hash"] != one[c]["content_hash"] for c in unseen):
         return None
-    for corpus, r in numerator.items():
-        if corpus not in denominator or denominator[corpus]["content_hash"] != r["content_hash"]:
-            return None
-    numerator_sums = {corpus: numerator[corpus].get(f"window_{number}") for corpus in numerator}
-    denominator_sums = {corpus: denominator[corpus].get(f"window_{number}") for corpus in numerator}
-    if None in [*numerator_sums.values(), *denominator_sums.values()]:
+    return _ratio({c: one[c] for c in unseen}, other, number)
+
+
+def _ratio(one: ByCorpus, other: ByCorpus, number: str = "nll") -> Estimate | None:
+    """Ratio of the geometric means of exp(`number`) over the corpora of `one`; None if it was not measured."""
+    sums = [{c: records[c].get(f"window_{number}") for c in one} for records in (one, other)]
+    if not one or any(None in of_model.values() for of_model in sums):
         return None
-    predicted_tokens = records[0]["seq_len"] - 1  # of a window
-    return Estimate(*paired_ratio(numerator_sums, denominator_sums, predicted_tokens))
+    return Estimate(*paired_ratio(*sums, _predicted(one)))
 
 
-def estimates(records: Sequence[Record], row: ResultRow) -> dict[str, Estimate | None]:
-    """Means, gap, ratios to dense, KL and agreement of a row, with intervals over windows; None if undefined."""
-    predicted_tokens = records[0]["seq_len"] - 1  # of a window
-    seen = {r["corpus"]: r["seen"] for r in records}
-    window_nll = by_row(records, "window_nll")
-    seen_nll = {corpus: nll for corpus, nll in window_nll[row].items() if seen[corpus]}
-    unseen_nll = {corpus: nll for corpus, nll in window_nll[row].items() if not seen[corpus]}
-    gap = None
-    if seen_nll and unseen_nll and row != DENSE and on_same_windows(records, row):
-        gap = Estimate(*paired_gap(window_nll[row], window_nll[DENSE], seen, predicted_tokens))
-
-    def mean(nll: Mapping[str, Sequence[float]]) -> Estimate | None:
-        return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
-
-    over_dense, seen_over_dense = None, None
-    if row != DENSE:
-        over_dense = unseen_ratio(records, row, records, DENSE)
-        if seen_nll and on_same_windows(records, row):
-            dense_nll = {corpus: window_nll[DENSE][corpus] for corpus in seen_nll}
-            seen_over_dense = Estimate(*paired_ratio(seen_nll, dense_nll, predicted_tokens))
-    kl, agreement = distance(records, row)
-    return {
-        "seen": mean(seen_nll),
-        "unseen": mean(unseen_nll),
-        "gap": gap,
-        "unseen_over_dense": over_dense,
-        "seen_over_dense": seen_over_dense,
-        "unseen_kl": kl,
-        "unseen_agreement": agreement,
-    }
+def _predicted(records: ByCorpus) -> int:
+    """Return the number of predicted tokens of a window."""
+    return next(iter(records.values()))["seq_len"] - 1
 
 
 def entries(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -152,122 +85,202 @@ def entries(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in summary.items() if isinstance(value, dict) and "said" in value}
 
 
-def number_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
+def run_frame(
+    row: str, records: Sequence[Record], summary: Mapping[str, Any] = NOTHING,
+    steps: Mapping[str, Mapping[str, float]] = NOTHING, evaluation: Sequence[Record] = (), *,
+    labels: Mapping[str, str] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Return all numbers of a run, one per line, with the columns `COLUMNS`. Undefined numbers have no line.
 
-    Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
-    `estimates`. Ends of intervals are NaN if there is no interval.
+    - With a corpus: `perplexity`, `times_dense`, `kl` (nats per token) and `agreement`.
+    - Over corpora, where `corpus` is empty: `seen` and `unseen` (geometric means), `gap`, `seen_over_dense`,
+      `unseen_over_dense`, `unseen_kl` and `unseen_agreement`.
+    - Of the whole model: `parameters` and `tasks/<task>/<metric>`; of the final stage also shares, tokens, seconds and
+      peak memory of the run and of its steps (`steps/<step>/seconds`), and `<entry>/<number>` of entries.
+
+    `low` and `high` are the ends of 95 % intervals over windows, or over questions; NaN without an interval.
+
+    Args:
+        row: name of the run.
+        records: perplexities, as in metrics.json.
+        summary, steps: as in metrics.json and manifest.json.
+        evaluation: records of `gprune evaluate`.
+        labels: name of a corpus -> its label in the column `corpus`. Default: the shortest names that are unique.
     """
-    lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
-    for row in by_row(records):
-        identity = (row_name(*row), records[0]["seed"], *row)
-        for corpus, record in records_of(records, row).items():
-            for name, estimate in _corpus_estimates(record).items():
-                lines.append((*identity, corpus, name, *estimate))
-        for name, estimate in estimates(records, row).items():
-            if estimate is not None:
-                lines.append((*identity, "", name, *estimate))
-    frame = pd.DataFrame(lines, columns=NUMBER_COLUMNS)
-    return frame.astype({"value": float, "low": float, "high": float})
+    stages, seed = by_stage(records), records[0]["seed"]
+    labels = labels or corpus_labels({r["corpus"] for r in records})
+    lines = []
+    for stage, of_stage in stages.items():
+        is_final = of_stage is list(stages.values())[-1]
+        numbers = list(_of_text(of_stage, stages["dense"]))
+        numbers += [("", None, name, value, None) for name, value in _of_model(summary, steps, stage, is_final)]
+        if stage == "dense" or is_final:
+            numbers += _of_tasks([r for r in evaluation if (r["stage"] == "dense") == (stage == "dense")])
+        for corpus, seen, number, estimate, windows in numbers:
+            lines.append((row, stage, labels.get(corpus, ""), seen, seed, number, *estimate, windows))
+    return typed(pd.DataFrame(lines, columns=COLUMNS))
 
 
-def _corpus_estimates(record: Record) -> dict[str, Estimate]:
-    """Return the perplexity of one corpus with its interval over windows and, if measured, KL and agreement."""
-    predicted_tokens = record["seq_len"] - 1  # of a window
-    _, low, high = mean_perplexity({record["corpus"]: record["window_nll"]}, predicted_tokens)
-    by_name = {"perplexity": Estimate(record["perplexity"], low, high)}
-    return by_name | {name: Estimate(record[name]) for name in ("kl", "agreement") if record.get(name) is not None}
+def typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame with the types of `COLUMNS`, for example after it was read from a CSV file."""
+    types = {"corpus": str, "seen": "boolean", "value": float, "low": float, "high": float, "windows": "Int64"}
+    return frame.fillna({"corpus": ""}).astype(types)
 
 
-def to_estimate(value: float, low: float, high: float) -> Estimate:
-    """Return a number of `number_frame` as an Estimate."""
-    return Estimate(value) if math.isnan(low) else Estimate(value, low, high)
+def _of_text(model: ByCorpus, dense: ByCorpus) -> Iterator[Line]:
+    """Yield the numbers of one stage on each corpus, then those over corpora."""
+    beside_dense = model is not dense and same_windows(model, dense)
+    predicted = _predicted(model)
+    for corpus, r in model.items():
+        seen, windows = r["seen"], len(r["window_nll"])
+        interval = mean_perplexity({corpus: r["window_nll"]}, predicted)[1:]
+        yield corpus, seen, "perplexity", Estimate(r["perplexity"], *interval), windows
+        if beside_dense:
+            yield corpus, seen, "times_dense", _ratio({corpus: r}, dense), windows
+        for name, largest in (("kl", math.inf), ("agreement", 1.0)):
+            if r.get(name) is not None:
+                interval = mean_per_token({corpus: r[f"window_{name}"]}, predicted, largest=largest)[1:]
+                yield corpus, seen, name, Estimate(r[name], *interval), windows
+    for name, seen in (("seen", True), ("unseen", False)):
+        of_kind = {c: r for c, r in model.items() if r["seen"] == seen}
+        if not of_kind:
+            continue
+        windows = sum(len(r["window_nll"]) for r in of_kind.values())
+        nll = {c: r["window_nll"] for c, r in of_kind.items()}
+        yield "", seen, name, Estimate(*mean_perplexity(nll, predicted)), windows
+        if beside_dense:
+            yield "", seen, f"{name}_over_dense", _ratio(of_kind, dense), windows
+        if not seen and all(r.get("kl") is not None for r in of_kind.values()):
+            for number, largest in (("kl", math.inf), ("agreement", 1.0)):
+                sums = {c: r[f"window_{number}"] for c, r in of_kind.items()}
+                yield "", seen, f"unseen_{number}", Estimate(*mean_per_token(sums, predicted, largest=largest)), windows
+    if beside_dense and len({r["seen"] for r in model.values()}) == 2:
+        nll = [{c: r["window_nll"] for c, r in records.items()} for records in (model, dense)]
+        gap = paired_gap(*nll, {c: r["seen"] for c, r in model.items()}, predicted)
+        yield "", None, "gap", Estimate(*gap), sum(map(len, nll[0].values()))
 
 
-def run_numbers(
-    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]]
-) -> dict[str, float]:
-    """Return numbers by which trackers can sort runs. Except for names of corpora, keys are always the same.
+def _of_model(
+    summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], stage: str, is_final: bool
+) -> Iterator[tuple[str, Estimate]]:
+    """Yield numbers of the whole model: those of the summary, costs, and numbers of entries."""
+    numbers: dict[str, float | None] = {}
+    if stage == "dense":
+        numbers = {"parameters": summary.get("parameters_before")}
+    elif is_final:
+        numbers = {"parameters": summary.get("parameters_after")} | {name: summary.get(name) for name in SUMMARY}
+        if steps:
+            numbers["seconds"] = sum(step.get("seconds", 0) for step in steps.values())
+            numbers["peak_memory_mib"] = max(step.get("peak_memory_mib", 0) for step in steps.values())
+        for entry, content in entries(summary).items():
+            numbers |= {f"{entry}/{name}": value for name, value in content.get("numbers", {}).items()}
+        numbers |= {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
+    for name, value in numbers.items():
+        if value is not None:
+            yield name, Estimate(value)
 
-    - `final/...`: the final model, which is measured last: `unseen`, `seen`, `gap`, `unseen_over_dense`,
-      `seen_over_dense`, `unseen_kl`, `unseen_agreement`, `perplexity/<corpus>`, `kl/<corpus>` and `agreement/<corpus>`,
-      if they are defined.
-    - `dense/...`, `pruned/...`, `recovered/...`: the same for every stage of the model.
-    - `parameters_after` and other numbers of the summary.
-    - `<entry>/...`: the numbers of an entry of the summary.
-    - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
+
+def task_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the lines of `run_frame` for results of `gprune evaluate` on one model and on its dense model."""
+    lines = []
+    for stage in dict.fromkeys(r["stage"] for r in records):
+        for corpus, seen, number, estimate, questions in _of_tasks([r for r in records if r["stage"] == stage]):
+            lines.append(("", stage, corpus, seen, None, number, *estimate, questions))
+    return typed(pd.DataFrame(lines, columns=COLUMNS))
+
+
+def _of_tasks(records: Sequence[Record]) -> Iterator[Line]:
+    """Yield results of `gprune evaluate`. Of records of one task with other prompts or weights the last one counts."""
+    numbers: dict[str, tuple[Estimate, int | None]] = {}
+    for r in records:
+        size = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
+        task = key_part(r["task"]) + ("" if size is None else f"/{size}")
+        for name in METRICS:
+            if (value := r.get(name)) is None:
+                continue
+            low, high = r.get("low"), r.get("high")  # of a perplexity
+            if (error := r.get(f"{name}_stderr")) is not None:
+                low, high = value - HALF_WIDTH * error, value + HALF_WIDTH * error
+            numbers[f"tasks/{task}/{name}"] = Estimate(value, low, high), r.get("questions")
+    for name, (estimate, questions) in numbers.items():
+        yield "", None, name, estimate, questions
+
+
+def final_lines(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines of the final model of each row: recovered, or pruned without recovery, or measured."""
+    order = frame["stage"].map(STAGES.index)
+    return frame[order == order.groupby(frame["row"]).transform("max")]
+
+
+def keyed(frame: pd.DataFrame) -> dict[str, float]:
+    """Return the numbers of one run by `<stage>/<number>` or `<stage>/<number>/<corpus>`, as trackers log them.
+
+    The final model has the keys `final/...` too.
     """
-    labels = corpus_labels(r["corpus"] for r in records)
-    final_stage = records[-1]["stage"]
     numbers = {}
-    for line in number_frame(records).itertuples():
-        key = f"{line.number}/{key_part(labels[line.corpus])}" if line.corpus else line.number
-        numbers[f"{line.stage}/{key}"] = line.value
-        if line.stage == final_stage:
-            numbers[f"final/{key}"] = line.value
-    numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    for entry, content in entries(summary).items():
-        numbers |= {f"{entry}/{name}": value for name, value in content.get("numbers", {}).items() if value is not None}
-    return numbers | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
+    for prefix, lines in (("", frame), ("final", final_lines(frame[frame["stage"] != "dense"]))):
+        for line in lines.itertuples():
+            corpus = f"/{key_part(line.corpus)}" if line.corpus else ""
+            numbers[f"{prefix or line.stage}/{line.number}{corpus}"] = line.value
+    return numbers
 
 
-def row_lines(
-    records: Sequence[Record], settings: Mapping[str, Any], summary: Mapping[str, Any],
-    steps: Mapping[str, Mapping[str, float]], *, labels: Mapping[str, str] | None = None,
-) -> list[Line]:  # fmt: skip
-    """Return one line per stage of a run's model, with the final model last. Undefined numbers are missing.
+# --- means over seeds
 
-    Only the final model has sizes, tokens, seconds and the numbers of entries of the summary.
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean over seeds with exp(mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n)) as its interval."""
+    mean, half_width = _mean_and_half_width(np.log(values))
+    return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
+
+
+def arithmetic_mean_over_seeds(values: Sequence[float], largest: float = math.inf) -> Estimate:
+    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, cut off at 0 and `largest`."""
+    mean, half_width = _mean_and_half_width(np.array(values))
+    return Estimate(mean, max(0.0, mean - half_width), min(largest, mean + half_width))
+
+
+def _mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean of n values, and half of its 95 % interval: t(0.975, n - 1) sd / sqrt(n)."""
+    half_width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half_width)
+
+
+MEANS = dict.fromkeys(("perplexity", "times_dense", "seen", "unseen", "gap"), mean_over_seeds)
+MEANS |= dict.fromkeys(("seen_over_dense", "unseen_over_dense"), mean_over_seeds)
+MEANS |= dict.fromkeys(("kl", "unseen_kl"), arithmetic_mean_over_seeds)
+MEANS |= dict.fromkeys(("agreement", "unseen_agreement"), partial(arithmetic_mean_over_seeds, largest=1.0))
+
+
+def pool_estimates(estimates: Sequence[Estimate | None], mean: Any = mean_over_seeds) -> Estimate | None:
+    """Combine the estimates of seeds by `mean`; None if one is None.
+
+    A single estimate, and estimates that do not depend on the seed, keep their interval over windows.
     """
-    labels = labels or corpus_labels(r["corpus"] for r in records)
-    numbers = number_frame(records)
-    lines = [_row_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
-    of_dense = lines[0]
-    for line in lines:
-        line |= {f"{name}_dense": of_dense[name] for name in ("unseen", "seen") if name in of_dense}
-    final = lines[-1]
-    final |= {name: summary.get(name) for name in SUMMARY}
-    for entry, content in entries(summary).items():
-        final |= {f"{entry}_{name}": value for name, value in content.get("numbers", {}).items()}
-    final["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
-    final["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
-    return lines
+    if not estimates or None in estimates:
+        return None
+    values = [estimate.value for estimate in estimates]
+    same = max(values) - min(values) <= 1e-6 * abs(values[0])  # sums differ by machine
+    return estimates[0] if same else mean(values)
 
 
-def line_frame(lines: Sequence[Line]) -> pd.DataFrame:
-    """Build a DataFrame with `COLUMNS` and all other columns of the lines; missing values are empty."""
-    other_columns = dict.fromkeys(name for line in lines for name in line if name not in COLUMNS and name != "record")
-    return pd.DataFrame(lines, columns=[*COLUMNS, *other_columns, "record"])
+def pool_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over the seeds of each row that has several, with intervals over seeds; `seed` is "mean".
 
-
-def number_columns(numbers: pd.DataFrame, labels: Mapping[str, str]) -> Line:
-    """Return the lines of one row in `number_frame` as columns `NUMBER/CORPUS`, and `_low` and `_high` of intervals."""
-    columns = {}
-    for number in numbers.itertuples():
-        name = f"{number.number}/{key_part(labels[number.corpus])}" if number.corpus else number.number
-        columns[name] = number.value
-        if number.number not in ("kl", "agreement"):  # these have no interval for a single corpus
-            columns |= {f"{name}_low": number.low, f"{name}_high": number.high}
-    return columns
-
-
-def _row_line(
-    numbers: pd.DataFrame, records: Sequence[Record], settings: Mapping[str, Any], labels: Mapping[str, str]
-) -> Line:
-    """Return the line of a stage from its lines of `number_frame`, without columns that only the final model has."""
-    first = numbers.iloc[0]
-    line = {"seed": first["seed"], "stage": first["stage"], "recovery": first["recovery"]}
-    line |= number_columns(numbers, labels)
-    by_corpus = records_of(records, (first["stage"], first["recovery"]))
-    first_record = next(iter(by_corpus.values()))
-    pruned = first["stage"] not in ("dense", "measured")
-    return line | {
-        "model": first_record["model"],
-        "dtype": first_record["dtype"],
-        "precision": settings["trainer"]["precision"],
-        "scope": settings["sparsity"]["scope"] if pruned else None,
-        "target": settings["sparsity"]["target"] if pruned else None,
-        "importance": first_record.get("importance"),
-        "allocation": first_record.get("allocation"),
-        "seen_corpora": ", ".join(labels[corpus] for corpus, r in by_corpus.items() if r["seen"]),
-    }
+    Numbers that do not depend on the seed, such as those of the dense model, are kept. Numbers that a seed lacks, and
+    costs that differ by seed, have no line.
+    """
+    seeds = frame.groupby("row")["seed"].transform("nunique")
+    lines = []
+    for _, same in frame[seeds > 1].groupby(["row", "stage", "corpus", "number"], sort=False):
+        first = same.iloc[0]
+        if len(same) < seeds[same.index[0]]:
+            continue
+        if (mean := MEANS.get(first["number"])) is not None:
+            pooled = pool_estimates([Estimate(*e) for e in same[["value", "low", "high"]].to_numpy()], mean)
+        elif same["value"].nunique() == 1:
+            pooled = Estimate(*first[["value", "low", "high"]])
+        else:
+            continue
+        lines.append(first.to_dict() | {"seed": "mean"} | pooled._asdict())
+    return typed(pd.DataFrame(lines, columns=frame.columns))

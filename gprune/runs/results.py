@@ -27,7 +27,7 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
-from gprune.runs.numbers import Record, by_row, line_frame, number_frame, on_same_windows, row_lines
+from gprune.runs.numbers import Record, by_stage, run_frame, same_windows
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
 from gprune.storage.paths import expanded
@@ -63,10 +63,15 @@ class FinishedRun:
         """Stage of the run's final model, which is measured last."""
         return self.records[-1]["stage"]
 
+    def frame(self, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
+        """Return all numbers of the run, one per line (`runs.numbers.run_frame`)."""
+        return run_frame(self.name, self.records, self.summary, self.steps, self.evaluation, labels=labels)
+
     @property
     def has_another_tokenizer(self) -> bool:
-        """Whether the model was measured on other tokens than the dense model. Perplexities are not comparable then."""
-        return any(not on_same_windows(self.records, row) for row in by_row(self.records))
+        """Whether the model was measured on other tokens than dense. Perplexities are not comparable then."""
+        stages = by_stage(self.records)
+        return any(not same_windows(of_stage, stages["dense"]) for of_stage in stages.values())
 
     @property
     def model(self) -> str:
@@ -99,27 +104,25 @@ class PruningResult:
     tokenizer: PreTrainedTokenizerBase | None
 
     def to_frame(self) -> pd.DataFrame:
-        """Return all numbers with 95 % intervals as a DataFrame, one line per stage of the model.
+        """Return all numbers of the run with 95 % intervals, one per line (`runs.numbers.run_frame`).
 
-        The columns are `COLUMNS` and columns of corpora, as in `StudyResult.to_frame`, so frames of several runs
-        can be concatenated.
+        Columns: row (name of the run), stage (dense, pruned, recovered), corpus, seen, seed, number, value, low, high
+        and windows. Numbers over corpora and of the whole model have an empty corpus. Frames can be concatenated.
         """
         steps = RunFolder(self.path).manifest.get("steps", {})
-        run_columns = {"row": self.path.name, "record": str(self.path / "metrics.json")}
-        lines = row_lines(self.records, self.config.settings(), self.summary, steps)
-        return line_frame([run_columns | line for line in lines])
+        evaluation = read_evaluation(self.path / "evaluation.json")
+        return run_frame(self.path.name, self.records, self.summary, steps, evaluation)
 
     def table(self) -> pd.DataFrame:
-        """Return perplexity by row and corpus as a DataFrame; seen corpora have a star."""
-        numbers = number_frame(self.records)
-        by_corpus = numbers[numbers["number"] == "perplexity"]
-        table = by_corpus.pivot(index="row", columns="corpus", values="value")  # sorted by name
-        columns = {r["corpus"]: f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records}
-        table = table.loc[by_corpus["row"].unique(), list(columns)].rename(columns=columns)
-        return table.rename_axis(index=None, columns=None)
+        """Return perplexity by corpus and stage as a frame; seen corpora have a star."""
+        frame = run_frame(self.path.name, self.records)
+        frame = frame[frame["number"] == "perplexity"]
+        stars = frame["seen"].map({True: "*", False: ""})
+        table = frame.assign(corpus=frame["corpus"] + stars).pivot(index="corpus", columns="stage", values="value")
+        return table.loc[:, frame["stage"].unique()].rename_axis(index=None, columns=None)
 
     def __repr__(self) -> str:
-        """Return the path, the sizes, and the table with at most seven rows."""
+        """Return the path, the sizes, and the table."""
         lines = [f"PruningResult({str(self.path)!r})"]
         if summary := self.summary:
             of_scope = f"{summary['sparsity_of_scope']:.2%} of {self.config.sparsity.scope}"

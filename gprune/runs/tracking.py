@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,7 +24,7 @@ from gprune.config import LoggingConfig, RunConfig, flatten
 from gprune.config.elsewhere import with_made_elsewhere
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import key_part
+from gprune.runs.numbers import key_part, keyed
 from gprune.runs.trainer import class_of, instantiate
 from gprune.storage.files import key_of
 
@@ -185,21 +186,23 @@ def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: in
 
 
 def charts(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers of the final model that W&B shows as charts: those over all corpora.
+    """Return the numbers of the final model on all unseen text, which W&B shows as charts, `final/unseen` first.
 
-    The runs of a list have such charts side by side. Charts for each corpus would come before them.
+    The runs of a list have these charts side by side. W&B orders charts by name, so other numbers, which are in its
+    summary, would come before them.
     """
-    return {name: value for name, value in numbers.items() if re.fullmatch("final/[^/]+", name)}
+    return {name: value for name, value in numbers.items() if re.fullmatch("final/unseen[^/]*", name)}
 
 
 @rank_zero_only
-def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
-    """Log single numbers to W&B's summary, and those of `final/` as metrics too, which sweeps can optimise."""
+def log_numbers(loggers: Sequence[Logger], frame: pd.DataFrame) -> None:
+    """Log the frame of a run to W&B's summary, and numbers of `final/` as metrics too, which sweeps can optimise."""
+    numbers = keyed(frame)
     final = {name: value for name, value in numbers.items() if name.startswith("final/")}
     for logger in loggers:
         logger.log_metrics(charts(final) if isinstance(logger, _Wandb) else final, step=0)
     for logger in wandb_loggers(loggers):
-        logger.try_with_run(lambda run: run.summary.update(dict(numbers)))
+        logger.try_with_run(lambda run: run.summary.update(numbers))
 
 
 @rank_zero_only

@@ -12,15 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gprune.errors import UserError
-from gprune.features import Feature, attribute, entry_figure
+from gprune.features import Feature, attribute
 from gprune.importance.metrics import EXPERT_IMPORTANCE
 from gprune.sparsity.target import format_cost
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger("gprune")
 
@@ -137,33 +134,3 @@ def span(numbers: Sequence[int]) -> str:
     """Return the range of numbers in words, such as '4' or '3 to 5'."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
-
-
-@entry_figure("experts", "experts", "Scores of the experts of each layer, and which of them were removed.")
-def experts_figure(entry: dict[str, Any], _masks: Any) -> Figure:
-    """Figure of the scores of whole experts by layer, relative to the mean of their layer, and of the removed ones.
-
-    Experts without a score, which no token reaches, have no colour.
-    """
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    layers, scores = list(entry["scores"]), list(entry["scores"].values())
-    experts = max(map(len, scores))
-    relative = np.full((len(layers), experts), np.nan)
-    for row, of_layer in zip(relative, scores, strict=True):
-        values = np.array(of_layer, dtype=float)  # NaN for experts without a score, which no token reaches
-        row[: len(of_layer)] = values / (np.nanmean(np.abs(values)) or 1)
-    figure = Figure(figsize=(9, 1.6 + 0.22 * len(layers)))
-    axes = figure.subplots()
-    image = axes.imshow(relative, cmap="Blues", aspect="auto", vmin=min(0, np.nanmin(relative)))
-    removed = [(expert, row) for row, layer in enumerate(layers) for expert in entry["removed"][layer]]
-    if removed:
-        axes.scatter(*zip(*removed, strict=True), marker="x", s=36, lw=1.6, color="#D55E00", label="removed")
-        figure.legend(loc="outside lower right")
-    axes.set_yticks(range(len(layers)), layers)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, ax=axes, label=f"{entry['metric']} / layer mean")
-    return figure

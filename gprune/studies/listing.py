@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
 ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
-TABLES = ("summary", "perplexity", "distance", "evaluation", "means")
+TABLES = ("summary", "perplexity", "evaluation", "means")
 
 # YAML reads some names as numbers.
 Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
@@ -74,14 +74,6 @@ class RowContent(BaseModel):
         return self.model_extra | ({} if self.model is None else {"model": self.model})
 
 
-def split_name(name: str, rows: Collection[str]) -> tuple[str, str | None]:
-    """Split a name of `compare` into a row of the list and a model of it; None stands for its final model."""
-    if name in rows:
-        return name, None
-    row, _, model = name.rpartition(": ")
-    return row, model
-
-
 class Content(BaseModel):
     """Keys of a list file."""
 
@@ -93,10 +85,10 @@ class Content(BaseModel):
     common: dict[str, Any] = {}
     """Settings of all rows, which override `protocol`."""
     compare: list[Pair] = []
-    """Pairs to compare: a row's name, as in 'a', is its final model; another stage of it is named as in 'a: pruned'."""
+    """Pairs of rows to compare: the unseen perplexity of the first one's final model divided by the second one's."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
-    """Tables of the report to print; `final` is the summary of the final models alone."""
+    """Tables to print; `corpora` is the summary for many corpora."""
     masks: bool = False
     """Store masks in the records of a list in `experiments/`; other lists always store them."""
     tasks: dict[str, Any] = {}
@@ -106,17 +98,9 @@ class Content(BaseModel):
 
     @model_validator(mode="after")
     def check_rows(self) -> Self:
-        """Raise UserError if a key names an unknown row, a name has two meanings, or a task cannot be measured."""
-        for key, names in (
-            ("compare", [split_name(name, self.rows)[0] or name for pair in self.compare for name in pair]),
-        ):
-            if unknown := [name for name in names if name not in self.rows]:
-                raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")
-        for name in [name for pair in self.compare for name in pair if name in self.rows]:
-            if (row := name.rpartition(": ")[0]) in self.rows:
-                raise UserError(
-                    f"The key compare must have names with one meaning; got '{name}', a row and a stage of row '{row}'."
-                )
+        """Raise UserError if a pair names an unknown row, or a task cannot be measured."""
+        if unknown := [name for pair in self.compare for name in pair if name not in self.rows]:
+            raise UserError(f"The key compare must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")
         if self.tasks:
             benchmarks_of(self.tasks)
         return self
@@ -174,7 +158,7 @@ class Row:
         if self.made_elsewhere is None:
             return shlex.join([*prune_command(), *flags])
         models = f"{self.made_elsewhere!r}, {self.config.model.name!r}"
-        code = f"import gprune, sys; print(gprune.measure({models}, gprune.config.parse(sys.argv[1:])))"
+        code = f"import gprune, sys; print(gprune.measure({models}, gprune.config.parse(sys.argv[1:])).to_string())"
         return shlex.join(["python", "-c", code, *flags])
 
     @property
@@ -227,6 +211,9 @@ def read_content(path: Path) -> Content:
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
+        if "reference" in content:
+            remedy = "Name pairs of rows in compare, whose ratios are paired over windows"
+            raise UserError(f"List '{path}': The key reference was removed. {remedy}.")
         names = [str(name) for name in content.get("rows") or ()]
         if shared := [name for name in names if names.count(name) > 1]:
             raise UserError(

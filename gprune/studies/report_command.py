@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gprune.config.groups import REPLACEMENTS
 from gprune.console import Parser, quiet
 from gprune.errors import UserError
 from gprune.storage.paths import expanded
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     Argument = tuple[list[Path | FinishedRun], list[str] | None]
 
 log = logging.getLogger("gprune")
-ABOUT = """Make tables (Markdown, CSV) and figures (PNG, SVG) of finished runs, and of records that gprune study stores.
+ABOUT = """Make tables (Markdown), the frame of all numbers (CSV) and figures (PNG) of finished runs, and of records
+that gprune study stores.
 
 Runs that differ only in the seed are summarised by mean and interval over seeds. If the folder of a single run has no
 page, figures or model card, they are written there too."""
@@ -27,7 +29,7 @@ page, figures or model card, they are written there too."""
 EXAMPLES = """examples:
   gprune report runs/NAME                                        into runs/NAME/report
   gprune report runs/a runs/b runs/c --output compared           three runs side by side
-  gprune report runs/a runs/b --html compared.html               one page, whose tables can be sorted
+  gprune report runs/a runs/b --html compared.html               one page
   gprune report mine.yaml:base mine.yaml:ours runs/a             rows of a list, from their records, beside a run
   gprune report runs/records/runs/ours-seed0-0123abcdef.json     one record"""
 MESSAGE_ENDINGS = {}  # keyword arguments of `run_guarded`
@@ -36,7 +38,8 @@ RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for the seeds of 
 
 def parser() -> Parser:
     """Return the parser of the command's arguments."""
-    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
+    removed = {"base": REPLACEMENTS["report.base"]}
+    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES, removed=removed)
     result.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
     folder = "folder for tables and figures (default: report/ in the run, or beside several runs)"
     result.add_argument("--output", metavar="FOLDER", help=folder)

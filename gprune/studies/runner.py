@@ -24,7 +24,6 @@ import torch
 import gprune
 from gprune.benchmarks import measurement
 from gprune.benchmarks.settings import Benchmarks
-from gprune.benchmarks.subjects import task_numbers
 from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
@@ -33,7 +32,7 @@ from gprune.method.plan import Plan, make_plan
 from gprune.models.embedded import model_label
 from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
-from gprune.runs.numbers import Record, run_numbers
+from gprune.runs.numbers import Record, keyed
 from gprune.storage.environment import environment
 from gprune.storage.files import key_of, read_json, scratch_folder, write_json
 from gprune.storage.paths import disk_errors, expanded
@@ -44,7 +43,7 @@ from gprune.studies.archive import (
     find_records,
     learned_tokens,
     pack_masks,
-    task_results,
+    row_to_run,
     why_not_run,
     write_record,
 )
@@ -174,8 +173,6 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
-    derived = ("geometric_means",)  # can be computed from the records
-    summary = {name: value for name, value in result.summary.items() if name not in derived}
     keeps_masks = result.masks and (row.masks or existing["masks"])
     record = {
         "name": row.name,
@@ -183,7 +180,7 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
         "inputs": manifest["settings"]["inputs"],
         "environment": manifest["environment"],
         "steps": manifest["steps"],
-        "summary": summary | {"learned_tokens": learned_tokens(manifest)},
+        "summary": result.summary | {"learned_tokens": learned_tokens(manifest)},
         "learning": manifest.get("learning"),
         "masks": pack_masks(result.masks) if keeps_masks else None,
         "records": [round_window_nll(r) for r in result.records],
@@ -248,10 +245,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
         write_results(study, expanded(options.output))
         write_stdout(f"\nWrote {options.output}.\n")
     if options.costs:
-        costs = {}
-        for row, record in done:
-            costs |= {f"{row.name}, seed {row.seed}: {step}": cost for step, cost in record["steps"].items()}
-        write_stdout("\n" + cost_table(costs).for_stdout() + "\n")
+        write_stdout("\n" + cost_table(report.frame).for_stdout() + "\n")
     if options.figures:
         report.draw(Path(options.figures), prefix=f"{listing.path.stem}-")
     if options.table:
@@ -372,9 +366,9 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
             return
         if not run.resumed:  # otherwise the row has run on another machine, and has logged its curves online
             run.config.update({"record": True, "environment": record["environment"]})
-        numbers = run_numbers(record["records"], record["summary"], record["steps"])
+        numbers = keyed(row_to_run(row, record, None).frame())
         run.log(charts(numbers))
-        run.summary.update(numbers | task_numbers(task_results(row, record)))
+        run.summary.update(numbers)
 
 
 def _words(name: str) -> str:

@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from html import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from gprune.benchmarks.subjects import task_numbers
-from gprune.config import effective_settings
-from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
-from gprune.report.grouping import format_setting
-from gprune.report.page import Report, of_runs
-from gprune.report.tables import (
-    Estimate,
-    Table,
-    corpora_table,
-    group_frame,
-    in_markdown,
-    pool_estimates,
-    ratio_to,
-    result_rows,
-)
+from gprune.report.grouping import differing_settings
+from gprune.report.page import Report, compare_table, make_named
+from gprune.report.tables import Table, in_markdown
 from gprune.report.task_tables import compare_means, compare_records
-from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_lines, row_name
+from gprune.runs.numbers import COLUMNS, pool_seeds
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import write_text
-from gprune.studies.archive import Found, find_records, row_to_run, task_results
-from gprune.studies.listing import Listing, Row, split_name
+from gprune.studies.archive import Found, find_records, row_to_run
+from gprune.studies.listing import Listing, Row
 
 log = logging.getLogger("gprune")
 FinishedRows = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title></head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,14 +88,13 @@ class StudyResult:
 
     @cached_property
     def report(self) -> Report:
-        """Report of the finished rows; seeds of a row are combined."""
+        """Report of the finished rows, in the order of the list."""
         return make_report(self.listing, self.done)
 
     @property
     def runs(self) -> list[FinishedRun]:
         """Finished rows as `FinishedRun`, in the order of the list."""
-        by_name = {(run.name, run.seed): run for group in self.report.groups for run in group.runs}
-        return [by_name[row.name, row.seed] for row, _ in self.done]
+        return self.report.runs
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -137,72 +113,26 @@ class StudyResult:
         columns = ["row", "seed", "weights", "precision of training", "record", "commit"]
         return Table("files", "Records", columns, cells)
 
-    def to_frame(self, *, stages: bool = False, means: bool = False) -> pd.DataFrame:
-        """Return the results with 95 % intervals as a DataFrame, one line per finished row and seed.
+    def to_frame(self, *, means: bool = False) -> pd.DataFrame:
+        """Return all numbers of all finished rows and seeds, one per line, as `PruningResult.to_frame`.
 
-        The columns are `COLUMNS`, columns of corpora, settings in which rows of the list differ (by flag, such
-        as `sparsity.target`), numbers of tasks (`tasks/piqa/acc`), and `record`, the record's file. Except for corpora
-        and tasks, the columns do not depend on which rows are finished.
+        After these columns come the settings in which rows of the list differ, by flag, such as `sparsity.target`, and
+        `record`, the record's file. They do not depend on which rows are finished.
 
         Args:
-            stages: whether to add a line for each other stage of the model: `dense`, and `pruned` if it was measured.
-            means: whether to add a line for each row with several seeds, whose `seed` is `mean`: means over seeds with
-                intervals over seeds, as in the tables, and other values if all seeds have them.
+            means: whether to add, for rows with several seeds, lines with the seed `mean`: means over seeds with
+                intervals over seeds.
         """
-        runs = self.runs
-        labels = corpus_labels({r["corpus"] for run in runs for r in run.records})
-        differing = self._differing_settings()
-        all_lines = []
-        for run, (row, record) in zip(runs, self.done, strict=True):
-            lines = row_lines(run.records, run.settings, run.summary, run.steps, labels=labels)
-            tasks = task_numbers(task_results(row, record))
-            for line, prefix in ((lines[0], "dense/"), (lines[-1], "final/")):
-                of_line = {name: value for name, value in tasks.items() if name.startswith(prefix)}
-                line.update({f"tasks/{name.removeprefix(prefix)}": value for name, value in of_line.items()})
-            identity = {"row": row.name, "record": str(run.path)}
-            selected = lines if stages else lines[-1:]
-            # A line's own recovery and metric are those of its stage.
-            of_row = {flag: value for flag, value in differing[row.name].items() if flag not in lines[0]}
-            all_lines += [identity | line | of_row for line in selected]
+        settings = differing_settings({row.name: row.identity for row in self.listing.rows})
+        files = {(row.name, row.seed): str(record["path"]) for row, record in self.done}
+        frame = self.report.frame if self.done else pd.DataFrame(columns=COLUMNS)
         if means:
-            all_lines += self._mean_lines(all_lines, labels)
-        return line_frame(all_lines)
-
-    def _mean_lines(self, lines: Sequence[Line], labels: Mapping[str, str]) -> list[Line]:
-        """Return a line with the means over seeds of the final model of each row with several seeds."""
-        groups = self.report.groups
-        numbers = group_frame(groups)
-        mean_lines = []
-        for place, group in enumerate(groups):
-            if len(group.runs) == 1:
-                continue
-            name, final = group.runs[0].name, result_rows(group.runs[0])[-1]
-            of_seeds = [line for line in lines if line["row"] == name and (line["stage"], line["recovery"]) == final]
-            first = of_seeds[0]
-            common = {
-                column: first[column] for column in first if len({str(line.get(column)) for line in of_seeds}) == 1
-            }
-            of_row = numbers[(numbers["group"] == place) & (numbers["row"] == row_name(*final))]
-            mean_lines.append(common | number_columns(of_row, labels) | {"seed": "mean"})
-        return mean_lines
-
-    def _differing_settings(self) -> dict[str, dict[str, Any]]:
-        """Return row name -> settings by flag, for all flags except the seed in which rows of the list differ."""
-        by_row = {}
-        for row in self.listing.rows:
-            settings = {name: value for name, value in row.identity.items() if name != "code"}
-            by_row[row.name] = effective_settings(settings)
-        flags = [flag for flag in dict.fromkeys(chain(*by_row.values())) if flag != "run.seed"]
-        first = next(iter(by_row.values()))
-        different = [
-            flag for flag in flags if any(settings.get(flag) != first.get(flag) for settings in by_row.values())
-        ]
-        return {name: {flag: _to_cell(settings.get(flag)) for flag in different} for name, settings in by_row.items()}
-
-
-def _to_cell(value: Any) -> str | int | float | bool | None:
-    """Convert a setting to a cell of a DataFrame."""
-    return value if isinstance(value, str | int | float | None) else format_setting(value)
+            frame = pd.concat([frame, pool_seeds(frame)], ignore_index=True)
+        of_rows = [settings[name] for name in frame["row"]]
+        columns = list(next(iter(settings.values())))
+        settings_of_lines = pd.DataFrame(of_rows, frame.index, columns, dtype=object)
+        record = [files.get(key) for key in zip(frame["row"], frame["seed"], strict=True)]
+        return pd.concat([frame, settings_of_lines], axis=1).assign(record=record)
 
 
 def load_study(
@@ -254,11 +184,11 @@ def read_study(listing: Listing, rows: Sequence[Row]) -> StudyResult:
 
 
 def make_report(listing: Listing, done: FinishedRows) -> Report:
-    """Make the report of finished rows. Seeds of a row are combined."""
-    content = listing.content
-    runs = [row_to_run(row, record, content.seen) for row, record in done]
+    """Make the report of finished rows."""
+    seen = listing.content.seen
+    runs = [row_to_run(row, record, seen) for row, record in done]
     _check_text(done)
-    return of_runs(runs, seen=content.seen)
+    return make_named(runs, seen=seen)
 
 
 def _check_text(done: FinishedRows) -> None:
@@ -287,55 +217,26 @@ def _check_text(done: FinishedRows) -> None:
 
 def study_tables(listing: Listing, report: Report) -> list[Table]:
     """Return the tables that have rows: those of the report that the list selects, and comparisons."""
-    tables = [corpora_table(report.groups), final_table(report), *report.tables]
+    tables = [report.corpora, report.summary, report.perplexity, *report.entry_tables, *report.task_tables]
     tables = [table for table in tables if table.name in listing.content.tables]
-    tables += [compare_table(listing, report.runs), task_table(listing, report.runs)]
+    pairs = dict.fromkeys(map(tuple, listing.content.compare))
+    tables += [compare_table(report.runs, pairs), task_table(report.runs, pairs)]
     return [table for table in tables if table.rows]
 
 
-def final_table(report: Report) -> Table:
-    """Table with the lines of the summary that have the final models of rows, without other stages."""
-    summary = report.tables[0]
-    final = {(group.name, row_name(*result_rows(group.runs[0])[-1])) for group in report.groups}
-    rows = [row for row in summary.rows if (row[0], row[1]) in final]
-    return replace(summary, name="final", title="Final models", rows=rows)
-
-
-def compare_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """Table of ratios: one line per pair of models that the list compares, if both are finished."""
-    rows = []
-    for pair in dict.fromkeys(map(tuple, listing.content.compare)):
-        ratios = pair_ratios(runs, *pair)
-        if ratios is not None:
-            ratios_of_kl = pair_ratios(runs, *pair, "kl")
-            rows.append([" / ".join(pair), len(ratios), pool_estimates(ratios), pool_estimates(ratios_of_kl)])
-    columns = ["unseen perplexity of", "seeds", "ratio", "of exp(KL)"]
-    notes = []
-    if any(seeds == 0 for _, seeds, *_ in rows):
-        notes.append("No ratio: the two have no seed in common, or were evaluated on other windows.")
-    if all(ratio_of_kl is None for *_, ratio_of_kl in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    else:
-        notes.append("exp(KL): of KL(dense || row) per token on the same windows.")
-    return Table("compare", "Comparisons", columns, rows, dict.fromkeys(columns[2:], 3), " ".join(notes))
-
-
-def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
+def task_table(runs: Sequence[FinishedRun], pairs: Iterable[tuple[str, str]]) -> Table:
     """Table of paired comparisons on tasks: one column per task.
 
     There is one row per compared pair and per seed for which both have task results.
     """
     results: list[tuple[str, int, dict[str, str]]] = []  # pair, seed, and task -> formatted difference or ratio
-    for first, second in listing.content.compare:
-        first_runs, first_row = _find_row(runs, first)
-        second_runs, second_row = _find_row(runs, second)
-        second_records = {run.seed: select_row(run.evaluation, second_row) for run in second_runs}
-        for run in first_runs:
-            first_records = select_row(run.evaluation, first_row)
-            references = second_records.get(run.seed, [])
-            differences = compare_records(first_records, references) | compare_means(first_records, references)
-            if differences:
-                results.append((f"{first} - {second}", run.seed, differences))
+    of_final = {(run.name, run.seed): [r for r in run.evaluation if r["stage"] != "dense"] for run in runs}
+    for first, second in pairs:
+        for (name, seed), records in of_final.items():
+            references = of_final.get((second, seed), [])
+            differences = compare_records(records, references) | compare_means(records, references)
+            if name == first and differences:
+                results.append((f"{first} - {second}", seed, differences))
     tasks = list(dict.fromkeys(task for *_, differences in results for task in differences))
     note = "Paired over questions or windows: difference of accuracies +- standard error; x ratio of perplexities with "
     note += "a 95 % interval (columns name the tokens per window)."
@@ -343,41 +244,6 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
         note += " Differences of means over tasks have a 95 % interval."
     rows = [[pair, seed, *(differences.get(task) for task in tasks)] for pair, seed, differences in results]
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
-
-
-def select_row(records: Sequence[Record], row: ResultRow) -> list[Record]:
-    """Select the records of a row of the result table."""
-    return [r for r in records if (r["stage"], r.get("recovery") or "none") == row]
-
-
-def pair_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: str = "nll") -> list[Estimate] | None:
-    """Compute `unseen_ratio` of two rows for every common seed; None without runs of both, [] if one is undefined."""
-    first_runs, first_row = _find_row(runs, first)
-    second_runs, second_row = _find_row(runs, second)
-    if not first_runs or not second_runs:
-        return None
-    by_seed = {run.seed: run for run in second_runs}
-    ratios = [
-        ratio_to(run, first_row, by_seed[run.seed], second_row, number) for run in first_runs if run.seed in by_seed
-    ]
-    return [] if any(ratio is None for ratio in ratios) else ratios
-
-
-def _find_row(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], ResultRow]:
-    """Find the runs and the row of their result table that a name of `compare` refers to.
-
-    `ours` is the final model of the list's row `ours`, and `ours: pruned` the one before recovery.
-    """
-    row, model = split_name(name, {run.name for run in runs})
-    runs_of_row = [run for run in runs if run.name == row]
-    if not runs_of_row:
-        return [], ("", "")
-    if model is None:
-        return runs_of_row, result_rows(runs_of_row[0])[-1]
-    keys = {row_name(*key): key for run in runs_of_row for key in by_row(run.records)}
-    if model not in keys:
-        raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(keys)}); got '{model}'.")
-    return runs_of_row, keys[model]
 
 
 def write_results(study: StudyResult, path: Path) -> None:
@@ -416,12 +282,7 @@ def _latex(study: StudyResult) -> str:
 
 
 def _html(study: StudyResult) -> str:
-    body = []
-    for table in study.tables:
-        body += [f"<h2>{escape(table.title)}</h2>", table.to_html()]
-        body += [f"<p>{escape(table.note)}</p>"] if table.note else []
-    body += [f"<p>{escape(note)}</p>" for note in notes_of(study)]
-    return PAGE.format(title=escape(title_of(study)), body="\n".join(body))
+    return study.report.to_html(title_of(study), tables=study.tables, lines=notes_of(study))
 
 
 WRITERS: dict[str, Callable[[StudyResult], str]] = {

@@ -72,15 +72,15 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
     out = capsys.readouterr().out
     records = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
-    assert set(records) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
+    assert set(records) == {(stage, task) for stage in ("dense", "pruned") for task in ("mine", "wikitext2")}
     (in_memory,) = measure_tasks(mine.result.model, mine.result.tokenizer, load_tasks(["mine"])[0]["mine"])
-    exported = records["gprune", "mine"]
+    exported = records["pruned", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5
-    pruned_correct, dense_correct = ([c == "1" for c in records[s, "mine"]["correct"]] for s in ("gprune", "dense"))
+    pruned_correct, dense_correct = ([c == "1" for c in records[s, "mine"]["correct"]] for s in ("pruned", "dense"))
     difference, error = paired_difference(pruned_correct, dense_correct)
     assert f"{difference:+.3f} +- {error:.3f}" in out
-    ratio = records["gprune", "wikitext2"]["perplexity"] / records["dense", "wikitext2"]["perplexity"]
+    ratio = records["pruned", "wikitext2"]["perplexity"] / records["dense", "wikitext2"]["perplexity"]
     assert f"x {ratio:.3f} [" in out
 
 
@@ -91,7 +91,7 @@ def test_a_task_that_cannot_be_measured_does_not_end_the_others(mine, capsys):
     (line,) = printed.err.splitlines()
     assert "Cannot load task 'nowhere': " in line
     measured = [(r["stage"], r["task"]) for r in records_in(run / "evaluation.json")]
-    assert measured == [(stage, task) for stage in ("dense", "gprune") for task in ("mine", "other")]
+    assert measured == [(stage, task) for stage in ("dense", "pruned") for task in ("mine", "other")]
     assert "| mine " in printed.out
     assert "| all tasks " in printed.out  # the mean of the tasks
     assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere"]) == 2

@@ -204,10 +204,7 @@ def test_auto_multiple_is_the_smallest_one_that_loses_at_most_5_percent_of_the_s
     assert message in caplog.text
 
 
-def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
-    measurements, world, tmp_path, capsys, monkeypatch
-):
-    tiny_run.draw(monkeypatch)
+def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(measurements, world, tmp_path, capsys):
     flags = ("--sparsity.width_multiple=auto", "--gprune=false", "--sparsity.target=30%")
     assert main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
     assert "Widths in multiples of 8 lose 0.0 % of the speed (loss: 1: 31.5%, 8: 0.0%, " in capsys.readouterr().out
@@ -215,4 +212,24 @@ def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
     assert all(int(mask.sum()) % 8 == 0 for mask in result.masks.ffn)
     assert result.summary["speed_table"] == TABLE | {"layers": 3}
     assert ("speed" in result.summary, len(measurements)) == (False, 1)
-    assert (tmp_path / "run/figures/speed.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--sparsity.width_multiple=defalt",
+            "--sparsity.width_multiple must be a whole number, default or auto; got 'defalt'.",
+        ),
+        ("--sparsity.width_multiple=0", "must be 1 or more; got 0"),
+        ("--trainer.devices=2", "--sparsity.width_multiple auto cannot be combined with 2 processes"),
+    ],
+)
+def test_invalid_width_multiples_are_refused(flag, message, world, tmp_path, capsys):
+    assert main(world.args(tmp_path, "--sparsity.width_multiple=auto", flag)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_speed_prompts_longer_than_the_models_positions_are_refused(world, tmp_path, capsys):
+    assert main(world.args(tmp_path, *FLAGS, "--speed.prompt=999")) == 2
+    assert "got 1,001." in capsys.readouterr().err

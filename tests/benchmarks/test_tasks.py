@@ -62,7 +62,7 @@ def test_accuracies_equal_those_of_float64_loglikelihoods(data):
         assert record[f"correct{suffix}"] == "".join(map(str, correct))
     assert record["correct"] != record["correct_norm"]
     assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
-    check_evaluation({"records": [record | {"stage": "model"}]})
+    check_evaluation({"records": [record | {"stage": "measured"}]})
 
 
 def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
@@ -76,7 +76,7 @@ def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
     assert record["correct_greedy"] == "10" * 6
     assert (record["greedy"], record["greedy_stderr"]) == (0.5, pytest.approx((0.25 / 11) ** 0.5))
     dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
-    pruned = dense | {"stage": "gprune", "greedy": 5 / 12, "correct_greedy": "00" + "10" * 5}
+    pruned = dense | {"stage": "pruned", "greedy": 5 / 12, "correct_greedy": "00" + "10" * 5}
     table = evaluation_table([dense, pruned])
     cells = dict(zip(table.columns, table.rows[1], strict=True))
     assert cells["greedy"] == "0.417 +- 0.151 (-0.083 +- 0.083)"
@@ -123,7 +123,7 @@ def test_generated_answers_have_lm_evals_number_of_examples_and_both_filters(tmp
             row["answer"] = f"ban\n#### {answer}"
     for record, name in zip(records, ("strict-match", "flexible-extract"), strict=True):
         assert (record["task"], record["num_fewshot"], record["acc"]) == (f"gsm8k/{name}", 5, None)
-        check_evaluation({"records": [record | {"stage": "model"}]})
+        check_evaluation({"records": [record | {"stage": "measured"}]})
     assert (record["correct"], record["exact_match"]) == ("1010", 0.5)
     assert record["exact_match_stderr"] == pytest.approx(12**-0.5)
     (_, without) = measured("gsm8k", num_fewshot=2, **options)
@@ -131,7 +131,7 @@ def test_generated_answers_have_lm_evals_number_of_examples_and_both_filters(tmp
     assert without["note"].startswith("2 examples in prompts, lm_eval's own number is 5; ")
     # One of four answers changes from correct to wrong in the table.
     dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
-    pruned = dense | {"stage": "gprune", "answers": ["?", *dense["answers"][1:]], "correct": "0010"}
+    pruned = dense | {"stage": "pruned", "answers": ["?", *dense["answers"][1:]], "correct": "0010"}
     (_, cells) = evaluation_table([dense, pruned]).rows
     assert cells[5:9] == ["0.500 +- 0.289", None, "-0.250 +- 0.250", "25.0%: -25.0% +0.0%"]
 
@@ -153,7 +153,7 @@ def test_metrics_of_a_tasks_own_are_compared_by_question(tmp_path, monkeypatch, 
     dense = ours | {"run": "r", "model": "tiny", "stage": "dense"}
     differences = -0.1 * (np.arange(7) % 2)
     shifted = list(ours["scores"] + differences)
-    pruned = dense | {"stage": "gprune", "scores": shifted, "score": np.mean(shifted)}
+    pruned = dense | {"stage": "pruned", "scores": shifted, "score": np.mean(shifted)}
     (_, cells) = evaluation_table([dense, pruned]).rows
     error = differences.std(ddof=1) / 7**0.5
     assert cells[5:8] == [f"{np.mean(shifted):.3f} +- {ours['score_stderr']:.3f}", None,

@@ -55,7 +55,7 @@ def test_every_drawn_row_is_in_its_list():
 
 def test_every_part_is_drawn():
     """`parts` leaves out a row that is not in the headline's list."""
-    assert [label for label, _ in summary.parts()] == ["the base metric", *summary.PARTS.values()]
+    assert [label for label, _ in summary.parts()] == ["the base metric", *summary.PARTS.values(), "the dense model"]
 
 
 @pytest.mark.slow

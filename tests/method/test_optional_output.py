@@ -18,7 +18,8 @@ from gprune.__main__ import run as command
 from gprune.errors import UserError, optional_output
 from gprune.export.hf import save_pruned
 from gprune.models.loading import load_model
-from gprune.report.figures import perplexity_figure, save
+from gprune.report.figures import loss_figure, save
+from gprune.runs.numbers import run_frame
 from gprune.runs.results import load_run
 from tests import synthetic_run, tiny_run
 
@@ -70,9 +71,9 @@ def test_a_run_finishes_without_figures_model_card_and_page_and_report_adds_them
         page.rmdir()
         figures.unlink()
         assert command("report", [str(first.path)]) == 0
-        assert (first.path / "figures/perplexity.png").is_file()
+        assert (first.path / "figures/loss.png").is_file()
         assert (first.path / "model/README.md").read_text() == card
-        assert "<svg" in (first.path / "report.html").read_text()
+        assert "<img" in (first.path / "report.html").read_text()
 
 
 def test_optional_output_raises_for_a_full_disk_or_ctrl_c_and_logs_other_errors(caplog):
@@ -88,14 +89,14 @@ def test_optional_output_raises_for_a_full_disk_or_ctrl_c_and_logs_other_errors(
 
 
 def test_figures_do_not_depend_on_matplotlib_settings_of_the_user(tmp_path):
-    (plain,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "plain")
+    (plain,) = save(loss_figure(run_frame("", synthetic_run.records())), tmp_path, "plain")
     user_settings = {
         "text.usetex": True, "font.family": "no such font", "figure.dpi": 30, "savefig.bbox": "tight",
         "axes.facecolor": "red",
     }  # fmt: skip
     with matplotlib.rc_context(user_settings):
         before = dict(matplotlib.rcParams)
-        (with_settings,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "with-settings")
+        (with_settings,) = save(loss_figure(run_frame("", synthetic_run.records())), tmp_path, "with-settings")
         assert dict(matplotlib.rcParams) == before
     assert with_settings.read_bytes() == plain.read_bytes()
 

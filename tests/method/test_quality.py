@@ -25,7 +25,6 @@ from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.report.figures import read_curves
-from gprune.report.page import render
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, block_units
@@ -418,7 +417,7 @@ def output_and_pages(result, capsys) -> list[list[str] | str]:
     """Return the lines that a run printed, its report as Markdown, its page, and its model card."""
     run_report = report.make([result.path])
     markdown, model_card = run_report.to_markdown().replace("\\", ""), (result.path / "model/README.md").read_text()
-    return [capsys.readouterr().out.splitlines(), markdown, render(run_report), model_card]
+    return [capsys.readouterr().out.splitlines(), markdown, run_report.to_html(), model_card]
 
 
 def test_a_wide_interval_is_warned_of_on_a_line_of_its_own(trained, tmp_path, capsys):
@@ -470,17 +469,17 @@ def test_a_dry_run_says_that_every_corpus_is_limited(trained, tmp_path, capsys):
 def test_the_reached_quality_is_in_the_summary_frame_report_and_page(uninterrupted):
     result = uninterrupted
     quality_summary = result.summary["quality"]
-    frame = result.to_frame()
-    assert frame["quality_got"].iloc[-1] == pytest.approx(quality_summary["got"] - 1)
-    assert frame["quality_asked"].iloc[-1] == 0.1
-    assert frame["quality_got"].iloc[:-1].isna().all()
+    numbers = result.to_frame().query("number.str.startswith('quality/')").set_index("number")
+    assert numbers.loc["quality/got", "value"] == pytest.approx(quality_summary["got"] - 1)
+    assert numbers.loc["quality/asked", "value"] == 0.1
+    assert set(numbers["stage"]) == {result.config.final_stage}
     assert load_run(result.path).summary == result.summary
     run_report = report.make([result.path])
     assert quality_summary["said"] in run_report.to_markdown().replace("\\", "")
     (table,) = (t for t in run_report.tables if t.name == "quality")
     (row,) = table.rows
     assert row[1] == result.summary["parameters_after"]
-    page = render(run_report)
+    page = run_report.to_html()
     assert quality_summary["said"] in page
     assert "Parameters at the same quality" in page
 

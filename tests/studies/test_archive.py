@@ -127,8 +127,8 @@ def test_a_row_of_a_removed_setting_is_printed_from_its_record_and_names_its_com
     assert rows_of("gone", bench(capsys, listing, "--table")) == rows_of("ours", bench(capsys, ours, "--table"))
     ((*_, made, commit),) = rows_of("gone", bench(capsys, listing, "--files"))
     assert (made, commit) == (str(path.with_stem(stem)), "c0ffee")
-    frame = gprune.load_study(listing, records=bench.records).to_frame().set_index("row")
-    assert frame.loc["gone", "record"] == str(path.with_stem(stem))
+    frame = gprune.load_study(listing, records=bench.records).to_frame()
+    assert set(frame.loc[frame["row"] == "gone", "record"]) == {str(path.with_stem(stem))}
     assert "W&B" in bench(capsys, listing, "--", "--logging.mode=offline")
 
     reason = f"cannot be run: its record is {path.with_stem(stem)}, made by the commit c0ffee. "

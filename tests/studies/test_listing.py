@@ -122,7 +122,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["[1] must be strings; got 1."]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
-        ("rows: {1: {}, '1': {}}\ncompare: [['1', '1: pruned']]\n", ["bad.yaml", "different names", "'1'"]),
+        ("rows: {1: {}, '1': {}}\n", ["bad.yaml", "different names", "'1'"]),
         ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
@@ -137,14 +137,13 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: {a: {dry_run: true}}\n", ["--dry_run cannot be set in a study"]),
         ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "must be given after --"]),
         # missing rows
-        ("rows: {a: {}}\nreference: a\n", ["reference", "bad.yaml"]),
-        ("rows: {a: {}}\ncompare: [['a: pruned', 'b: pruned']]\n", ["compare", "(a)", "'b'"]),
+        ("rows: {a: {}}\nreference: a\n", ["bad.yaml", "The key reference was removed. Name pairs of rows in compare"]),
         ("rows: {a: {}}\ncompare: [[a, b]]\n", ["compare", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
         ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),
-        ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "comparison", "perplexities"]),
-        ("rows: {a: {}}\ncompare: [['a: pruned']]\n", ["compare[0]", "2 items"]),
+        ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "'summary'", "got 'perplexities'"]),
+        ("rows: {a: {}}\ncompare: [[a]]\n", ["compare[0]", "2 items"]),
         ("rows: {a: {}}\ntasks: {names: []}\n", ["--tasks", "at least 1"]),
         ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["--limt", "100"]),
     ],

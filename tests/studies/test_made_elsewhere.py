@@ -32,8 +32,6 @@ from gprune.export.hf import save_pruned
 from gprune.models.embedded import model_label
 from gprune.models.loading import check_elsewhere, load_elsewhere
 from gprune.models.surgery import slice_model
-from gprune.report.figures import run_figures
-from gprune.report.page import render
 from gprune.studies import runner
 from gprune.studies.archive import finished_record, record_to_run, row_to_run
 from tests import tiny_run, wandb_files
@@ -107,8 +105,8 @@ def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(benc
     lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
     (ratio,) = [line for line in lines if line[0] == "theirs / plain"]
     assert ratio[2].startswith("1.000")
-    (summary,) = [line for line in lines if line[:2] == ["theirs", "measured"] and len(line) == 7]
-    assert summary[5] != ""  # the gap
+    (summary,) = [line for line in lines if line[0] == "theirs" and len(line) == 8]
+    assert "" not in summary  # such as the gap
     assert "Another tokenizer" not in out
 
 
@@ -116,21 +114,19 @@ def test_frames_files_and_reports_accept_a_model_row(bench, list_with_export, no
     """Each reads the record of the model row `theirs`, whose model is that of the row `plain`."""
     path, _ = list_with_export
     study = gprune.load_study(path, records=bench.records)
-    frame = study.to_frame().set_index("row")
-    assert frame.loc["theirs", "stage"] == "measured"
-    assert frame.loc["theirs", "model.made_elsewhere"].endswith("model")
-    assert frame.loc["theirs", "unseen_kl"] == pytest.approx(frame.loc["plain", "unseen_kl"], rel=1e-4)
-    assert frame.loc["theirs", "gap"] == pytest.approx(frame.loc["plain", "gap"], rel=1e-4)
-    over_dense = frame["unseen_over_dense"]
-    assert over_dense["theirs"] == pytest.approx(over_dense["plain"], rel=1e-4)
-    assert frame.loc["theirs", ["target", "importance", "scope"]].isna().all()
-    assert frame.loc["plain", "importance"] == "magnitude"
+    frame = study.to_frame()
+    lines = frame[frame["stage"] != "dense"].set_index(["row", "number"])
+    assert set(lines.loc["theirs", "stage"]) == {"measured"}
+    assert set(lines.loc["theirs", "model.made_elsewhere"]) == {"model"}
+    for number in ("unseen_kl", "gap", "unseen_over_dense"):
+        ours, theirs = (lines.loc[(row, number), "value"].item() for row in ("plain", "theirs"))
+        assert theirs == pytest.approx(ours, rel=1e-4)
     for suffix in (".csv", ".json", ".md", ".tex", ".html"):
         bench(capsys, path, "--table", "--output", tmp_path / f"t{suffix}")
         assert "theirs" in (tmp_path / f"t{suffix}").read_text()
     page = tmp_path / "r.html"
     assert command("report", [f"{path}:theirs", "--records", str(bench.records), "--html", str(page)]) == 0
-    assert "Made elsewhere" in page.read_text()
+    assert "model beside" in page.read_text()
     (row,) = [row for row in study.rows if row.name == "theirs"]
     assert record_to_run(finished_record(row)).final == "measured"
 
@@ -170,15 +166,13 @@ def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(be
     assert [r["corpus"] for r in of_model] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
     assert all(r["perplexity"] > 1 and r.get("kl") is None for r in of_model)
     assert "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: gpt." in out
-    page = render(gprune.load_study(path, records=bench.records).report)
-    assert "perplexity of other tokens: gpt." in page
-    (run,) = [run for run in gprune.load_study(path, records=bench.records).runs if run.name == "gpt"]
-    assert run_figures(run.records, None, None, run.summary) == {}  # the ratio to dense would be of other tokens
-    frame = gprune.load_study(path, records=bench.records).to_frame().set_index("row")
-    missing = ["unseen_kl", "unseen_agreement", "gap", "unseen_over_dense"]
-    assert frame.loc["gpt", missing].isna().all()
-    assert frame.loc["gpt", ["unseen", "seen"]].notna().all()
-    assert frame.loc["plain", "gap"] > 0
+    study = gprune.load_study(path, records=bench.records)
+    assert "perplexity of other tokens: gpt." in study.report.to_html()
+    frame = study.to_frame().query("stage != 'dense' and corpus == ''")
+    of_row = frame.groupby("row")["number"].agg(set)
+    assert of_row["plain"] >= {"unseen_kl", "unseen_agreement", "gap", "unseen_over_dense", "seen_over_dense", "seen"}
+    assert {"seen", "unseen"} < of_row["gpt"]
+    assert not [name for name in of_row["gpt"] if name == "gap" or "_over_dense" in name or name.startswith("unseen_")]
 
 
 def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, capsys):
@@ -349,7 +343,7 @@ def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewh
     world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
     theirs = gprune.measure(world.model, world.model, parse(world.args(tmp_path, evaluate)))
     ours = world.run(tmp_path, evaluate, "--sparsity.allocation=uniform", "--export=none", name="ours")
-    seen = theirs[(theirs["row"] == "measured") & theirs["windows"].notna()]["seen"].tolist()
+    seen = theirs[(theirs["stage"] == "measured") & (theirs["number"] == "perplexity")]["seen"].tolist()
     assert seen == [r["seen"] for r in ours.records if r["stage"] == "dense"] == [True, True, False]
 
 
@@ -359,38 +353,24 @@ def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewh
 def test_measure_returns_the_numbers_of_a_list_row_and_ignores_settings_of_pruning(
     bench, exported, list_with_export, tmp_path
 ):
-    """Columns of corpora in the frame of the list are `NUMBER/CORPUS`."""
     cfg = parse(bench.world.args(tmp_path, "--ridge=0.5", "--sparsity.target=30%", "--recovery=distill"))
     frame = gprune.measure(exported[0], bench.world.model, cfg)
     assert cfg.settings()["sparsity"]["target"] == "30%"  # the caller's configuration is not changed
     assert not any(tmp_path.iterdir())
-    of_list = gprune.load_study(list_with_export[0], records=bench.records).to_frame(stages=True)
-    of_list = of_list[of_list["row"] == "theirs"].set_index("stage")
-    for line in frame.to_dict("records"):
-        corpus, names = line["corpus"], {"perplexity": "perplexity", "kl": "kl", "agreement": "agreement"}
-        by_column = {name: f"{name}/{corpus}" for name in names}
-        if pd.isna(line["windows"]):
-            mean = corpus.removeprefix("mean of ").removesuffix(" corpora")
-            by_column = {"perplexity": mean, "perplexity_low": f"{mean}_low"}
-            if mean == "unseen":
-                by_column |= {"kl": "unseen_kl", "agreement": "unseen_agreement", "over_dense": "unseen_over_dense"}
-                by_column |= {"over_dense_high": "unseen_over_dense_high"}
-        expected = of_list.loc[line["row"]]
-        for column, name in by_column.items():
-            assert line[column] == pytest.approx(expected[name], rel=1e-5, nan_ok=True), (line["row"], corpus, column)
-    lines = list(zip(frame["row"], frame["corpus"], frame["seen"], strict=True))
-    corpora = [("alpha.txt", True), ("delta.txt", False), ("epsilon.txt", False)]
-    means = [("mean of seen corpora", True), ("mean of unseen corpora", False)]
-    assert lines == [(row, *line) for row in ("dense", "measured") for line in (*corpora, *means)]
+    of_list = gprune.load_study(list_with_export[0], records=bench.records).to_frame().query("row == 'theirs'")
+    names = ["stage", "corpus", "seen", "number", "value", "low", "high", "windows"]
+    of_text = [lines[lines["windows"].notna()][names].reset_index(drop=True) for lines in (frame, of_list)]
+    pd.testing.assert_frame_equal(*of_text, rtol=1e-4)
+    assert set(frame["stage"]) == {"dense", "measured"}
+    assert set(frame["row"]) == {"model"}
 
 
 def test_a_loaded_model_is_measured_as_it_is_and_not_changed(bench, exported, tmp_path):
     cfg = parse(bench.world.args(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32).train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    pd.testing.assert_frame_equal(
-        gprune.measure(model, bench.world.model, cfg), gprune.measure(exported[0], bench.world.model, cfg)
-    )
+    frames = (gprune.measure(model, bench.world.model, cfg), gprune.measure(exported[0], bench.world.model, cfg))
+    pd.testing.assert_frame_equal(*(frame[frame["windows"].notna()].drop(columns="row") for frame in frames))
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
