@@ -53,7 +53,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
         raise UserError(f"'{listing}' needs records of rows that are evaluated on all corpora of experiments.kinds.")
     rows = [[run.name, *ratios(run)] for run in runs]
     digits = dict.fromkeys(GROUPS, 3)
-    table = Table("groups", "Times dense, by groups of kinds", ["run", *GROUPS], rows, digits=digits, note=NOTE)
+    table = Table("groups", "Times dense, by groups of kinds", ["row", *GROUPS], rows, digits=digits, note=NOTE)
     return f"{table.for_stdout()}\n"
 
 

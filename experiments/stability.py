@@ -88,14 +88,14 @@ def tables(runs: Sequence[FinishedRun], *, of_pairs: bool) -> Iterator[Table]:
     named = group_by_seed(runs)
     if of_pairs:
         rows = list(map(list, pairs(named)))
-        yield Table("stability", "", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
+        yield Table("stability", "", ["row", "and", *COLUMNS], rows, DIGITS, NOTE)
     rows = []
     for name in dict.fromkeys(run.name for run in named):
         within = list(pairs(run for run in named if run.name == name))
         for units in ("ffn", "attention"):
             if numbers := [found for _, _, kind, *found in within if kind == units]:
                 rows.append([name, units, *np.mean(numbers, axis=0).tolist()])
-    yield Table("repeatability", "", ["run", *COLUMNS], rows, DIGITS, NOTE)
+    yield Table("repeatability", "", ["row", *COLUMNS], rows, DIGITS, NOTE)
 
 
 def main(args: Sequence[str]) -> int:
