@@ -6,9 +6,9 @@ Writes `corpora/NAME/train.jsonl` and `test.jsonl` for wikitext2, c4, code_githu
 object with the key `text` per line. Documents are loaded with the `datasets` library: WikiText-2 (raw) and GSM8K from
 the Hugging Face hub, the others from the samples of RedPajama in the repository of LLM-Shearing. Mixtures of these
 corpora with unequal shares (`MIXTURES`) are written too. The check makes the same windows as the records in
-`experiments/records`, and compares their hashes: equal hashes mean equal tokens. It needs the tokenizer of SmolLM2, so
-it downloads the embedded model if it is not cached. `--check` checks an existing folder, and makes mixtures that are
-missing.
+`experiments/lists/records`, and compares their hashes: equal hashes mean equal tokens. It needs the tokenizer of
+SmolLM2, so it downloads the embedded model if it is not cached. `--check` checks an existing folder, and makes mixtures
+that are missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gprune.report.tables import Table
 from gprune.storage.files import read_json, replacing
 from gprune.storage.paths import expanded
 
-RECORDS = Path(__file__).resolve().parent / "records/runs"
+RECORDS = Path(__file__).resolve().parent / "lists/records"
 SHEARING = (
     "https://raw.githubusercontent.com/princeton-nlp/LLM-Shearing/cbf39a32dba040025c373a63c742d305df1860cd/"
     "llmshearing/data/sample_redpajama"
@@ -188,7 +188,7 @@ class Recorded:
 def recorded(folder: Path = RECORDS) -> dict[Recorded, set[str]]:
     """Collect the hashes of all windows in the records of `MODEL`."""
     found: dict[Recorded, set[str]] = defaultdict(set)
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*/*-seed*.json")):
         content = read_json(path)
         settings = content["settings"]
         if settings["model"]["name"] != MODEL:

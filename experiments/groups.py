@@ -1,6 +1,6 @@
 """Perplexity by groups of kinds of text: English prose, code and another language, for choosing and unseen.
 
-    python -m experiments.groups experiments/questions/kinds_text.yaml
+    python -m experiments.groups experiments/lists/kinds_text.yaml
 
 A mean over kinds hides text that helps one group and hurts another. Prints the geometric mean of perplexity over that
 of dense for each row of a list that is evaluated on the corpora of `experiments.kinds`.

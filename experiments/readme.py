@@ -22,27 +22,27 @@ from gprune.report.tables import Estimate, Table
 from gprune.runs.results import FinishedRun
 
 COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
-PEERS, PEERS_GEMMA, GEMMA = "questions/peers.yaml", "questions/peers_gemma.yaml", "gemma.yaml"
+PEERS, PEERS_GEMMA, GEMMA = "peers.yaml", "peers_gemma.yaml", "gemma.yaml"
 Place = tuple[str, str] | None  # list and row
 
 # Label: rows of SmolLM2 before and after training, then of Gemma. All have weights in bfloat16 and seed 0.
 ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
     "base": ((PEERS, "base"), None, (GEMMA, "base"), None),
-    "paper": (("questions/parts.yaml", "paper"), None, (GEMMA, "paper"), None),
-    "paper, centred": (("questions/parts.yaml", "centred"), None, (GEMMA, "paper, centred"), None),
-    "averaged": (("questions/parts.yaml", "averaged"), None, (GEMMA, "averaged"), None),
+    "paper": (("parts.yaml", "paper"), None, (GEMMA, "paper"), None),
+    "paper, centred": (("parts.yaml", "centred"), None, (GEMMA, "paper, centred"), None),
+    "averaged": (("parts.yaml", "averaged"), None, (GEMMA, "averaged"), None),
     "averaged, least squares": (
         (PEERS, "averaged, least squares"), (PEERS, "averaged, least squares, 49k"),
         (GEMMA, "averaged, least squares"), (GEMMA, "best, 49k"),
     ),
     "best": (
-        ("questions/untrained.yaml", "smollm2, act_norm, reconstruction"), (PEERS, "best, 49k"),
-        ("questions/untrained.yaml", "gemma, act_norm, reconstruction"), None,
+        ("untrained.yaml", "smollm2, act_norm, reconstruction"), (PEERS, "best, 49k"),
+        ("untrained.yaml", "gemma, act_norm, reconstruction"), None,
     ),
-    "gates": (("questions/beyond.yaml", "gates"), None, (GEMMA, "gates"), None),
+    "gates": (("beyond.yaml", "gates"), None, (GEMMA, "gates"), None),
     "sequential": (
         (PEERS, "untrained"), (PEERS, "untrained, 49k"), (PEERS_GEMMA, "untrained"),
-        ("questions/untrained.yaml", "gemma, act_norm, sequential, distilled"),
+        ("untrained.yaml", "gemma, act_norm, sequential, distilled"),
     ),
     "OSSCAR": (
         (PEERS, "OSSCAR"), (PEERS, "OSSCAR, 49k"), (PEERS_GEMMA, "OSSCAR"), None,
@@ -61,13 +61,13 @@ SUBJECTS = ("trained", "paper", "averaged", "untrained", "base", "best")
 # Line of the figure: list and row of each point.
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 SMOLLM2_LINES: dict[str, list[Place]] = {
-    "base": [("questions/sparsity.yaml", f"wanda_sp {share}, base") for share in SHARES],
-    "paper": [("questions/sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
-    "averaged": [("questions/sparsity.yaml", f"wanda_sp {share}, averaged") for share in SHARES],
-    "untrained": [("questions/untrained.yaml", "smollm2, act_norm, reconstruction")],
+    "base": [("sparsity.yaml", f"wanda_sp {share}, base") for share in SHARES],
+    "paper": [("sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
+    "averaged": [("sparsity.yaml", f"wanda_sp {share}, averaged") for share in SHARES],
+    "untrained": [("untrained.yaml", "smollm2, act_norm, reconstruction")],
     "trained": [
-        *(("questions/distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
-        ("questions/distill.yaml", "averaged, 98k"), ("questions/distill_budgets.yaml", "60 %, 98k"),
+        *(("distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
+        ("distill.yaml", "averaged, 98k"), ("distill_budgets.yaml", "60 %, 98k"),
     ],
 }  # fmt: skip
 GEMMA_LINES: dict[str, list[Place]] = {
@@ -83,11 +83,11 @@ GEMMA_LINES: dict[str, list[Place]] = {
 TOKENS = ("98k", "197k", "393k", "786k", "1.57M")
 TICKS = {49: "49k", 98: "98k", 197: "197k", 393: "393k", 786: "786k", 1573: "1.6M"}  # thousands of tokens
 TOKEN_LINES: dict[str, list[Place]] = {
-    "base": [("questions/distill.yaml", f"base, {tokens}") for tokens in ("49k", "98k", "196k", "393k")],
-    "paper": [("questions/distill.yaml", f"paper, then {tokens}") for tokens in ("49k", "344k")],
-    "trained": [("questions/tokens.yaml", f"smollm2, {tokens}") for tokens in TOKENS],
+    "base": [("distill.yaml", f"base, {tokens}") for tokens in ("49k", "98k", "196k", "393k")],
+    "paper": [("distill.yaml", f"paper, then {tokens}") for tokens in ("49k", "344k")],
+    "trained": [("tokens.yaml", f"smollm2, {tokens}") for tokens in TOKENS],
     "best": [(PEERS, "best, 49k"), (PEERS, "best")],
-    "trained, Gemma": [("questions/tokens.yaml", f"gemma, {tokens}") for tokens in TOKENS],
+    "trained, Gemma": [("tokens.yaml", f"gemma, {tokens}") for tokens in TOKENS],
 }
 
 

@@ -1,7 +1,7 @@
 """Stability of masks between the runs of a list: Jaccard index of kept units, compared with chance.
 
-python -m experiments.stability experiments/headline.yaml                        between the seeds of each row
-python -m experiments.stability experiments/questions/stability.yaml --pairs     also for each pair of runs
+python -m experiments.stability experiments/lists/headline.yaml                        between the seeds of each row
+python -m experiments.stability experiments/lists/stability.yaml --pairs     also for each pair of runs
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from gprune.runs.results import FinishedRun
 from gprune.studies.archive import finished_record, row_to_run
 from gprune.studies.listing import Listing
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent / "lists"
 # Rows of the headline in the order in which parts are added.
 PARTS = {
     "paper": "the paper: modules, thresholds",
@@ -54,11 +54,11 @@ LINES_BY_BUDGET = {
     ("averaged", "least_squares+distill", 98304): "or distillation, 98k",
 }
 SMOLLM2 = {
-    "questions/sparsity.yaml": [
+    "sparsity.yaml": [
         f"wanda_sp {share}{row}" for share in (0.2, 0.3, 0.4, 0.5, 0.6) for row in ("", ", base", ", averaged")
     ],
-    "questions/distill_budgets.yaml": None,
-    "questions/distill.yaml": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "gates"],
+    "distill_budgets.yaml": None,
+    "distill.yaml": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "gates"],
 }
 GEMMA = {
     "gemma_budgets.yaml": [
@@ -68,7 +68,7 @@ GEMMA = {
     ],
     "gemma.yaml": ["base", "averaged", "averaged, least squares", "averaged, 49k at 3e-5", "paper", "gates"],
 }
-BY_TOKENS = {  # rows of questions/distill.yaml
+BY_TOKENS = {  # rows of distill.yaml
     "base": ["base, least squares", "base, 49k", "base, 98k", "base, 196k", "base, 393k"],
     "averaged": ["averaged, least squares", "averaged, 49k", "averaged, 98k", "averaged, 196k", "averaged, 393k"],
     "gates": ["gates", "gates, then 49k", "gates, then 147k", "gates, then 344k"],
@@ -121,7 +121,7 @@ def _label(run: FinishedRun) -> str | None:
 
 def by_tokens() -> Lines:
     """Perplexity of the result of each row relative to dense, against the number of training tokens."""
-    runs = {run.name: run for run in runs_of("questions/distill.yaml")}
+    runs = {run.name: run for run in runs_of("distill.yaml")}
     lines: Lines = {}
     for line, rows in BY_TOKENS.items():
         for run in (runs[name] for name in rows if name in runs):
@@ -133,7 +133,7 @@ def by_tokens() -> Lines:
 def over_base() -> Lines:
     """Perplexity relative to base against the share removed: thresholds and averaged scores by metric."""
     lines: Lines = {}
-    runs = {run.name: run for run in runs_of("questions/sparsity.yaml")}
+    runs = {run.name: run for run in runs_of("sparsity.yaml")}
     for name, run in runs.items():
         row, _, control = name.partition(", ")
         if control != "base" and (ratios := pair_ratios(list(runs.values()), name, f"{row}, base")):

@@ -1,7 +1,7 @@
 """How far do more training tokens go? Fits a power law to the rows of a list that differ in `--distill.tokens`.
 
-    python -m experiments.tokens experiments/questions/tokens.yaml
-    python -m experiments.tokens experiments/questions/tokens.yaml --figures FOLDER   # tokens.png and tokens.svg
+    python -m experiments.tokens experiments/lists/tokens.yaml
+    python -m experiments.tokens experiments/lists/tokens.yaml --figures FOLDER   # tokens.png and tokens.svg
 
 With D training tokens, the loss above that of the dense model, in nats per token on unseen text, is described by
 

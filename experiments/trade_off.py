@@ -1,7 +1,7 @@
 """Prune or quantize? Perplexity of the rows of a list and of the quantized dense model, against speed and size.
 
     pip install llama-cpp-py-sync        # without it, only the sizes of GGUF files are known
-    python -m experiments.trade_off experiments/questions/trade_off.yaml FOLDER
+    python -m experiments.trade_off experiments/lists/trade_off.yaml FOLDER
     python -m experiments.engines runs/A runs/B --dense --batch 1  # then, for runs of your own:
     python -m experiments.trade_off runs/A runs/B FOLDER
 

@@ -1,20 +1,19 @@
-"""Records of finished rows: find, read and write their files, and convert them for reports."""
+"""Records of finished rows: one JSON file for each row and seed, in the folder of its list."""
 
 from __future__ import annotations
 
 import base64
-import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gprune.config import RunConfig, config_from_mapping, effective_settings, flatten
+from gprune.config import RunConfig, config_from_mapping, effective_settings
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs.folder import check_evaluation, check_study
@@ -24,208 +23,129 @@ from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import LISTED_PRECISION, Row
 from gprune.user_code import changed_code, compare_code
 
-LINE_WIDTH = 1000  # characters per line of a record
-RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
-DEFAULTS = Path(__file__).with_name("defaults_0_1_0.json")  # never changed
-# Options of allocations, which records of version 0.1.0 do not have unless they were given; never changed.
-OPTIONS = {"owl": {"multiple": 5.0, "spread": 0.08}, "reconstruction": {"strength": 0.75}}
-
-
-@functools.cache
-def stored_defaults() -> dict[str, Any]:
-    """Settings whose differences are hashed in names of records, and that fill in for settings missing in a record.
-
-    They are the defaults of version 0.1.0, in `DEFAULTS`, so that neither a changed default nor a removed setting
-    changes the name of a record. Settings that were added later have their default.
-    """
-    today = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
-    return _filled(json.loads(DEFAULTS.read_text(encoding="utf-8")), today)
-
-
-def _filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings, in which missing ones have their default."""
-    groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
-    return {**defaults, **settings, **groups}
-
-
-def _default_options(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Return the options of version 0.1.0 for the allocation to blocks of complete settings."""
-    s = settings["sparsity"]
-    return OPTIONS.get(s["start"] if s["allocation"] in ("learned", "equal") else s["allocation"], {})
+LINE_WIDTH = 4000  # characters per line of a record
 
 
 @dataclass(frozen=True)
 class Found:
-    """Records with the settings of a row, by whether the user's code that made them is that of the row."""
+    """A row with its record, if there is one that the row can use."""
 
     row: Row
-    same: list[dict[str, Any]]
-    unknown: list[dict[str, Any]]  # the code of the row or of the record is not known
-    other: list[dict[str, Any]]
+    record: dict[str, Any] | None = None
+    problem: str = ""  # why the file of the row is not used
+    is_checked: bool = True  # whether the record was made by the code of the row for certain
 
-    @functools.cached_property
-    def record(self) -> dict[str, Any] | None:
-        """Record of the row, preferably a complete one; None if there is no record."""
-        records = self.same or self.unknown
-        return next(filter(self._is_complete, records), records[0] if records else None)
-
-    @functools.cached_property
+    @cached_property
     def finished(self) -> dict[str, Any] | None:
-        """Record of the row if it has the tasks and masks that the list asks for; otherwise None."""
-        return self.record if self.record is not None and self._is_complete(self.record) else None
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether the record was made by the code of the row for certain."""
-        return bool(self.same)
-
-    @property
-    def outdated(self) -> list[tuple[Path, list[str]]]:
-        """Paths of the records that were made by other code, with the changes of the code."""
-        code = self.row.config.code
-        return [(record["path"], changed_code(record["settings"].get("code", {}), code)) for record in self.other]
-
-    def _is_complete(self, record: dict[str, Any]) -> bool:
-        """Return whether a record has the masks that the row asks for, and the results of its tasks for both models."""
-        row = self.row
-        if row.masks and record["masks"] is None:
-            return False
-        if not row.tasks:
-            return True
-        has_dense_results = any(r["stage"] == "dense" for r in task_results(row, record))
-        return row.tasks == record.get("tasks") and has_dense_results
+        """The record if it has the masks that the list asks for, and its tasks are measured; otherwise None."""
+        row, record = self.row, self.record
+        if record is None or self.problem or (row.masks and record["masks"] is None):
+            return None
+        return None if row.tasks and not task_results(row, record) else record
 
 
-def find_records(row: Row) -> Found:
-    """Read the records of a row.
-
-    The name of a record's file consists of the row's name, for readability, the seed, and a hash of
-    `identifying_settings`. Records are found by the hash, so that lists with other names for a row share its record.
-    Several lists may have written records with the same settings, but with other tasks or without masks. Records with
-    other tasks are left out. Those of other code are all kept, because they are only listed as outdated.
-
-    A row that names its record has this one, unless flags ask for other settings, or the seed is another one.
-    """
-    if row.record is not None:
-        record = read_record(row.record)
-        is_of_row = record is not None and all(
-            _setting(record["settings"], name) == _setting(row.identity, name) for name in row.settings
-        )
-        return Found(row, [record] if is_of_row else [], [], [])
-    code, settings = row.config.code, identifying_settings(row.identity)
-    by_code = {"same": [], "unknown": [], "other": []}
-    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
-        record = read_record(path)
-        if record is None or identifying_settings(record["settings"]) != settings:
-            continue
-        recorded = record["settings"].get("code", {})
-        relation = "same" if recorded == code else compare_code(recorded, code)
-        if relation == "other" or not row.tasks or record.get("tasks", row.tasks) == row.tasks:
-            by_code[relation].append(record)
-    return Found(row, **by_code)
-
-
-def _setting(settings: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a setting by dotted name; None if it does not identify a run."""
-    group, _, setting = name.partition(".")
-    return settings.get(group, {}).get(setting) if setting else settings.get(group)
-
-
-def why_not_run(row: Row) -> str:
-    """Return why a row that names its record cannot be run, and the commit of the record; empty for other rows."""
-    if row.record is None:
-        return ""
-    where = f"Row '{row.name}', seed {row.seed}, cannot be run: its record is {row.record}"
-    if (record := read_record(row.record)) is None:
-        return f"{where}, which cannot be read."
-    commit = (record.get("environment") or {}).get("git_revision") or "that it does not name"
-    try:
-        config_from_mapping(identifying_settings(record["settings"]))
-        reason = "Only its results are used."
-    except UserError as error:
-        reason = str(error)
-    return f"{where}, made by the commit {commit}. {reason}"
+def find_record(row: Row) -> Found:
+    """Read the record of a row. A record of other settings or other code than the row's is not used."""
+    place = f"Row '{row.name}', seed {row.seed}: The record {row.file}"
+    record = read_record(row.file)
+    if record is None:
+        return Found(row, problem=f"{place} cannot be read" if row.file.exists() else "")
+    if row.commit is not None:  # its settings are those of the record
+        return Found(row, record)
+    if difference := different_setting(record["settings"], row.identity):
+        name, recorded, wanted = difference
+        return Found(row, problem=f"{place} was made with --{name} {recorded}, and the row has {wanted}")
+    recorded_code, code = record["settings"].get("code", {}), row.config.code
+    relation = "same" if recorded_code == code else compare_code(recorded_code, code)
+    if relation == "other":
+        return Found(row, problem=f"{place} was made by other code ({', '.join(changed_code(recorded_code, code))})")
+    problem = ""
+    tasks = read_json(row.tasks_file) if row.tasks else None
+    if tasks is not None and (difference := different_setting(tasks["tasks"], row.tasks)):
+        name, recorded, wanted = difference
+        problem = f"Row '{row.name}', seed {row.seed}: {row.tasks_file} has tasks with {name} {recorded}, not {wanted}"
+    return Found(row, record, problem, is_checked=relation == "same")
 
 
 def finished_record(row: Row) -> dict[str, Any] | None:
     """Return the record of a row if it has the tasks and masks that the list asks for; otherwise None."""
-    return find_records(row).finished
+    return find_record(row).finished
 
 
-def find_record(row: Row) -> tuple[Path, dict[str, Any] | None]:
-    """Return the path of the row's record that may be replaced, and the record, or a new path and None.
+def different_setting(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first setting that differs, and both values ("not set" if there is none); None if all are equal.
 
-    A record may be replaced if it was made by the code of the row for certain, and does not have other tasks.
+    The user's code is not compared, and settings of pruning are not compared for a model made elsewhere.
     """
-    record = replace(find_records(row), unknown=[]).record
-    return (_new_path(row), None) if record is None else (record["path"], record)
+    old, new = ({n: v for n, v in settings.items() if n != "code"} for settings in (recorded, wanted))
+    if "model" in wanted:
+        old, new = effective_settings(old), effective_settings(new)
+    for name in {**new, **old}:
+        values = old.get(name, "not set"), new.get(name, "not set")
+        if values[0] != values[1]:
+            return name, *values
+    return None
+
+
+def why_not_run(row: Row) -> str:
+    """Return why a row with the key `commit` cannot be run; empty for other rows."""
+    if row.commit is None:
+        return ""
+    where = f"Row '{row.name}', seed {row.seed}, cannot be run"
+    record = read_record(row.file)
+    if record is None:
+        return f"{where}: only commit {row.commit} can run it, and there is no record {row.file}."
+    try:
+        config_from_mapping(record["settings"])
+        reason = "Only its results are used."
+    except UserError as error:
+        reason = str(error)
+    return f"{where}: its record is {row.file}, made by commit {row.commit}. {reason}"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """Load a record with its `path`. Return None if it is missing or, with a warning, if it is not a valid record.
 
-    Missing settings get the value of `stored_defaults`. Settings that this version does not have are kept.
+    A setting that the record does not have was made with its default. Settings that this version does not have are
+    kept.
     """
-    content = read_json(path, check=lambda content: check_study(unfold_records(content)))
+    content = read_json(path, check=lambda content: check_study(unfold_records(content, path)))
     if content is None:
         return None
-    settings = _filled(content["settings"], stored_defaults())
-    options = _default_options(settings) | settings["sparsity"]["options"]
-    settings["sparsity"] = settings["sparsity"] | {"options": options}
-    return unfold_records(content) | {"settings": settings, "path": path}
-
-
-def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write a record in compact form (`fold_records`), and return the record with its path."""
-    content = {name: value for name, value in record.items() if name != "path"}
-    write_json(path, content | {"records": fold_records(record["records"])}, width=LINE_WIDTH)
-    return content | {"path": path}
-
-
-def _settings_key(row: Row) -> str:
-    """Return the hash of the row's `identifying_settings`."""
-    return key_of(format=RECORD_FORMAT, settings=identifying_settings(row.identity))[:10]
-
-
-def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from `stored_defaults`, by dotted name, without the user's code.
-
-    Settings of pruning are left out for a model made elsewhere, so that their defaults do not matter.
-    """
-    defaults = flatten(stored_defaults())
-    settings = {name: value for name, value in settings.items() if name != "code"}
-    of_default = _default_options(settings)
-    options = {name: value for name, value in settings["sparsity"]["options"].items() if value != of_default.get(name)}
-    settings["sparsity"] = settings["sparsity"] | {"options": options}
-    settings = effective_settings(settings) | {"gprune": settings["gprune"]}
-    return {name: value for name, value in settings.items() if value != defaults.get(name)}
-
-
-def _new_path(row: Row) -> Path:
-    """Return the path for a new record, with a number at the end if the name is used."""
-    words = "".join(letter if letter.isalnum() else " " for letter in row.name.lower()).split()
-    slug = "-".join(words).encode()[:150].decode(errors="ignore")  # a file name has at most 255 bytes
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
-    name = f"{slug}-seed{row.seed}-{_settings_key(row)}"
-    paths = (row.records / "runs" / f"{name}{ending}.json" for ending in endings)
-    return next(path for path in paths if not path.exists())
-
-
-def dense_path(row: Row, model: str) -> Path:
-    """Return the file with results of the row's tasks on its dense model. Rows with the same tasks share the file."""
-    key = key_of(format=RECORD_FORMAT, model=[model, row.config.model.dtype], tasks=row.tasks)
-    return row.records / "dense" / f"{key}.json"
+    defaults = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
+    settings = content["settings"]
+    groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
+    return unfold_records(content, path) | {"settings": defaults | settings | groups, "path": path}
 
 
 def task_results(row: Row, record: dict[str, Any]) -> list[Record]:
-    """Return the results of the row's tasks: those of the dense model, then those of the pruned model.
+    """Return the results of the row's tasks: those of the dense model, then those of the row's model.
 
-    The list is empty if the row has no tasks, or the record has no results.
+    The list is empty if the row has no tasks, or they are not measured.
     """
-    if not (row.tasks and record.get("evaluation")):
+    if not row.tasks:
         return []
-    dense = read_json(dense_path(row, record["inputs"]["model"]), check=check_evaluation) or {"records": []}
-    return dense["records"] + record["evaluation"]
+    own = read_task_records(row, row.tasks_file)
+    if own and own[0]["stage"] == "dense":  # timed in turns with the row's model, by the former task `speed`
+        return own
+    dense = read_task_records(row, dense_tasks_file(row, record))
+    return dense + own if dense and own else []
+
+
+def read_task_records(row: Row, file: Path) -> list[Record]:
+    """Return the records of the row's tasks in a file; an empty list if it is missing or has other tasks."""
+    content = read_json(file, check=check_evaluation)
+    return content["records"] if content is not None and content["tasks"] == row.tasks else []
+
+
+def write_task_records(row: Row, file: Path, records: Sequence[Record]) -> None:
+    """Write the results of the row's tasks on a model."""
+    write_json(file, {"tasks": row.tasks, "records": list(records)}, width=LINE_WIDTH)
+
+
+def dense_tasks_file(row: Row, record: dict[str, Any]) -> Path:
+    """Return the file with the results of the row's tasks on its dense model, which the rows of a list share."""
+    return row.tasks_file.with_name(f"dense-{record['inputs']['model']}-{row.config.model.dtype}.json")
 
 
 def record_to_run(record: dict[str, Any]) -> FinishedRun:
@@ -263,27 +183,64 @@ def learned_tokens(manifest: Mapping[str, Any]) -> int:
     return sum(manifest.get("learned_tokens", {}).values())
 
 
-def fold_records(records: Sequence[Record]) -> dict[str, Any]:
-    """Factor out common entries: {"all": common entries, "stages": [{"all": ..., "each": [other entries]}, ...]}.
+def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a record in compact form (`fold_records`), and return the record with its path.
 
-    `stages` has an entry for each row of the result table, whose records follow each other.
+    What records of the same dense model and text have in common is stored once, in the folder `dense` beside those of
+    lists.
     """
-    common, others = _split_common(records)
-    rows = []
-    for _, indices in itertools.groupby(range(len(others)), lambda i: (records[i]["stage"], records[i]["recovery"])):
-        common_of_row, others_of_row = _split_common([others[i] for i in indices])
-        rows.append({"all": common_of_row, "each": others_of_row})
-    return {"all": common, "stages": rows}
+    content = {name: value for name, value in record.items() if name != "path"}
+    folded = fold_records(record["records"])
+    for stage in folded["stages"]:
+        if stage["all"].get("stage") == "dense":
+            shared = {"corpora": folded.pop("corpora"), "each": stage.pop("each")}
+            folded["shared"] = key_of(**shared)
+            write_json(shared_file(path, folded["shared"]), shared, width=LINE_WIDTH)
+    write_json(path, content | {"records": folded}, width=LINE_WIDTH)
+    return content | {"path": path}
 
 
-def unfold_records(content: Any) -> Any:
-    """Invert `fold_records` in the content of a file. Content in another form is returned unchanged."""
-    try:
-        common, rows = content["records"]["all"], content["records"]["stages"]
-        records = [common | of_row["all"] | others for of_row in rows for others in of_row["each"]]
-        return content | {"records": records}
-    except (KeyError, TypeError):
-        return content
+def fold_records(records: Sequence[Record]) -> dict[str, Any]:
+    """Factor out entries that all records, all of a corpus, or all of a stage of the model have in common.
+
+    The result is {"all": entries, "corpora": {corpus: entries}, "stages": [{"all": entries, "each": {...}}, ...]}. The
+    remaining entries are in `each` by corpus.
+    """
+    common, rest = _split_common(records)
+    corpora = {}
+    for corpus in dict.fromkeys(r["corpus"] for r in records):
+        places = [i for i, r in enumerate(records) if r["corpus"] == corpus]
+        corpora[corpus], of_corpus = _split_common([rest[i] for i in places])
+        for i, entries in zip(places, of_corpus, strict=True):
+            rest[i] = entries
+    stages = []
+    for _, group in itertools.groupby(range(len(rest)), lambda i: (records[i]["stage"], records[i]["recovery"])):
+        places = list(group)
+        of_stage, others = _split_common([rest[i] for i in places])
+        stages.append({"all": of_stage, "each": {records[i]["corpus"]: r for i, r in zip(places, others, strict=True)}})
+    return {"all": common, "corpora": corpora, "stages": stages}
+
+
+def unfold_records(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Invert `fold_records` in the content of a record's file. Raise ValueError for another form."""
+    if not isinstance(content.get("records"), dict):
+        raise ValueError("it has no folded records")
+    folded, records = content["records"], []
+    if "shared" in folded:
+        file = shared_file(path, folded["shared"])
+        shared = read_json(file)
+        if shared is None:
+            raise ValueError(f"there is no file {file}")
+        folded = folded | {"corpora": shared["corpora"]}
+    for stage in folded["stages"]:
+        each = stage["each"] if "each" in stage else shared["each"]
+        records += [folded["all"] | folded["corpora"][c] | stage["all"] | entries for c, entries in each.items()]
+    return content | {"records": records}
+
+
+def shared_file(record: Path, key: str) -> Path:
+    """Return the file with the entries that a record shares with others of its dense model and text."""
+    return record.parent.parent / "dense" / f"{key}.json"
 
 
 def _split_common(records: Sequence[Record]) -> tuple[Record, list[Record]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -27,6 +27,7 @@ from gprune.storage.files import read_json
 from gprune.storage.yaml_text import read_yaml
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # exists in a clone of the repository
+LISTS = EXPERIMENTS / "lists"  # with their records in `records`
 OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
 ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
@@ -49,15 +50,19 @@ class RowContent(BaseModel):
     model: Text | dict[str, Any] | None = None
     """Folder or hub id of a causal language model that is measured instead of being pruned by gprune
     (`gprune.measure`), or settings of the group `model`."""
-    record: Files = []
-    """Names of records without `.json`, one per seed, of a row that cannot be run any more because one of its settings
-    was removed. The row has no other key: its settings are those of the record."""
+    row: Text | None = None
+    """Another list's row, as LIST.yaml:ROW, whose settings and record this row has. It has no other key."""
+    commit: Name | None = None
+    """The commit that made the row's record, for a row that cannot be run any more because one of its settings was
+    removed. It has no other key: its settings are those of the record."""
 
     @model_validator(mode="after")
-    def check_record(self) -> Self:
-        """Raise UserError for a row with a record and settings."""
-        if self.record and (others := [*self.model_extra, *(self.model_fields_set - {"record"})]):
-            raise UserError(f"The key record must be the only key of a row; got '{others[0]}' too.")
+    def check_keys(self) -> Self:
+        """Raise UserError for a row with settings beside the key `row` or `commit`."""
+        for key in ("row", "commit"):
+            others = [*self.model_extra, *(self.model_fields_set - {key})]
+            if getattr(self, key) is not None and others:
+                raise UserError(f"The key {key} must be the only key of a row; got '{others[0]}' too.")
         return self
 
     @property
@@ -112,13 +117,15 @@ class Row:
 
     name: str
     seed: int
-    settings: dict[str, Any]  # settings of the list and the command line, by dotted name
+    settings: dict[str, Any]  # settings of the list, by dotted name
+    study: str = ""  # name of the list
+    records: Path = OTHER_RECORDS  # folder of records of all lists
+    owner: tuple[str, str] = ("", "")  # names of the list and the row to which the record belongs
+    flags: dict[str, Any] = field(default_factory=dict)  # settings of the command line, by dotted name
     tasks: dict[str, Any] = field(default_factory=dict)  # empty if the list has no tasks
     masks: bool = True  # whether to store masks; a model made elsewhere has none
-    records: Path = OTHER_RECORDS  # folder of records
-    study: str = ""  # name of the list
     made_elsewhere: str | None = None  # the model that is measured instead of being pruned by gprune
-    record: Path | None = None  # file with the results of a row that cannot be run any more
+    commit: str | None = None  # that made the record of a row that cannot be run any more
 
     @cached_property
     def config(self) -> RunConfig:
@@ -128,13 +135,30 @@ class Row:
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
-        if self.made_elsewhere is not None and self.record is None:
+        if self.made_elsewhere is not None and self.commit is None:
             subject = f"{where}: A model made elsewhere"
             if cfg.recovery != "none":
                 remedy = "Distil it with `python -m experiments.distil`, and measure the folder"
                 raise UserError(f"{subject} needs --recovery none; got {cfg.recovery}. {remedy}.")
             cfg = without_pruning(cfg, subject)
         return cfg
+
+    @cached_property
+    def file(self) -> Path:
+        """The file of the record."""
+        study, name = self.owner
+        return self._folder(study) / f"{file_name(name)}-seed{self.seed}.json"
+
+    @cached_property
+    def tasks_file(self) -> Path:
+        """The file with the results of the list's tasks on the row's model."""
+        return self._folder(self.study) / "tasks" / f"{file_name(self.name)}-seed{self.seed}.json"
+
+    def _folder(self, study: str) -> Path:
+        """Return the folder of a list's records, with the flags in its name if they change the settings of the row."""
+        if self.flags and self.identity != replace(self, flags={}).identity:
+            study = "--".join([study, *(f"{name}={value}" for name, value in self.flags.items())])
+        return self.records / file_name(study)
 
     @property
     def benchmarks(self) -> Benchmarks:
@@ -164,9 +188,10 @@ class Row:
     @property
     def _applied_settings(self) -> dict[str, Any]:
         """Settings of the row, with the precision of lists, without those of pruning for a model made elsewhere."""
-        settings = {"trainer.precision": LISTED_PRECISION, "evaluation.before_recovery": False} | self.settings
-        if self.record is not None:
-            return _settings_of_record(self.record) | self.settings
+        given = self.settings | {"run.seed": self.seed} | self.flags
+        settings = {"trainer.precision": LISTED_PRECISION, "evaluation.before_recovery": False} | given
+        if self.commit is not None:
+            return _settings_of_record(replace(self, flags={}, commit=None).file) | given
         if self.made_elsewhere is None:
             return settings
         # Settings of pruning, such as those that all rows share, do not apply.
@@ -190,18 +215,14 @@ class Listing:
         """Read a list file.
 
         `seeds` replace those of the list, `flags` are set in every row, and `records` is the folder of the records
-        (`experiments/records` for lists in `experiments/`).
+        (`experiments/lists/records` for lists in `experiments/lists/`).
         """
         path = Path(path)
         content = read_content(path)
-        is_experiment = path.resolve().is_relative_to(EXPERIMENTS)
-        default_folder = EXPERIMENTS / "records" if is_experiment else OTHER_RECORDS
-        keeps_masks = content.masks or not is_experiment  # records of our own lists would become too large
-        rows = _rows(
-            path, content, seeds or content.seeds, flags, masks=keeps_masks,
-            records=default_folder if records is None else Path(records),
-        )  # fmt: skip
-        return cls(path, content, list(rows))
+        rows = []
+        for seed in dict.fromkeys(seeds or content.seeds):
+            rows += [_read_row(path, content, name, seed, read_flags(flags), records) for name in content.rows]
+        return cls(path, content, rows)
 
 
 def read_content(path: Path) -> Content:
@@ -215,9 +236,11 @@ def read_content(path: Path) -> Content:
             remedy = "Name pairs of rows in compare, whose ratios are paired over windows"
             raise UserError(f"List '{path}': The key reference was removed. {remedy}.")
         names = [str(name) for name in content.get("rows") or ()]
-        if shared := [name for name in names if names.count(name) > 1]:
+        files = [file_name(name).casefold() for name in names]
+        if shared := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
             raise UserError(
-                f"The rows of list '{path}' must have different names; got '{shared[0]}' as a number and as a text."
+                f"The rows of list '{path}' must have names with different letters or digits, because files of records "
+                f"are named after them; got '{shared[0]}'."
             )
     try:
         return Content.model_validate(content)
@@ -230,10 +253,11 @@ def place_in_project(path: Path) -> str:
     if "experiments" not in path.parts:
         return ""
     of_project = EXPERIMENTS.joinpath(*path.parts[path.parts.index("experiments") + 1 :])
-    if of_project.is_file():
-        return f"The file of the project is {of_project}"
+    for file in (of_project, LISTS / path.name):
+        if file.is_file():
+            return f"The file of the project is {file}"
     if EXPERIMENTS.is_dir():
-        return f"Lists and records of the project are in {EXPERIMENTS}"
+        return f"Lists and records of the project are in {LISTS}"
     return "Lists and records of the project are in experiments/ of its repository, and not in the installed package"
 
 
@@ -246,35 +270,56 @@ def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
     return parse_benchmarks(**settings)
 
 
-def _rows(
-    path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], *, masks: bool, records: Path
-) -> Iterator[Row]:
-    """Yield every row with every seed."""
-    flag_settings = read_flags(flags)
-    protocol = [_read_row_settings(name, path.parent) for name in content.protocol]
-    for seed in dict.fromkeys(seeds):
-        for name, row in content.rows.items():
-            where = f"List '{path}', row '{name}'"
-            row = row or RowContent()
-            configs = [_read_row_settings(file, path.parent) for file in row.config]
-            settings: dict[str, Any] = {}
-            for layer in (*protocol, *configs, ROW_DEFAULTS, content.common, row.settings):
-                # One by one, because a YAML merge may give a setting both nested and dotted, and the later one counts.
-                for key, value in layer.items():
-                    overlay(settings, {key: value}, where)
-            _check_settings(where, settings, flag_settings)
-            record, measured = None, row.made_elsewhere
-            if row.record:
-                of_seed = [stem for stem in row.record if f"-seed{seed}-" in stem]
-                record = records / "runs" / f"{(of_seed or row.record)[0]}.json"
-                settings = {name: value for name, value in settings.items() if name.startswith("logging.")}
-                measured = made_elsewhere((read_json(record) or {"settings": {}})["settings"])
-            overlay(settings, flag_settings, where)
-            yield Row(
-                name, seed, settings | {"run.seed": seed}, tasks=content.tasks,
-                masks=masks and not row.record and measured is None, records=records, study=path.stem,
-                made_elsewhere=measured, record=record,
-            )  # fmt: skip
+def _read_row(
+    path: Path, content: Content, name: str, seed: int, flags: Mapping[str, Any], records: Path | str | None
+) -> Row:
+    """Return a row of a list with a seed."""
+    where = f"List '{path}', row '{name}'"
+    row = content.rows[name] or RowContent()
+    if row.row is not None:
+        of_owner = _read_owner(where, path, row.row, seed, flags, records)
+        # Records of our own lists would become too large with masks.
+        return replace(of_owner, name=name, study=path.stem, tasks=content.tasks, masks=of_owner.masks or content.masks)
+    settings: dict[str, Any] = {}
+    of_files = [[_read_row_settings(file, path.parent) for file in files] for files in (content.protocol, row.config)]
+    for layer in (*of_files[0], *of_files[1], ROW_DEFAULTS, content.common, row.settings):
+        # One by one, because a YAML merge may give a setting both nested and dotted, and the later one counts.
+        for key, value in layer.items():
+            overlay(settings, {key: value}, where)
+    _check_settings(where, settings, flags)
+    is_experiment = path.resolve().is_relative_to(LISTS)
+    default_folder = LISTS / "records" if is_experiment else OTHER_RECORDS
+    result = Row(
+        name, seed, settings, study=path.stem, records=Path(records or default_folder),
+        owner=(path.stem, name), flags=dict(flags), tasks=content.tasks,
+        masks=(content.masks or not is_experiment) and row.made_elsewhere is None,
+        made_elsewhere=row.made_elsewhere,
+    )  # fmt: skip
+    if row.commit is None:
+        return result
+    settings = {name: value for name, value in settings.items() if name.startswith("logging.")}
+    of_record = (read_json(replace(result, flags={}).file) or {"settings": {}})["settings"]
+    return replace(result, settings=settings, masks=False, made_elsewhere=made_elsewhere(of_record), commit=row.commit)
+
+
+def _read_owner(
+    where: str, path: Path, name: str, seed: int, flags: Mapping[str, Any], records: Path | str | None
+) -> Row:
+    """Return the row of another list that the key `row` names."""
+    list_name, _, row_name = name.partition(":")
+    owner = path.parent / list_name
+    content = read_content(owner) if owner.suffix in (".yaml", ".yml") else None
+    if content is None or row_name not in content.rows:
+        raise UserError(f"{where}: The key row must name a row as LIST.yaml:ROW; got '{name}'.")
+    if content.rows[row_name] is not None and content.rows[row_name].row is not None:
+        raise UserError(f"{where}: The key row must name a row with its own record; '{name}' has that of another row.")
+    return _read_row(owner, content, row_name, seed, flags, records)
+
+
+def file_name(name: str) -> str:
+    """Convert the name of a list or a row to the name of its folder or file: words of letters and digits."""
+    words = "".join(letter if letter.isalnum() or letter in "=._-" else " " for letter in name).split()
+    return "-".join(words).encode()[:150].decode(errors="ignore")  # a file name has at most 255 bytes
 
 
 def _settings_of_record(path: Path) -> dict[str, Any]:

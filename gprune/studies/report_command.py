@@ -31,7 +31,7 @@ EXAMPLES = """examples:
   gprune report runs/a runs/b runs/c --output compared           three runs side by side
   gprune report runs/a runs/b --html compared.html               one page
   gprune report mine.yaml:base mine.yaml:ours runs/a             rows of a list, from their records, beside a run
-  gprune report runs/records/runs/ours-seed0-0123abcdef.json     one record"""
+  gprune report runs/records/mine/ours-seed0.json                one record"""
 MESSAGE_ENDINGS = {}  # keyword arguments of `run_guarded`
 RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for the seeds of a row, or LIST.yaml for all rows"
 
@@ -111,7 +111,7 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
         list_path, row = list_and_row
         listing = Listing.read(expanded(list_path), records=records, seeds=seeds)
         study = read_study(listing, select_rows(listing, None if row is None else [row]))
-        for line in study.code_warnings:
+        for line in study.record_warnings:
             log.warning("%s", line)
         if not study.runs:
             raise UserError(

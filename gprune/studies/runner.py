@@ -1,7 +1,6 @@
 """Run the configurations of a list and tabulate the results, for `gprune study`.
 
-After each configuration its numbers, masks and costs are written to the folder of records. A configuration with a
-record is not run again, even for another list.
+After each configuration its numbers, masks and costs are written to its record. A row with a record is not run again.
 
 In W&B each row is a run, named after the row and in the group of its list. The W&B folders of all runs are in
 `<records>/<list>/wandb/`, so that `wandb leet` shows them together. A folder's name ends in the id of its run, so that
@@ -31,27 +30,26 @@ from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.method.plan import Plan, make_plan
 from gprune.models.embedded import model_label
 from gprune.report.tables import cost_table
-from gprune.runs.folder import RunFolder, check_evaluation
+from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, keyed
 from gprune.storage.environment import environment
-from gprune.storage.files import key_of, read_json, scratch_folder, write_json
+from gprune.storage.files import key_of, scratch_folder
 from gprune.storage.paths import disk_errors, expanded
 from gprune.studies.archive import (
-    Found,
-    dense_path,
+    dense_tasks_file,
     find_record,
-    find_records,
     learned_tokens,
     pack_masks,
+    read_task_records,
     row_to_run,
     why_not_run,
     write_record,
+    write_task_records,
 )
-from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row, select_part
+from gprune.studies.listing import LISTS, OTHER_RECORDS, Listing, Row, select_part
 from gprune.studies.study import (
     FinishedRows,
     StudyResult,
-    describe_outdated,
     notes_of,
     read_study,
     select_rows,
@@ -64,29 +62,26 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
     """Run the rows of the lists that have no record, and print the results."""
     for listing in listings:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
-        pending = [found for row in rows if (found := find_records(row)).finished is None]
+        found = map(find_record, rows)
+        pending = [f.row for f in found if f.finished is None and (options.again or not f.problem)]
         if pending and not (options.table or options.files or options.commands):
             run_rows(pending, len(rows))
         if process_index() == 0:  # Lightning may have started other processes with the same command
             print_results(read_study(listing, rows), options)
 
 
-def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
+def run_rows(pending: Sequence[Row], num_rows: int) -> None:
     """Print the expected cost, run each row and its tasks, and print when its record is stored.
 
-    The rows are numbered among all `num_rows` rows of the list, of which the others have records.
+    The rows are numbered among all `num_rows` rows of the list, of which the others are not run.
     """
     is_rank_0 = process_index() == 0
-    pending = [found.row for found in unfinished]
     for row in pending:
         if reason := why_not_run(row):
             raise UserError(reason)
         row.check()
-    if is_rank_0 and (outdated := describe_outdated(unfinished)):
-        write_stdout(outdated + "\n")
     if is_rank_0:
-        file = pending[0].records / "runs" / "record.json"
-        with disk_errors(file), scratch_folder(file):  # raises if the folder of records cannot be written
+        with disk_errors(pending[0].file), scratch_folder(pending[0].file):  # raises if the folder cannot be written
             pass
     for row in pending:
         if row.tasks:
@@ -157,14 +152,10 @@ def _settings_of_statistics(cfg: RunConfig) -> list[Any]:
 def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record. Return the run folder and the record, which other ranks lack ({}).
 
-    A row of a model made elsewhere has no run folder. Tasks and their results in an existing record are kept. `collect`
-    is as for `gprune.prune`.
+    A row of a model made elsewhere has no run folder. `collect` is as for `gprune.prune`.
     """
-    # A record exists if another list has this row with other tasks, or without masks.
-    existing = find_record(row)[1] or {"masks": None}
-    kept = {name: existing[name] for name in ("tasks", "evaluation") if name in existing}
     if row.made_elsewhere is not None:
-        return Path(), write_record(find_record(row)[0], _measured_record(row) | kept)
+        return Path(), write_record(row.file, _measured_record(row))
     cfg = with_wandb_names(row)
     if row.tasks and cfg.recovery != "none":
         cfg = _with_exported_model(cfg)
@@ -173,7 +164,6 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
-    keeps_masks = result.masks and (row.masks or existing["masks"])
     record = {
         "name": row.name,
         "settings": row.identity,
@@ -182,10 +172,10 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
         "steps": manifest["steps"],
         "summary": result.summary | {"learned_tokens": learned_tokens(manifest)},
         "learning": manifest.get("learning"),
-        "masks": pack_masks(result.masks) if keeps_masks else None,
+        "masks": pack_masks(result.masks) if result.masks and row.masks else None,
         "records": [round_window_nll(r) for r in result.records],
     }
-    return result.path, write_record(find_record(row)[0], record | kept)
+    return result.path, write_record(row.file, record)
 
 
 def _measured_record(row: Row) -> dict[str, Any]:
@@ -224,7 +214,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     listing, done = study.listing, study.done
     if options.commands:
         commands = (
-            f"# {why_not_run(row)}" if row.record else f"# {row.name}, seed {row.seed}\n{row.command}"
+            f"# {why_not_run(row)}" if row.commit else f"# {row.name}, seed {row.seed}\n{row.command}"
             for row in study.rows
         )
         write_stdout("\n" + "\n\n".join(commands) + "\n")
@@ -235,8 +225,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     if not done:
         if options.output:
             raise UserError(f"--output {options.output} needs a list with records; {listing.path} has none yet.")
-        lines = [f"{listing.path}: no records yet.", describe_outdated(study.found)]
-        write_stdout("\n" + "\n".join(filter(None, lines)) + "\n")
+        write_stdout("\n" + "\n".join([f"{listing.path}: no records yet.", *study.record_warnings]) + "\n")
         return
     report, tables = study.report, study.tables
     paragraphs = [f"**{title_of(study)}**", *(table.for_stdout() for table in tables), *notes_of(study)]
@@ -268,23 +257,17 @@ def print_stored(row: Row, start: float, what: str = "") -> None:
     write_stdout(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - start:.0f} s, stored\n")
 
 
-def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Measure the tasks of a list on a finished run, store them in its record, and return the record.
+def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> None:
+    """Measure the tasks of a list on a finished run, and store the results.
 
-    Results of the dense model are stored once for all rows, by its fingerprint.
+    Those of the dense model are stored once for all rows of the list, before those of the run, which take long.
     """
-    benchmarks = row.benchmarks
-    dense_file = dense_path(row, record["inputs"]["model"])
-    with wandb_beside_records(row):
-        dense_results = read_json(dense_file, check=check_evaluation) or {}
-        if not dense_results.get("records"):
-            measured = _measure_models(row, folder, benchmarks, dense=True)
-            # Stored at once, because the tasks of the pruned model take long.
-            write_json(dense_file, {"records": list(map(round_window_nll, measured))})
-        measured = _measure_models(row, folder, benchmarks, dense=False)
-    record = record | {"tasks": row.tasks, "evaluation": list(map(round_window_nll, measured))}
-    # Looked up again, because another list may have written its tasks.
-    return write_record(find_record(row)[0], record)
+    for file, is_dense in ((dense_tasks_file(row, record), True), (row.tasks_file, False)):
+        if is_dense and read_task_records(row, file):
+            continue
+        with wandb_beside_records(row):
+            measured = _measure_models(row, folder, row.benchmarks, dense=is_dense)
+        write_task_records(row, file, list(map(round_window_nll, measured)))
 
 
 def _measure_models(row: Row, folder: Path, benchmarks: Benchmarks, *, dense: bool) -> list[Record]:
@@ -318,8 +301,8 @@ def with_wandb_names(row: Row) -> RunConfig:
 
 
 def wandb_folder(row: Row) -> Path:
-    """Return W&B's folder for a list. It is next to the records, unless they are in `experiments`."""
-    in_repository = row.records.resolve().is_relative_to(EXPERIMENTS)
+    """Return W&B's folder for a list. It is next to the records, unless they are in `experiments/lists`."""
+    in_repository = row.records.resolve().is_relative_to(LISTS)
     return (OTHER_RECORDS if in_repository else row.records) / row.study
 
 

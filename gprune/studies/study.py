@@ -19,7 +19,7 @@ from gprune.report.task_tables import compare_means, compare_records
 from gprune.runs.numbers import COLUMNS, pool_seeds
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import write_text
-from gprune.studies.archive import Found, find_records, row_to_run
+from gprune.studies.archive import Found, find_record, row_to_run
 from gprune.studies.listing import Listing, Row
 
 log = logging.getLogger("gprune")
@@ -54,7 +54,7 @@ class StudyResult:
     @property
     def missing(self) -> list[Row]:
         """Rows without a record, or with a record that lacks tasks or masks of the list."""
-        return [found.row for found in self.found if found.finished is None]
+        return [found.row for found in self.found if found.finished is None and not found.problem]
 
     @property
     def missing_in_words(self) -> str:
@@ -73,18 +73,19 @@ class StudyResult:
 
     @property
     def warnings(self) -> list[str]:
-        """Lines on rows without a record, and those of `code_warnings`."""
-        return [*filter(None, [self.missing_in_words]), *self.code_warnings]
+        """Lines on rows without a record, and those of `record_warnings`."""
+        return [*filter(None, [self.missing_in_words]), *self.record_warnings]
 
     @property
-    def code_warnings(self) -> list[str]:
-        """A line on records that were made by other code and are not used, and one on records of unknown code."""
-        finished = [found for found in self.found if found.finished is not None]
-        lines = [describe_outdated([found for found in self.found if found.finished is None])]
-        if unchecked := [f"{found.row.name} (seed {found.row.seed})" for found in finished if not found.is_checked]:
+    def record_warnings(self) -> list[str]:
+        """A line on each record that is not used, and one on records of unknown code."""
+        lines = [
+            f"{found.problem}. It is not used; --again runs the row again." for found in self.found if found.problem
+        ]
+        if unchecked := [f"{found.row.name} (seed {found.row.seed})" for found in self.found if not found.is_checked]:
             reason = "the code of the row or of its record is not known"
             lines.append(f"Not checked, because {reason}: {', '.join(unchecked)}.")
-        return [line for line in lines if line]
+        return lines
 
     @cached_property
     def report(self) -> Report:
@@ -160,15 +161,6 @@ def load_study(
     return study
 
 
-def describe_outdated(found_records: Iterable[Found]) -> str:
-    """Return a line that names the records of rows that were made by other code; empty if there are none."""
-    records = []
-    for found in found_records:
-        for path, changes in found.outdated:
-            records.append(f"{path} (row {found.row.name}, seed {found.row.seed}: {', '.join(changes)})")
-    return f"Made by other code, so not used: {'; '.join(records)}." if records else ""
-
-
 def select_rows(listing: Listing, names: Iterable[str] | None, *, what: str = "The rows") -> list[Row]:
     """Select rows of a list by name, by default all."""
     all_names = dict.fromkeys(row.name for row in listing.rows)
@@ -180,7 +172,7 @@ def select_rows(listing: Listing, names: Iterable[str] | None, *, what: str = "T
 
 def read_study(listing: Listing, rows: Sequence[Row]) -> StudyResult:
     """Read the records of selected rows."""
-    return StudyResult(listing, [find_records(row) for row in rows])
+    return StudyResult(listing, [find_record(row) for row in rows])
 
 
 def make_report(listing: Listing, done: FinishedRows) -> Report:

@@ -11,9 +11,9 @@ from gprune.storage.paths import expanded
 
 ABOUT = """Run a list of configurations, store the results, and print tables.
 
-After each configuration its numbers and costs are written to the folder of records, and its masks too (for lists in
-experiments/ only with the key masks). A configuration with a record is not run again, even for another list.
-Run folders share calibration through the cache."""
+After each configuration its numbers, masks and costs are written to <records>/<list>/<row>-seed<k>.json (masks of lists
+in experiments/lists only with the key masks). A row with a record is not run again. A record of other settings or other
+code than the row's is named and not used; --again runs its row again. Rows share calibration through the cache."""
 
 EXAMPLES = """A list is a YAML file such as mine.yaml (docs/experiments.md has all keys):
   protocol: protocol          # settings of all rows, by file or name: which text is used, and how much
@@ -30,7 +30,7 @@ examples:
   gprune study mine.yaml                                    runs rows without a record, and prints tables
   gprune study mine.yaml --import my_metric.py              rows that use code of your own
   gprune study mine.yaml --table --output t.csv             only tables, also as a file: rows, seeds and means
-  gprune study experiments/headline.yaml --table            the project's results, in a clone
+  gprune study experiments/lists/headline.yaml --table      the project's results, in a clone
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
   gprune study LIST --part 1/8                              one of eight machines' share (docs/experiments.md)"""
@@ -46,12 +46,13 @@ def parser() -> Parser:
     """Return the parser of the command's arguments, without the flags after `--`."""
     result = Parser("gprune study", description=ABOUT, epilog=EXAMPLES)
     add = result.add_argument
-    add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
+    add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/lists/parts.yaml")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of all rows (default: those of the list)")
     add("--only", nargs="+", metavar="ROW", help="run only these rows; print them (default: all)")
     add("--part", metavar="I/N", help="run every N-th row from the I-th on, as one of N machines")
-    folder = "folder of records (default: runs/records; experiments/records for lists in experiments/)"
+    folder = "folder of records (default: runs/records; experiments/lists/records for lists in experiments/lists)"
     add("--records", metavar="FOLDER", help=folder)
+    add("--again", action="store_true", help="run rows whose record is of other settings or other code too")
     add("--table", action="store_true", help="print tables from existing records; run nothing")
     add("--output", metavar="FILE", help=OUTPUT)
     add("--files", action="store_true", help="print the record's file of each row and seed; run nothing")

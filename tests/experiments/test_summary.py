@@ -48,7 +48,7 @@ def test_perplexity_rises_with_the_removed_share_and_is_lower_with_recovery(list
 
 
 def test_every_drawn_row_is_in_its_list():
-    by_tokens = {"questions/distill.yaml": [row for rows in summary.BY_TOKENS.values() for row in rows]}
+    by_tokens = {"distill.yaml": [row for rows in summary.BY_TOKENS.values() for row in rows]}
     for name, rows in [*summary.SMOLLM2.items(), *summary.GEMMA.items(), *by_tokens.items()]:
         assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
 

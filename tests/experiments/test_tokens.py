@@ -62,7 +62,7 @@ def test_the_figure_has_the_points_and_a_dotted_line_for_each_fit(runs):
 
 
 def test_the_committed_records_are_printed_and_drawn(tmp_path):
-    printed = tokens.work([str(ROOT / "experiments/questions/tokens.yaml"), "--figures", str(tmp_path)])
+    printed = tokens.work([str(ROOT / "experiments/lists/tokens.yaml"), "--figures", str(tmp_path)])
     rows = [cells(line) for line in printed.splitlines() if line.startswith("| ")]
     assert ["smollm2", "98,304", "once", "2.003 [1.965, 2.041]"] in [row[:4] for row in rows]
     assert {file.name for file in tmp_path.iterdir()} == {"tokens.png", "tokens.svg"}

@@ -28,13 +28,13 @@ def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_e
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
     for row in listing.rows:
         assert row.config.run.seed == row.seed
-        assert row.record is not None or row.config.export.format == "none"
+        assert row.commit is not None or row.config.export.format == "none"
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
 def test_the_command_of_a_row_has_its_settings(path):
     for row in Listing.read(path).rows:
-        if row.record is not None:  # cannot be run
+        if row.commit is not None:  # cannot be run
             continue
         program, script, *flags = shlex.split(row.command)
         if row.made_elsewhere is not None:
@@ -122,7 +122,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["[1] must be strings; got 1."]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
-        ("rows: {1: {}, '1': {}}\n", ["bad.yaml", "different names", "'1'"]),
+        ("rows: {1: {}, '1': {}}\n", ["bad.yaml", "different letters or digits", "got '1'"]),
         ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
@@ -161,12 +161,16 @@ def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_p
         return capsys.readouterr().err
 
     monkeypatch.chdir(tmp_path)
-    missing = ("study", ["experiments/headline.yaml", "--table"]), ("report", ["experiments/headline.yaml:base"])
-    missing_record = "report", ["experiments/records/nowhere.json"]
+    missing = [
+        ("study", ["experiments/lists/headline.yaml", "--table"]), ("report", ["experiments/lists/headline.yaml:base"]),
+        ("study", ["experiments/questions/headline.yaml"]),
+    ]  # fmt: skip
+    missing_record = "report", ["experiments/lists/records/nowhere.json"]
     for arguments in missing:
-        assert refused(*arguments).endswith(f" The file of the project is {EXPERIMENTS / 'headline.yaml'}.\n")
-    assert refused(*missing_record).endswith(f" Lists and records of the project are in {EXPERIMENTS}.\n")
+        assert refused(*arguments).endswith(f" The file of the project is {listing.LISTS / 'headline.yaml'}.\n")
+    assert refused(*missing_record).endswith(f" Lists and records of the project are in {listing.LISTS}.\n")
     monkeypatch.setattr(listing, "EXPERIMENTS", tmp_path / "experiments")  # as in an installed wheel
+    monkeypatch.setattr(listing, "LISTS", tmp_path / "experiments/lists")
     for arguments in (*missing, missing_record):
         line = refused(*arguments)
         assert line.endswith("in experiments/ of its repository, and not in the installed package.\n")

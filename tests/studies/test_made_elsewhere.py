@@ -202,7 +202,8 @@ def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monk
     monkeypatch.setattr(measurement, "evaluate", evaluate)
     theirs = str(save_gpt2(folders / "for tasks"))
     (row,) = bench.rows(bench.write("tasked", {"gpt": {"model": theirs}}, tasks={"names": ["piqa"]}))
-    record = runner.measure_tasks(row, *runner.run_row(row, {}))
+    folder, record = runner.run_row(row, {})
+    runner.measure_tasks(row, folder, record)
     assert evaluated == [(str(bench.world.model), "float32"), (theirs, "float32")]
     results = row_to_run(row, record, None).evaluation
     assert [(r["stage"], r["model"], r["run"]) for r in results] == [

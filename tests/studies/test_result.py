@@ -18,9 +18,8 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.runs.numbers import COLUMNS, mean_over_seeds
 from gprune.studies import study as study_module
-from gprune.studies.archive import find_record
 from gprune.studies.study import WRITERS, StudyResult
-from tests.studies.workbench import COMPARE, ROWS, cells, unseen
+from tests.studies.workbench import COMPARE, OF_FIRST, ROWS, cells, unseen
 
 SUFFIXES = [".csv", ".html", ".json", ".md", ".tex"]
 
@@ -44,7 +43,7 @@ def test_a_frame_has_the_frames_of_the_rows_and_the_settings_in_which_they_diffe
         of_row = frame[frame["row"] == row.name].reset_index(drop=True)
         pd.testing.assert_frame_equal(of_row[COLUMNS], run.frame())
         assert values(of_row, "parameters").item() == record["summary"]["parameters_after"]
-        assert set(of_row["record"]) == {str(find_record(row)[0])}
+        assert set(of_row["record"]) == {str(row.file)}
     settings = frame.drop_duplicates("row").set_index("row")[list(frame.columns[len(COLUMNS) : -1])]
     assert settings.loc["plain", "gprune"] == False  # noqa: E712 - a bool of NumPy
     assert list(settings["sparsity.epochs"]) == [1, 1, 2]
@@ -96,7 +95,7 @@ def test_a_pair_that_names_no_row_is_refused_and_a_row_without_a_record_left_out
     path = bench.write("wrong", ROWS, compare=[["ours", "theirs"]])
     message = "The key compare must name rows (plain, ours, other); got 'theirs'."
     assert message in bench.refused(capsys, path, "--table")
-    later = ROWS | {"later": {"sparsity.target": 0.1}}
+    later = OF_FIRST | {"later": {"sparsity.target": 0.1}}
     out = bench(capsys, bench.write("later", later, compare=[["later", "ours"], *COMPARE]), "--table")
     assert "later / ours" not in out
     assert " / ".join(COMPARE[0]) in out
@@ -105,14 +104,14 @@ def test_a_pair_that_names_no_row_is_refused_and_a_row_without_a_record_left_out
 def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
     """`seen` must include the seen corpora of each row. Means over unseen corpora use the remaining ones."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
-    made = study_module.make_report(*bench.done(bench.write("divided", ROWS, seen=[alpha, delta])))
+    made = study_module.make_report(*bench.done(bench.write("divided", OF_FIRST, seen=[alpha, delta])))
     by_corpus = made.frame[made.frame["corpus"] != ""].groupby("corpus")["seen"].unique()
     assert {name: list(seen) for name, seen in by_corpus.items()} == {
         "alpha.txt": [True], "delta.txt": [True], "epsilon.txt": [False],
     }  # fmt: skip
     assert "In every row alpha.txt, delta.txt count as seen" in made.summary.note
     with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
-        study_module.make_report(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
+        study_module.make_report(*bench.done(bench.write("hidden", OF_FIRST, seen=[delta])))
 
 
 def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, first):
@@ -127,7 +126,7 @@ def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, 
 
 
 def test_the_key_tables_selects_tables_and_costs_are_printed_on_request(bench, first, capsys, nothing_runs):
-    path = bench.write("wanted", {"plain": ROWS["plain"]}, tables=["perplexity"])
+    path = bench.write("wanted", {"plain": OF_FIRST["plain"]}, tables=["perplexity"])
     out = bench(capsys, path, "--table", "--costs")
     assert "unseen / dense" not in out
     assert "alpha.txt*" in out
@@ -147,7 +146,7 @@ def test_figures_are_drawn_from_records_with_and_without_masks(bench, first, cap
 
 
 def test_rows_and_seeds_without_a_record_are_listed(bench, first, capsys, nothing_runs, caplog):
-    path = bench.write("gaps", ROWS | {"later": {"sparsity.target": 0.1}}, seeds=[0, 7])
+    path = bench.write("gaps", OF_FIRST | {"later": {"sparsity.target": 0.1}}, seeds=[0, 7])
     message = (
         "Without a record, so left out: 5 of 8 rows and seeds: later (seeds 0, 7); plain (seed 7); ours (seed 7); "
     )
@@ -164,7 +163,7 @@ def test_rows_and_seeds_without_a_record_are_listed(bench, first, capsys, nothin
 
 
 def test_files_and_commands_of_each_row_and_seed_are_printed_and_nothing_runs(bench, first, capsys, nothing_runs):
-    path = bench.write("files", ROWS, seeds=[0, 7])
+    path = bench.write("files", OF_FIRST, seeds=[0, 7])
     lines = [cells(line) for line in bench(capsys, path, "--files").splitlines() if line.startswith("| ")]
     by_row_and_seed = {(line[0], line[1]): line for line in lines[1:]}
     printed = bench(capsys, path, "--commands").strip().splitlines()
@@ -172,7 +171,7 @@ def test_files_and_commands_of_each_row_and_seed_are_printed_and_nothing_runs(be
     assert len(by_row_and_seed) == len(rows) == 6
     for row, title, line in zip(rows, printed[::3], printed[1::3], strict=True):
         of_row = by_row_and_seed[row.name, str(row.seed)]
-        assert of_row[2:5] == ["float32", "32-true", str(find_record(row)[0]) if row.seed == 0 else "none"]
+        assert of_row[2:5] == ["float32", "32-true", str(row.file) if row.seed == 0 else "none"]
         assert title == f"# {row.name}, seed {row.seed}"
         assert parse(shlex.split(line)[2:]).settings() == row.config.settings()
 
@@ -234,7 +233,7 @@ def test_gprune_report_accepts_rows_of_lists_and_records(bench, first, study, ca
     texts = study.report.summary.formatted().set_index("row")
     assert [printed[name][1:] for name in ("plain", "ours")] == texts.loc[["plain", "ours"]].to_numpy().tolist()
     row, record = study.done[1]
-    assert command("report", [str(find_record(row)[0]), *options]) == 0
+    assert command("report", [str(row.file), *options]) == 0
     assert f"{record['records'][-1]['perplexity']:.2f}" in capsys.readouterr().out
     assert command("report", [*rows, *options[:2], "--html", str(page)]) == 0
     assert "<title>plain, ours</title>" in page.read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ def test_a_study_runs_all_rows_writes_records_and_prints_tables(bench, first):
         record = finished_record(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
         assert archive.unpack_masks(record["masks"]) == result.masks
-        assert archive.identifying_settings(record["settings"]) == archive.identifying_settings(row.config.settings())
+        assert record["settings"] == row.config.settings()
         rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
         assert record["records"] == rounded
         assert record["inputs"]["model"] and record["environment"]["packages"]["torch"]  # noqa: PT018
@@ -77,20 +77,18 @@ def test_just_the_rows_of_the_flag_only_are_printed(bench, first, nothing_runs, 
 def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, bench, first, capsys, monkeypatch):
     """A later part finds the records of an earlier part, and must still run only the rows of this part."""
     ran = []
-    records = set()  # paths of simulated records
+    files = set()  # of simulated records
 
     def run_row(row, _collect):
         ran.append((row.name, row.seed))
-        records.add(archive.find_record(row)[0])
-
-    def find_records(row):
-        is_simulated = archive.find_record(row)[0] in records
-        return archive.Found(row, [{"masks": {}}] if is_simulated else [], [], [])
+        files.add(row.file)
 
     monkeypatch.setattr(runner, "run_row", run_row)
     monkeypatch.setattr(runner, "largest_costs", lambda pending: "")
     monkeypatch.setattr(runner, "print_results", lambda *_: None)
-    monkeypatch.setattr(runner, "find_records", find_records)
+    monkeypatch.setattr(
+        runner, "find_record", lambda row: archive.Found(row, {"masks": {}} if row.file in files else None)
+    )
     for i in range(count):
         bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
     assert sorted(ran) == sorted((name, seed) for name in ROWS for seed in (0, 1))
@@ -151,8 +149,9 @@ def measured(monkeypatch, bench):
         stages = [*(["dense"] if dense else []), *(["pruned"] if pruned else [])]
         calls.append((options.tasks, options.limit, stages))
         result = {
-            "kind": "zero_shot", "limit": options.limit, "correct": "0110", "recovery": "none", "content_hash": "c",
-            "split": "test", "dtype": "float32", "note": "", "standard_protocol": False, "questions": 4,
+            "kind": "zero_shot", "limit": options.limit, "correct": "0110", "correct_norm": "0110", "recovery": "none",
+            "content_hash": "c", "split": "test", "dtype": "float32", "note": "", "standard_protocol": False,
+            "questions": 4,
             **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5),
         }  # fmt: skip
         records = [result | {"stage": stage, "task": task} for stage in stages for task in options.tasks]
@@ -168,64 +167,54 @@ def measured(monkeypatch, bench):
 def run_with_tasks(row):
     """Run a row, measure its tasks, and return the record."""
     folder, record = runner.run_row(row, {})
-    return runner.measure_tasks(row, folder, record) if row.tasks else record
+    runner.measure_tasks(row, folder, record)
+    return record
 
 
 WITH_BIAS = {"plain": {"gprune": False}, "with bias": {"gprune": False, "recovery": "bias"}}
 
 
-def test_tasks_are_measured_once_for_each_row_model_and_choice_of_tasks_and_once_for_the_dense_model(bench, measured):
+def test_tasks_are_measured_once_for_each_row_and_once_for_the_dense_model(bench, measured, capsys):
     calls, configs = measured
-    common = {"ridge": 0.3}  # other settings than in other tests, so that no record exists
     tasks = {"names": ["piqa", "arc_easy"], "limit": 4}
-    path = bench.write("tasks", WITH_BIAS, tasks=tasks, common=common)
+    path = bench.write("tasks", WITH_BIAS, tasks=tasks, common={"ridge": 0.3})  # other settings than in other tests
     rows = bench.rows(path)
-    records = [run_with_tasks(row) for row in rows]
+    for row in rows:
+        with_tasks = archive.row_to_run(row, run_with_tasks(row), None).evaluation
+        stages = ("dense", "dense", "pruned", "pruned")
+        assert [(r["stage"], r["run"]) for r in with_tasks] == [(stage, row.name) for stage in stages]
     assert calls == [(("piqa", "arc_easy"), 4, [stage]) for stage in ("dense", "pruned", "pruned")]
     # The row with recovery needs an export, because recovery changes weights, which masks do not contain.
     assert [cfg.export.format for cfg in configs] == ["none", "hf"]
-    for row, record in zip(rows, records, strict=True):
-        assert [r["stage"] for r in record["evaluation"]] == ["pruned"] * 2
-        with_dense = archive.row_to_run(row, record, None).evaluation
-        stages = ("dense", "dense", "pruned", "pruned")
-        assert [(r["stage"], r["run"]) for r in with_dense] == [(stage, row.name) for stage in stages]
     assert all(finished_record(row) for row in rows)
-    # The records also match a list without tasks, but not lists with other tasks or another model.
-    without_tasks = bench.rows(bench.write("none", WITH_BIAS, common=common))
-    assert archive.row_to_run(without_tasks[0], records[0], None).evaluation == []
-    assert all(finished_record(row) for row in without_tasks)
-    other_tasks = bench.rows(bench.write("more", WITH_BIAS, tasks=tasks | {"limit": 9}, common=common))
-    other_dtype = bench.rows(path, flags=["--model.dtype=bfloat16"])
-    assert not any(map(finished_record, [*other_tasks, *other_dtype]))
-    run_with_tasks(other_dtype[0])
+    (other_dtype,) = bench.rows(path, flags=["--model.dtype=bfloat16"])[:1]
+    assert finished_record(other_dtype) is None
+    run_with_tasks(other_dtype)
     assert [stages for *_, stages in calls[-2:]] == [["dense"], ["pruned"]]  # the dense model has another dtype too
-    # Records with other tasks have other files.
+    # Rows of another list that refer to these keep the results of its own tasks.
+    others = {name: {"row": f"tasks.yaml:{name}"} for name in WITH_BIAS}
+    without_tasks = bench.rows(bench.write("none", others))
+    assert all(finished_record(row) and not archive.task_results(row, finished_record(row)) for row in without_tasks)
+    other_tasks = bench.rows(bench.write("more", others, tasks=tasks | {"limit": 9}))
+    assert not any(map(finished_record, other_tasks))
     for row in other_tasks:
-        assert run_with_tasks(row)["tasks"]["limit"] == 9
-    for row, row_with_other_tasks in zip(rows, other_tasks, strict=True):
-        assert archive.find_record(row)[0] != archive.find_record(row_with_other_tasks)[0]
-        assert finished_record(row)["tasks"]["limit"] == 4
+        run_with_tasks(row)
+    assert all(finished_record(row) for row in (*rows, *other_tasks))
+    # Results of other tasks of the same list are named, and measured again only on request.
+    changed = bench.write("tasks", WITH_BIAS, tasks=tasks | {"limit": 5}, common={"ridge": 0.3})
+    assert f"{rows[0].tasks_file} has tasks with limit 4, not 5. It is not used; --again" in bench(capsys, changed)
+    bench(capsys, changed, "--again")
+    assert calls[-1] == (("piqa", "arc_easy"), 5, ["pruned"])
 
 
 def test_a_row_with_a_byte_budget_keeps_its_settings_in_the_record_with_tasks(bench, measured):
     rows = {"with bias": WITH_BIAS["with bias"] | {"sparsity.target": "80KiB"}}
     (row,) = bench.rows(bench.write("bytes", rows, tasks={"names": ["piqa"], "limit": 4}))
     record = run_with_tasks(row)
-    assert archive.identifying_settings(record["settings"]) == archive.identifying_settings(row.config.settings())
+    assert record["settings"] == row.config.settings()
     assert finished_record(row) is not None
     assert {r.get("cost") for r in record["records"]} == {"bytes"}
     assert "of the bytes of ffn removed" in caption(record["records"])
-
-
-def test_adding_masks_to_a_record_keeps_its_tasks_and_adding_tasks_keeps_its_masks(bench, measured, tmp_path):
-    tasks, rows = {"names": ["piqa"], "limit": 4}, {"plain": WITH_BIAS["plain"]}
-    (with_masks,) = bench.rows(bench.write("masked", rows, masks=True), records=tmp_path)
-    (with_tasks,) = bench.rows(bench.write("tasked", rows, tasks=tasks), records=tmp_path)
-    for row in (with_masks, with_tasks, with_masks):
-        if finished_record(row) is None:
-            run_with_tasks(row)
-    assert finished_record(with_masks) == finished_record(with_tasks) is not None
-    assert len([*(tmp_path / "runs").iterdir()]) == 1
 
 
 def test_an_unwritable_folder_of_records_is_refused_before_any_row_runs(bench, measured, capsys, tmp_path):
@@ -247,22 +236,17 @@ def test_pairs_of_rows_are_compared_on_tasks(bench, measured, capsys, tmp_path):
     path = bench.write("compared", WITH_BIAS, tasks={"names": ["piqa"], "limit": 4}, compare=compare)
     bench(capsys, path, "--records", tmp_path)
     for row in bench.rows(path, records=tmp_path):
-        record = finished_record(row)
         if row.name == "with bias":
             stage, recovery, correct, nll = "recovered", "bias", "1110", [3.0, 7.0]
         else:
-            stage, recovery, correct, nll = (
-                "pruned",
-                "none",
-                "0110",
-                [2.0, 6.0],
-            )  # two windows
-        piqa = record["evaluation"][0] | {"stage": stage, "recovery": recovery, "correct": correct}
+            stage, recovery, correct, nll = "pruned", "none", "0110", [2.0, 6.0]  # of two windows
+        (piqa,) = archive.read_task_records(row, row.tasks_file)
+        piqa |= {"stage": stage, "recovery": recovery, "correct": correct}
         wikitext = piqa | {
             "kind": "perplexity", "task": "wikitext2", "window_nll": nll, "seq_len": 3, "tokens": 4,
             "nll": sum(nll) / 4, "perplexity": math.exp(sum(nll) / 4), "low": 1.0, "high": 99.0,
         }  # fmt: skip
-        archive.write_record(archive.find_record(row)[0], record | {"evaluation": [piqa, wikitext]})
+        archive.write_task_records(row, row.tasks_file, [piqa, wikitext])
     lines = bench(capsys, path, "--table", "--records", tmp_path).splitlines()
     (line,) = [line for line in lines if line.startswith("| with bias - plain")]
     # One more of four answers is correct. Each window has 1 nat more for two tokens, so the ratio is exp(0.5).
@@ -282,7 +266,7 @@ def test_a_failed_task_keeps_the_record_of_the_run_and_an_unavailable_task_runs_
     monkeypatch.setattr(measurement, "evaluate", raise_error)
     assert "no such task" in bench.refused(capsys, path)
     (row,) = bench.rows(path)
-    assert len(archive.read_record(archive.find_record(row)[0])["records"]) > 0
+    assert len(archive.read_record(row.file)["records"]) > 0
     assert finished_record(row) is None
     monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("a row was run"))
     monkeypatch.setattr(measurement, "require_lm_eval", raise_error)

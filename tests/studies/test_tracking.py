@@ -14,7 +14,7 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
 from gprune.studies import runner
-from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
+from gprune.studies.listing import LISTS, OTHER_RECORDS, Listing
 from tests import tiny_run, wandb_files
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
@@ -75,10 +75,11 @@ def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_result
 @pytest.mark.slow
 def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, finished_list, nothing_runs, tmp_path):
     path, folder = finished_list
-    shutil.copytree(bench.records / "runs", tmp_path / "runs")
+    for name in ("ablations", "dense"):
+        shutil.copytree(bench.records / name, tmp_path / name, ignore=shutil.ignore_patterns("wandb"))
     other_run_dir = f"--run.dir={tmp_path / 'other'}"
     assert run_study(path, tmp_path, other_run_dir, "--logging.mode=disabled") == 0
-    assert not (tmp_path / "ablations").exists()
+    assert not (tmp_path / "ablations/wandb").exists()
     assert run_study(path, tmp_path, other_run_dir) == 0
     before, after = logged(folder), logged(tmp_path / "ablations")
     for row in ("base", "no"):
@@ -117,5 +118,5 @@ def test_names_groups_and_tags_of_rows_are_valid_logging_settings(bench, monkeyp
 
 
 def test_wandb_files_of_shipped_lists_are_not_written_next_to_the_committed_records():
-    row = Listing.read(EXPERIMENTS / "ablations.yaml").rows[0]
+    row = Listing.read(LISTS / "ablations.yaml").rows[0]
     assert runner.wandb_folder(row) == OTHER_RECORDS / "ablations"

@@ -123,31 +123,23 @@ def test_rows_are_run_again_after_their_code_has_changed(bench, modules, capsys)
     records = bench.folder / "coded records"
     options = ("--records", str(records))
     study(bench, capsys, path, *options)
-    first = {file.name: file.read_text() for file in (records / "runs").iterdir()}
+    folder = records / "coded"
+    first = {file.name: file.read_text() for file in folder.iterdir()}
     assert len(first) == 6
     assert "configurations" not in study(bench, capsys, path, *options)
     for kind in KINDS:
         edit(kind)
-    table = study(bench, capsys, path, *options, "--table")
-    assert "Made by other code, so not used: " in table
-    for kind in KINDS:
-        name = next(name for name in first if name.startswith(f"{kind}-seed0"))
-        assert f"{records}/runs/{name} (row {kind}, seed 0: the code of mine_{kind} has changed)" in table
-    assert "left out: 5 of 6 rows" in table
-    again = study(bench, capsys, path, *options)
-    assert "5 configurations: " in again
-    assert again.count("the code of mine_") == 5  # the records are named before the rows run
-    by_row = {}
-    for file in (records / "runs").iterdir():
-        by_row.setdefault(file.name.partition("-seed")[0], []).append(file)
-    assert {row: len(files) for row, files in by_row.items()} == dict.fromkeys(KINDS, 2) | {"without-code": 1}
-    assert all((records / "runs" / name).read_text() == text for name, text in first.items())
-    # The table has the new numbers, and the old code finds the old records again.
-    assert "Made by other code" not in study(bench, capsys, path, *options, "--table")
-    for kind in KINDS:
-        text = (modules / f"mine_{kind}.py").read_text()
-        (modules / f"mine_{kind}.py").write_text(text.replace(*reversed(KINDS[kind][2])))
-    assert "configurations" not in study(bench, capsys, path, *options)
+    for arguments in (["--table"], []):  # the records are named, and nothing runs
+        out = study(bench, capsys, path, *options, *arguments)
+        for kind in KINDS:
+            why = f"was made by other code (the code of mine_{kind} has changed). It is not used; --again runs"
+            assert f"Row '{kind}', seed 0: The record {folder}/{kind}-seed0.json {why}" in out
+        assert "configurations" not in out
+    assert {file.name: file.read_text() for file in folder.iterdir()} == first
+    assert "5 configurations: " in study(bench, capsys, path, *options, "--again")
+    changed = {file.name for file in folder.iterdir() if file.read_text() != first[file.name]}
+    assert changed == {f"{kind}-seed0.json" for kind in KINDS}
+    assert "other code" not in study(bench, capsys, path, *options, "--table")
 
 
 def test_records_are_shown_and_marked_without_the_modules_that_made_them(bench, modules, capsys):

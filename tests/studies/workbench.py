@@ -18,6 +18,7 @@ from gprune.studies.listing import Listing, Row
 from tests import tiny_run
 
 ROWS = {"plain": {"gprune": False}, "ours": {}, "other": {"sparsity": {"epochs": 2}, "reliability.switch": False}}
+OF_FIRST = {name: {"row": f"first.yaml:{name}"} for name in ROWS}  # in another list, with the records of the first
 COMPARE = [["ours", "plain"], ["other", "ours"]]
 
 
