@@ -10,7 +10,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,9 +23,6 @@ from gprune.__main__ import run as command
 from gprune.config import RunConfig, flatten
 from gprune.corpora.load import load_files
 from gprune.errors import UserError
-from gprune.runs.results import load_run, read_numbers
-from gprune.storage.files import write_json
-from tests import synthetic_run
 
 Outcome = tuple[int, list[str]]  # exit code, and lines on stderr
 SCALARS = (
@@ -120,31 +116,6 @@ def is_acceptable(result: Outcome) -> bool:
 # --- entry points ---------------------------------------------------------------------------------------------------
 # Each function writes a random input into a folder, calls an entry point with it, and returns the outcome.
 
-READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
-    "report": lambda run: command("report", [str(run)]),
-    "export": lambda run: command("export", [str(run)]),
-    "evaluate": lambda run: command("evaluate", [str(run), "--tasks", "wikitext2"]),
-    "load_run": lambda run: load_run(run) and 0,
-}
-
-
-def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
-    """Damage one or more files of a run folder."""
-    model = synthetic_run.settings()["model"] | {"name": "/nowhere/model"}
-    run = synthetic_run.write_run(folder / "run", model=model)
-    answers = [synthetic_run.ANSWERS, synthetic_run.ANSWERS | {"stage": "dense"}]
-    write_json(run / "evaluation.json", {"records": answers}, run=read_numbers(run).key)
-    (run / "config.yaml").write_text(yaml.safe_dump(RunConfig(gprune=False, recovery="none").resolved()))
-    for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
-        damage_file(rng, run / name)
-    if rng.random() < 0.2:
-        damage_file(rng, run / rng.choice(("config.yaml", "masks.safetensors")))
-    result = outcome(lambda: READERS[reader](run))
-    if reader == "report" and result[0] == 0:
-        text = (run / "report/report.md").read_text().replace("finite", "")
-        assert not any(number in text for number in ("nan", "inf ", "inf]"))
-    return result
-
 
 DEFAULTS = flatten(RunConfig().resolved())
 
@@ -205,6 +176,5 @@ def corpus_files(rng: Random, folder: Path) -> Outcome:
 
 
 ENTRY_POINTS: dict[str, Callable[..., Outcome]] = {
-    **{reader: partial(run_folder, reader) for reader in READERS},
     "flags": flags, "--config": settings_files, "study": study_lists, "text": corpus_files,
 }  # fmt: skip

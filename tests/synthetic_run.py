@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gprune.config import RunConfig
-from gprune.storage.files import key_of, write_json, write_tensors
+from gprune.storage.files import FORMAT_VERSION, write_json, write_tensors
 
 BLOCKS, NEURONS, GROUPS = 2, 8, 2
 
@@ -63,11 +63,13 @@ SUMMARY = {
 def write_run(folder: Path, **changes: Any) -> Path:
     """Write manifest, metrics and masks into a folder, and return the folder. `changes` replace settings."""
     run_settings = settings(**changes)
-    key = key_of(settings=run_settings)
     steps = {"evaluate": {"seconds": 1.5, "forward_tokens": 10, "forward_backward_tokens": 0, "peak_memory_mib": 5}}
-    write_json(folder / "manifest.json", {"settings": run_settings, "environment": {}, "steps": steps})
-    write_json(folder / "metrics.json", {"summary": SUMMARY, "records": records()}, run=key)
+    write_json(
+        folder / "manifest.json",
+        {"format": FORMAT_VERSION, "settings": run_settings, "environment": {}, "steps": steps},
+    )
+    write_json(folder / "metrics.json", {"summary": SUMMARY, "records": records()})
     masks = {f"ffn.{b}": torch.arange(NEURONS) % 2 == b % 2 for b in range(BLOCKS)}
     masks |= {f"attention.{b}": torch.ones(GROUPS, dtype=torch.bool) for b in range(BLOCKS)}
-    write_tensors(folder / "masks.safetensors", masks, {"run": key})
+    write_tensors(folder / "masks.safetensors", masks)
     return folder

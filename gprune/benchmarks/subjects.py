@@ -20,7 +20,7 @@ from gprune.models.surgery import slice_model
 from gprune.report.card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import keyed, task_frame
-from gprune.runs.results import config_of, exported_model, read_evaluation, read_numbers, read_run
+from gprune.runs.results import config_of, read_evaluation, read_numbers, read_run
 from gprune.storage.files import key_of, write_json
 from gprune.storage.paths import expanded
 
@@ -45,7 +45,6 @@ class Evaluation:
     subjects: list[Subject]  # the dense model first, if it is evaluated too
     output: Path | None
     run_key: str | None  # None: not a run
-    output_key: str | None  # None: a file that the caller names, which may have records of several runs
 
     @property
     def origin(self) -> dict[str, str]:
@@ -55,7 +54,7 @@ class Evaluation:
     def store(self, records: Sequence[dict[str, Any]]) -> None:
         """Add records to the file, if there is one."""
         if self.output is not None:
-            merge_records(self.output, records, run=self.output_key)
+            merge_records(self.output, records)
 
     def publish(self, records: Sequence[dict[str, Any]]) -> None:
         """Add stored records to the model card and to W&B, if this is a run."""
@@ -75,11 +74,9 @@ def find_evaluation(
     subjects, run_output, run_key = find_subjects(
         model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code, loading=loading
     )
-    evaluation = Evaluation(
-        expanded(model).resolve(), subjects, output or run_output, run_key, output_key=None if output else run_key
-    )
+    evaluation = Evaluation(expanded(model).resolve(), subjects, output or run_output, run_key)
     if evaluation.output is not None:
-        read_evaluation(evaluation.output, run=evaluation.output_key)
+        read_evaluation(evaluation.output)
     return evaluation
 
 
@@ -152,28 +149,23 @@ def _load_pruned(
     `find_subjects` accepts such a run only without recovery.
     """
     if (run / "model" / "config.json").is_file():
-        return load_model(str(exported_model(run)), dtype=dtype, **loading)
+        return load_model(str(run / "model"), dtype=dtype, **loading)
     masks = read_run(run).masks
     model, tokenizer = load_dense_of_run(run, settings, dtype, trust_remote_code, loading)
     return slice_model(model, masks), tokenizer
 
 
-def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
-    """Add records to a file, replacing earlier records of the same model and protocol.
-
-    `run` is the key of the run that the file belongs to; without it, records of several runs are told apart.
-    """
-    names = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
-    if not run:
-        names += ["run", "origin"]
+def merge_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add records to a file, replacing earlier records of the same model, run and protocol."""
+    names = ["model", "stage", "recovery", "task", "content_hash", "dtype", "run", "origin"]
 
     def identity(r: dict[str, Any]) -> tuple[Any, ...]:
         """Return a key that is equal for records of the same model and protocol."""
         return tuple(r.get(name) for name in names)
 
     new_identities = {identity(r) for r in records}
-    kept = [r for r in read_evaluation(path, run=run) if identity(r) not in new_identities]
-    write_json(path, {"records": [*kept, *records]}, run=run)
+    kept = [r for r in read_evaluation(path) if identity(r) not in new_identities]
+    write_json(path, {"records": [*kept, *records]})
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:

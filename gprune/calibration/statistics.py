@@ -40,9 +40,9 @@ class StoredGram:
         """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts."""
         total: Tensor | None = None
         for path in self.paths:
-            tensors = read_tensors(path, once=True)  # only the first access of this process verifies the hash
+            tensors = read_tensors(path)
             if tensors is None or "gram" not in tensors:
-                remedy = "Run the same command again. Processes on several machines need a shared $GPRUNE_CACHE."
+                remedy = "Remove it, and run again. Processes on several machines need a shared $GPRUNE_CACHE."
                 raise UserError(f"Cannot read a Gram matrix: {path} is missing or incomplete. {remedy}")
             total = tensors["gram"] if total is None else total.add_(tensors["gram"])
         return total if self.expert is None else total[self.expert]
@@ -332,13 +332,12 @@ class StatisticsCache:
         return replace(statistics, **by_scope)
 
     def _stored_grams(self, corpus: str) -> dict[str, StoredGram] | None:
-        """Return references to the Gram matrices of all blocks, or None if a file is missing or damaged."""
+        """Return references to the Gram matrices of all blocks, or None if a file is missing."""
         grams = {}
         for block_index in range(self.stored_blocks):
             for scope in OUTPUT_PROJECTIONS:
                 key = self._key(corpus, "gram", scope, block_index)
-                # Read only to verify the file's hash, once per process; the matrix is loaded again on access.
-                if CACHE.read(key, once=True) is None:
+                if not CACHE.file(key).is_file():
                     return None
                 grams[f"{scope}.{block_index}.gram"] = StoredGram((CACHE.file(key),))
         return grams

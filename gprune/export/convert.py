@@ -105,17 +105,14 @@ def find_model_folder(run_or_folder: str | Path) -> Path:
     is_run = (path / "manifest.json").is_file()
     if not (is_model or is_run):
         raise UserError(f"RUN must be a run (manifest.json) or a model folder (config.json); got '{path}'.")
-    from gprune.runs.results import exported_model, read_numbers
-
     if is_model:
-        folder = path.resolve()
-        if folder.name == "model" and (folder.parent / "manifest.json").is_file():
-            exported_model(folder.parent)  # raises UserError if the model was changed after the run
-        return folder
+        return path.resolve()
+    from gprune.runs.results import read_numbers
+
     read_numbers(path)  # raises UserError if the run is not finished
     if not (path / "model" / "config.json").is_file():
         raise UserError(f"Cannot export '{path}': the run has no model (--export none). Run it again with --export hf.")
-    return exported_model(path.resolve())
+    return path.resolve() / "model"
 
 
 def load_folder(folder: Path, *, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

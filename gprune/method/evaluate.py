@@ -73,7 +73,7 @@ def add_stage(
         leak = leaked[windows.corpus]
         records.append(as_record(run.cfg, stage, result, windows, leak, sparsity=run.budget.sparsity))
     records.sort(key=lambda r: STAGES.index(r["stage"]))
-    write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
+    write_json(run.folder / "metrics.json", {"records": records})
 
 
 def measurement_of(run: Run, stage: str, model: PreTrainedModel) -> Callable[..., PerplexityResult]:

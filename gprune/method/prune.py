@@ -211,7 +211,7 @@ def calibrate(run: Run, collect: Mapping[str, Collection[str]]) -> dict[str, Cor
         if run.folder.read(file) is None:
             # Gram matrices take hundreds of megabytes, so they are only in the cache.
             tensors = {name: t for name, t in statistics[corpus].tensors().items() if kind_of(name) != "gram"}
-            run.folder.write(file, tensors, {"corpus": corpus})
+            run.folder.write(file, tensors)
     return statistics
 
 

@@ -111,11 +111,11 @@ class Trials:
     def write(self, **entries: Any) -> None:
         """Add entries to `quality.json`, unless the run is finished."""
         if not self.run.folder.finished:
-            write_json(self.file, self._stored() | entries, run=self.run.folder.key)
+            write_json(self.file, self._stored() | entries)
 
     def _stored(self) -> dict[str, Any]:
-        """Return the content of `quality.json`; empty if it is missing, invalid, or of another run."""
-        return read_json(self.file, run=self.run.folder.key) or {}
+        """Return the content of `quality.json`; empty if it is missing or cannot be read."""
+        return read_json(self.file) or {}
 
     def rises(self, results: Sequence[PerplexityResult]) -> dict[str, float]:
         """Return the log of the ratio to dense of each corpus: the difference in nats per token."""

@@ -24,7 +24,7 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     """
     stages = by_stage(records)
     final, dense = stages[run.cfg.final_stage], stages["dense"]
-    reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
+    reached = read_json(run.folder / FILE)["reached"]
     model, target = reached["model"], run.cfg.sparsity.target
     numbers = {name: model[name] for name in ("predicted", "got", "low", "high", "share")}
     limits_worst = run.cfg.sparsity.limit == "worst"

@@ -23,7 +23,6 @@ from gprune.models.surgery import slice_model
 from gprune.runs.folder import changed_settings
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.environment import environment
-from gprune.storage.files import file_hashes
 
 log = logging.getLogger("gprune")
 
@@ -59,12 +58,11 @@ def save(run: Run, pruned: PreTrainedModel, masks: Masks) -> None:
 
 
 def is_exported(run: Run) -> bool:
-    """Return whether `model/` has the unchanged files of an earlier session, in the requested dtype."""
-    manifest = run.folder.manifest
-    written_dtype = manifest.get("exported_dtype", run.cfg.model.dtype)
-    if run.cfg.export.dtype not in (None, written_dtype):  # without the flag a finished export keeps its dtype
+    """Return whether `model/` is that of an earlier session, in the requested dtype."""
+    written_dtype = run.folder.manifest.get("exported_dtype")  # written after the model was checked
+    if written_dtype is None or not (run.folder / "model").is_dir():
         return False
-    return manifest.get("model") == file_hashes(run.folder / "model")
+    return run.cfg.export.dtype in (None, written_dtype)  # without the flag a finished export keeps its dtype
 
 
 def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
@@ -76,7 +74,7 @@ def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
     options = {"dtype": getattr(torch, dtype), **loading_arguments(run)}
     difference = check_reload(pruned, folder, checked_tokens(run), **options)
-    run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
+    run.folder.update_manifest(exported_dtype=dtype)
     return difference
 
 

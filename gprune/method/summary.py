@@ -66,7 +66,7 @@ def summarise(
         figures = sorted((run.folder / "figures").glob("*.png"))
         tracking.log_pictures(run.loggers, figures, report.to_markdown())
     # Written last, because a run with a summary and all stages in metrics.json is finished and is not logged again.
-    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
+    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)})
     metadata = {name: value for name, value in keyed(report.frame).items() if name.startswith("final/")}
     with optional_output("artifacts", "the run folder has their content"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, metadata)

@@ -23,14 +23,14 @@ from gprune.report.task_tables import evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries
 from gprune.runs.results import FinishedRun, read_evaluation
-from gprune.storage.files import file_hashes, replacing
+from gprune.storage.files import replacing
 from gprune.storage.paths import expanded
 
 RESULTS = "## Perplexity"  # heading of the results
 
 
 def write_card(folder: RunFolder, cfg: RunConfig, run: FinishedRun) -> None:
-    """Write the card of a run's exported model, if there is one, and store the card's hash in the manifest."""
+    """Write the card of a run's exported model, if there is one."""
     model = folder / "model"
     if not model.is_dir():
         return
@@ -42,7 +42,6 @@ def write_card(folder: RunFolder, cfg: RunConfig, run: FinishedRun) -> None:
         card += f"\n## Benchmarks\n\n{tables}\n"
     with replacing(model / "README.md") as new:
         new.write_text(card, encoding="utf-8")
-    folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
 def model_card(cfg: RunConfig, run: FinishedRun, model: Path, *, dtype: str | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from gprune.errors import first_line
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.runs.folder import RunFolder, broadcast, sum_over_ranks
 from gprune.storage.files import UNUSABLE, key_of, replacing
@@ -27,8 +27,7 @@ class Checkpoints(Checkpoint):
     A checkpoint contains the trained tensors (the only tensors that a stage registers), the states of optimizer,
     schedule and callbacks, the position in the text, torch's random state, and the tokens of the stage.
 
-    The manifest stores the hash of the file and of the stage's key. A file of another stage, or a file that was
-    altered, has another hash and is never unpickled.
+    A checkpoint of another stage, or of other versions of torch or Lightning, is ignored. Loading one executes no code.
 
     Lightning calls a `Checkpoint` callback after all other callbacks. So the stored states of the others are those
     after the step.
@@ -43,7 +42,6 @@ class Checkpoints(Checkpoint):
             shapes={tensor_name: list(tensor.shape) for tensor_name, tensor in stage.state_dict().items()},
             versions=[torch.__version__, L.__version__],
         )  # fmt: skip
-        self._hashes: list[str] = []  # hash of the existing file, if it is valid
         self._last_saved = time.monotonic()
         self._resumed_position: dict[str, int] = {}  # position in the text after resuming
         self._step_completed = False  # whether the last batch completed an optimizer step
@@ -58,23 +56,19 @@ class Checkpoints(Checkpoint):
     def _usable(self) -> Path | None:
         if not self.path.is_file():
             return None
-        file_hash = self._hash(self.path)
-        if file_hash not in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
-            log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
-            return None
         try:
-            torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except UnpicklingError:  # objects other than tensors, numbers, text, lists and dictionaries
             reason = "the state of a callback or the stage has objects that torch.load refuses with weights_only=True"
             log.warning(UNUSABLE, self.path, reason)
             return None
-        self._hashes = [file_hash]
+        except (RuntimeError, EOFError) as error:
+            log.warning(UNUSABLE, self.path, first_line(error))
+            return None
+        if checkpoint.get("stage_key") != self._stage_key:
+            log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
+            return None
         return self.path
-
-    def _hash(self, file: Path) -> str:
-        """Return the SHA-256 of the stage's key and the file."""
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, lambda: hashlib.sha256(self._stage_key.encode())).hexdigest()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the position in the text, and start the clock."""
@@ -113,24 +107,19 @@ class Checkpoints(Checkpoint):
             self._last_saved = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Replace the checkpoint by a new one. At every moment the existing file is valid.
-
-        The new checkpoint is written to a temporary file. Before this file is renamed, the manifest gets its hash in
-        addition to that of the old checkpoint. So the old or the new file is valid, whenever the process is killed.
-        """
+        """Replace the checkpoint by a new one. At every moment the existing file is complete."""
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.path)  # a collective call; only rank 0 writes
             return
         with replacing(self.path) as temporary:
             trainer.save_checkpoint(temporary)
-            new_hash = self._hash(temporary)
-            self.folder.update_manifest(checkpoints={self.name: [*self._hashes, new_hash]})
-        self._hashes = [new_hash]
+        self.folder.update_manifest()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the tokens of the stage, the position in the text, and torch's random state to Lightning's checkpoint."""
+        """Add the stage's key and tokens, the position in the text, and torch's random state to the checkpoint."""
         counts = self.meter.counts()
         of_stage = {kind: count - self._counts_before_stage[kind] for kind, count in counts.items()}
+        checkpoint["stage_key"] = self._stage_key
         checkpoint["tokens"] = sum_over_ranks(of_stage)
         checkpoint["place"] = trainer.train_dataloader.state_dict()
         checkpoint["random"] = torch.get_rng_state()

