@@ -96,8 +96,9 @@ def _inputs(model: PreTrainedModel, folder: Path) -> list[str]:
         "--corpora.num_samples=4", "--corpora.seq_len=16", "--corpora.batch_size=4", "--distill.tokens=128",
         "--sparsity.target=0.3", "--sparsity.epochs=1", "--partition.num_modules=2", "--partition.steps=5",
         "--evaluation.num_samples=2", "--evaluation.seq_len=16", "--evaluation.development_samples=1",
-        "--evaluation.curve=[]", "--evaluation.before_recovery=false", "--logging.mode=disabled",
-        "--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--run.dir={folder / 'runs'}",
+        "--evaluation.curve=[]", "--evaluation.before_recovery=false", "--evaluation.prompts=[]",
+        "--logging.mode=disabled", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
+        f"--run.dir={folder / 'runs'}",
     ]  # fmt: skip
 
 

@@ -63,6 +63,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     from gprune.runs.tracking import curves_hint
 
     summary, frame = result.summary, run_frame(result.path.name, result.records)
+    said = [line for entry in entries(summary).values() for line in (entry["said"], *entry.get("warnings", ()))]
     dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
     results = f"Results: {result.path}"
@@ -74,7 +75,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
         f"\n{result_table(frame).for_stdout()}\n",
         describe_sizes(summary, cfg.sparsity.scope, dtype),
         *describe_stages(frame, cfg.recovery),
-        *(line for entry in entries(summary).values() for line in (entry["said"], *entry.get("warnings", ()))),
+        *(f"\n{line}" if "\n" in line else line for line in said),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
         f"Curves: {curves_hint(result.path)}.",

@@ -101,7 +101,7 @@ class World:
             "--corpora.num_samples=4", "--corpora.seq_len=32", "--corpora.batch_size=4",
             "--recovery=none", "--partition.num_modules=4", "--partition.steps=10", "--sparsity.epochs=1",
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
-            "--evaluation.curve=[0.25]", "--logging.mode=disabled",
+            "--evaluation.curve=[0.25]", "--evaluation.prompts=[]", "--logging.mode=disabled",
             "--trainer.accelerator=cpu", "--trainer.precision=32-true",  # the same bits on every processor
             f"--run.dir={runs}", f"--run.name={name}", *([] if has_target else ["--sparsity.target=0.5"]), *more,
         ]  # fmt: skip

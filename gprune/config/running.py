@@ -83,6 +83,11 @@ class EvaluationConfig(Group, prefix="evaluation."):
     before_recovery: Annotated[bool, NEVER] = True
     """Measure the pruned model before its recovery too, which shows what pruning cost and what recovery gave back.
     Rows of a study list do not unless they set it."""
+    prompts: Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], NEVER] = Field(
+        ["The first railway line in the country was opened in", "What is the capital of France?"]
+    )
+    """Prompts that the dense, the pruned and the recovered model continue at the end, by at most 30 tokens. A prompt
+    that ends with ? goes through the chat template of the model's tokenizer, if it has one. []: none."""
 
     @property
     def compared_tokens(self) -> int:

@@ -17,6 +17,7 @@ from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
 from gprune.method.run import Run
+from gprune.method.says import continue_prompts
 from gprune.models.embedded import model_label
 from gprune.models.losses import same_head
 from gprune.models.offload import device_of
@@ -58,6 +59,7 @@ def evaluate(run: Run, stage: str, model: Callable[[], PreTrainedModel]) -> list
             evaluated = model_of_stage()
             measure = measurement_of(run, name, evaluated)
             results = [measure(run, evaluated, windows, name) for windows in run.text.test]
+            continue_prompts(run, name, evaluated)
             add_stage(run, records, name, results, run.text.test, leaked)
     if not (is_final or run.folder.finished):
         log.info("Before recovery:\n\n%s\n", result_table(run_frame("", records)).for_stdout())

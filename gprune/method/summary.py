@@ -13,6 +13,7 @@ from gprune.errors import optional_output
 from gprune.features import attribute
 from gprune.method.quality_summary import quality_reached
 from gprune.method.run import Run
+from gprune.method.says import says_entry
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
@@ -44,6 +45,7 @@ def summarise(
             log.warning("%s", warning)
     for table in entry_tables({run.folder.path.name: summary}):
         log.info("%s:\n\n%s\n", table.title, table.for_stdout())
+    summary |= says_entry(run.folder.manifest)  # the command prints it at its end
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
     run.folder.update_manifest(summary=summary, widths=widths(pruned))

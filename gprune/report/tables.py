@@ -118,8 +118,8 @@ def format_cell(cell: Cell, digits: int = 2) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Escape text for Markdown."""
-    return MARKUP.sub(r"\\\g<0>", text)
+    """Escape text for Markdown, except indented lines, which are code."""
+    return "\n".join(line if line.startswith("    ") else MARKUP.sub(r"\\\g<0>", line) for line in text.split("\n"))
 
 
 def cells(frame: pd.DataFrame, index: str | list[str], columns: str | list[str]) -> pd.DataFrame:

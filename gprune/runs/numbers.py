@@ -79,7 +79,7 @@ def _predicted(records: ByCorpus) -> int:
 def entries(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the entries of a summary, which features write and readers print without knowing the feature.
 
-    An entry has a sentence `said` and, optionally, lines `warnings`, `numbers` by name, and a `table`, which has the
+    An entry has a text `said` and, optionally, lines `warnings`, `numbers` by name, and a `table`, which has the
     arguments of `report.tables.Table` except its name; an estimate in its rows is [value, low, high].
     """
     return {name: value for name, value in summary.items() if isinstance(value, dict) and "said" in value}

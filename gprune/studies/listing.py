@@ -30,7 +30,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # exists in a clone of 
 LISTS = EXPERIMENTS / "lists"  # with their records in `records`
 OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
-ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
+ROW_DEFAULTS = {"evaluation.prompts": [], "export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
 TABLES = ("summary", "perplexity", "evaluation", "means")
 
