@@ -57,13 +57,6 @@ class Feature:
         """Return the lines of `--dry_run` about this feature: title -> text."""
         return {}
 
-    def inputs(self, plan: Any) -> dict[str, str]:
-        """Return hashes of what this feature has measured on this machine, which identify a run: name -> hash."""
-        return {}
-
-    def store(self, plan: Any, folder: Any) -> None:
-        """Write what this feature has measured to the run's folder, from which a resumed run reads it."""
-
     def add_scores(self, run: Any, scores: Any, statistics: Any) -> Any:
         """Return the `importance.scores.Scores`, with those of units that only this feature removes."""
         return scores

@@ -414,22 +414,6 @@ def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes()
     assert len({str(settings_with(**export)) for export in exports_of_different_size}) == 4
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "multiple"),
-    [
-        ({}, "default"), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4),
-        ({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, "default"),
-    ],
-)  # fmt: skip
-def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine_and_uses_speed_flags(sparsity, multiple):
-    """The settings have None for a width multiple that is measured on the machine."""
-    cfg = config_from_mapping({"sparsity": sparsity})
-    assert cfg.settings()["sparsity"]["width_multiple"] == multiple
-    uses_speed_flags = multiple != "default"
-    assert ("speed" in cfg.settings()) == uses_speed_flags
-    assert (not describe_ignored_flags(cfg, ["speed.batch"])) == uses_speed_flags
-
-
 # --- features: choices that plan, settings and command line loop over ----------------------------------------------
 
 
@@ -437,18 +421,17 @@ def test_all_flags_that_features_read_exist():
     markers = [marker for group in (RunConfig, *GROUPS.values()) for field in group.model_fields.values()
                for marker in field.metadata if isinstance(marker, Reads)]  # fmt: skip
     read = set().union(*(marker.unread(()) for marker in markers))
-    assert {"ridge", "distill", "speed", "sparsity.start", "partition"} < read <= FLAG_TYPES.keys() | GROUPS.keys()
+    assert {"ridge", "distill", "sparsity.start", "partition"} < read <= FLAG_TYPES.keys() | GROUPS.keys()
 
 
 class Joules(Currency):
-    """A currency of a user, with flags, settings and a refusal of its own."""
+    """A currency of a user, with a flag, settings and a refusal of its own."""
 
-    reads = frozenset({"speed"})
     also_reads = frozenset({"export.dtype"})
     needs = frozenset({"saliency"})
 
     def identity(self, cfg):
-        return {"speed": {"batch": cfg.speed.batch}}
+        return {"export": {"dtype": cfg.export.dtype}}
 
     def refuse_settings(self, cfg):
         if cfg.run.seed == 13:
@@ -456,18 +439,16 @@ class Joules(Currency):
 
 
 def test_a_new_feature_reads_flags_needs_statistics_identifies_a_run_and_refuses_settings_without_other_code():
-    given = ["export.dtype", "speed.batch"]
+    given = ["export.dtype"]
     settings = {"sparsity.target": 0.3, "sparsity.cost": "joules", "export": "none"}
     without = config_from_mapping(settings | {"sparsity.cost": None})
-    assert describe_ignored_flags(without, given) == (
-        "--export.dtype (--export none); --speed.batch (--sparsity.target 0.3)"
-    )
+    assert describe_ignored_flags(without, given) == "--export.dtype (--export none)"
     with registries.restored(COST):
         COST.register("joules")(Joules())
         cfg = config_from_mapping(settings)
         assert describe_ignored_flags(cfg, given) == ""
         assert cfg.needs - without.needs == {"saliency"}
-        assert cfg.settings()["speed"] == {"batch": 1}
+        assert cfg.settings()["export"] == {"dtype": None}
         with pytest.raises(UserError, match=r"--run\.seed must not be 13 for joules"):
             config_from_mapping(settings | {"run.seed": 13})
 
@@ -477,7 +458,6 @@ def test_seconds_and_bytes_are_currencies_like_others():
         config_from_mapping({"sparsity.target": 0.3, "sparsity.cost": name}) for name in ("seconds", "bytes")
     )
     assert (seconds.sparsity.currency, file_size.sparsity.currency) == ("seconds", "bytes")
-    assert seconds.settings()["speed"] == {"batch": 1, "prompt": 128, "generate": 32}
     assert file_size.settings()["export"] == {"dtype": None}
 
 

@@ -53,12 +53,16 @@ DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `budget.d
 
 
 def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
-    """Return a width multiple: a number that passes pydantic's `check`, `DEFAULT_MULTIPLE`, or None for auto."""
-    if value == "auto":
-        return None
-    if isinstance(value, str) and value != DEFAULT_MULTIPLE:
-        raise UserError(f"--sparsity.width_multiple must be a whole number, default or auto; got '{value}'.")
-    return value if value == DEFAULT_MULTIPLE else check(value)
+    """Return a width multiple: a number that passes pydantic's `check`, or `DEFAULT_MULTIPLE`.
+
+    Records have None for the former value auto, which runs refuse.
+    """
+    if value == DEFAULT_MULTIPLE:
+        return value
+    if isinstance(value, str):
+        refuse_removed("--sparsity.width_multiple", value)
+        raise UserError(f"--sparsity.width_multiple must be a whole number or {DEFAULT_MULTIPLE}; got '{value}'.")
+    return check(value)
 
 
 WidthMultiple = Annotated[AtLeast1 | None, WrapValidator(_parse_multiple), PlainSerializer(lambda value: value)]
@@ -139,6 +143,9 @@ REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were remo
     "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
     "trainer.enable_checkpointing": "--run.checkpoint_minutes",
     "recovery=least_squares_sequential": "--recovery least_squares",
+    "sparsity.width_multiple=auto": "--sparsity.width_multiple default or a number such as 64",
+    "speed": "--sparsity.target 1.4x alone: it times a prompt of 128 tokens and 32 generated ones, once for each model "
+    "(again if the folder $GPRUNE_CACHE/speed is removed)",
     "evaluate.engine": "python -m experiments.engines",
     "evaluate.speed_batch": "python -m experiments.engines",
     "evaluate.speed_prompt": "python -m experiments.engines",
@@ -375,26 +382,20 @@ def _sort_scope(scope: Any) -> str:
     return "+".join(parts)
 
 
-def _default_width_multiple(settings: dict[str, Any]) -> str | None:
-    """Return `DEFAULT_MULTIPLE` or, for a speed target such as 1.4x without `cost`, None (`auto`)."""
-    counts_seconds = str(settings.get("target")).endswith("x") and not settings.get("cost")
-    return None if counts_seconds else DEFAULT_MULTIPLE
-
-
 class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
     target: Annotated[TargetSetting, Reads(COST)] = 0.3
     """How much is removed: 0.3, 30%, 95M, 200MiB, 1.4x or +5%. 0.3: 30 % of the scope's parameters. 30%: 30 % of all
     parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
-    times as fast in the setting of --speed. +5%: as much as possible while perplexity on development text, after
+    times as fast on this machine. +5%: as much as possible while perplexity on development text, after
     --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""
     limit: Annotated[Literal["mean", "worst"], IF_CHANGED] = "mean"
     """Whose perplexity a target in quality such as +5% limits. mean: the geometric mean over the development corpora.
     worst: that of every development corpus."""
     cost: Annotated[Text | None, IF_CHANGED] = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
-    bytes (of the export), seconds (in the setting of --speed), or the name of a registered cost."""
+    bytes (of the export), seconds (on this machine), or the name of a registered cost."""
     scope: Annotated[Literal[SCOPES], BeforeValidator(_sort_scope), Reads(FLAGS_OF_SCOPES)] = "ffn"
     """What may be removed. ffn: FFN neurons. attention: KV groups too. experts: whole experts of mixtures, alone (with
     --gprune false) or too. blocks: whole blocks too. They share one budget."""
@@ -428,12 +429,11 @@ class SparsityConfig(Group, prefix="sparsity."):
     (from 0, which is uniform, to 1, the estimated optimum; 0.75)."""
     protect: list[int] = Field([])
     """Decoder layers that are not pruned; -1 is the last layer. LLM-Pruner protects [0,1,2,-1]."""
-    width_multiple: WidthMultiple = Field(default_factory=_default_width_multiple)
+    width_multiple: WidthMultiple = DEFAULT_MULTIPLE
     """FFN widths are multiples of this. default: by the model's configuration, 32 from 512 neurons up (the blocks of
-    q8_0), 8 for experts from 128 neurons up (their grouped kernels), and otherwise 1. auto, or null: the smallest of 1,
-    8, 16, ... 128 that loses at most 5 % of the speed on this machine, by its latency table (the default for speed
-    targets). 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 256 the K-quants of GGUF such
-    as q4_k_m. The target is overshot by less than one multiple."""
+    q8_0), 8 for experts from 128 neurons up (their grouped kernels), and otherwise 1. 64 or 128 suit matrix-multiply
+    tiles and serving kernels (128 if quantised), 256 the K-quants of GGUF such as q4_k_m. The target is overshot by
+    less than one multiple."""
     uniform_width: bool = False
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have
@@ -472,6 +472,8 @@ class SparsityConfig(Group, prefix="sparsity."):
             ALLOCATION.check(allocation)
         if ALLOCATION[self.start].modules:
             raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")
+        if self.width_multiple is None:
+            raise UserError("--sparsity.width_multiple must be a whole number or default; got null.")
         if self.uniform_width and self.protect:
             raise UserError("--sparsity.uniform_width cannot be combined with --sparsity.protect.")
         flag, base = ("start", self.start) if ALLOCATION[self.allocation].modules else ("allocation", self.allocation)

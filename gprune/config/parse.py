@@ -190,7 +190,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise UserError(f"The settings must have code as a mapping of modules to hashes; got {format_value(code)}.")
     cfg = RunConfig()
     # Stored only if the run uses them.
-    optional = {name: {} for name in ("options", "speed", "stages") if name in settings}
+    optional = {name: {} for name in ("options", "stages") if name in settings}
     for group, expected in (cfg.settings() | optional).items():
         stored = settings.get(group)
         if group not in GROUPS:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr
 
 from gprune.calibration import EXTRAS
 from gprune.checks import NonNegative, Text, check_options, option_defaults, whole_numbers
+from gprune.config import speed  # noqa: F401 - registers the currency `seconds`
 from gprune.config.groups import (
     IF_CHANGED,
     MULTI_CORPUS_METRICS,
@@ -32,7 +33,6 @@ from gprune.config.running import (
     RunFolderConfig,
     TrainerConfig,
 )
-from gprune.config.speed import SpeedConfig
 from gprune.corpora.load import code_of_corpora, identity, source_of
 from gprune.errors import UserError
 from gprune.features import attribute
@@ -88,7 +88,6 @@ class RunConfig(Group):
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
-    speed: Annotated[SpeedConfig, NEVER] = Field(default_factory=SpeedConfig)
     recovery: Annotated[Text, BeforeValidator(_join_chain), Reads(RECOVERY)] = "least_squares+distill"
     """Recovery of the pruned model: one method, or a chain such as [least_squares,distill]. none: as in the paper.
     bias: the mean output of removed units is added to biases. least_squares: output projections are fitted again to
@@ -173,12 +172,9 @@ class RunConfig(Group):
         metrics = [self.importance]
         if self.gprune and self.reliability.metric not in MULTI_CORPUS_METRICS:
             metrics.append(self.reliability.metric)
-        currencies = [self.sparsity.currency]
-        if self.sparsity.width_multiple is None or self.dry_run:  # read the latency table of this machine
-            currencies.append("seconds")
         return [
             *((IMPORTANCE, name) for name in dict.fromkeys(metrics)),
-            *((COST, name) for name in dict.fromkeys(currencies)),
+            (COST, self.sparsity.currency),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
             *self.sparsity.entries,

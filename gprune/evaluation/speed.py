@@ -1,7 +1,7 @@
-"""Latency table: the time of a model on this machine as a function of its widths, measured once per workload.
+"""Latency table: seconds of a model on this machine by its widths, measured once per model and linear between.
 
-A workload is a batch of prompts and a number of generated tokens: seconds = prefill + tokens x decoding step. Whole
-models are timed, because the weights of a single layer would stay in the processor's cache.
+What is timed is the greedy generation of a few tokens after a prompt. Whole models are timed, because the weights of a
+single layer would stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, PreTrainedModel
 
+from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
@@ -27,53 +26,65 @@ from gprune.models.offload import device_of
 from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.cost import BlockCosts, ModelCosts
 from gprune.sparsity.cut import keep_top_neurons
-from gprune.storage.files import Cache, key_of, read_json
+from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
 CACHE = Cache("speed")
-DECODING_STEPS = 8  # number of decoding steps that are timed
-MIN_ROUNDS, MAX_ROUNDS = 2, 12  # numbers of rounds of a measurement
-MAX_SECONDS = 25.0  # after this time no round begins, except the first ones
-MULTIPLES = (1, 8, 16, 32, 64, 128)  # candidates of `best_multiple`
-TOLERATED_LOSS = 0.05  # share of a block's time that `best_multiple` ignores
-BUSY = 0.1  # a warning is logged if repeats of a measurement differ by more
+PROMPT, GENERATE = 128, 32  # tokens
+ROUNDS = 8
+TOLERANCE = 0.1  # share by which a speed-up may exceed that of the parameters
 PICOSECONDS = 1e12  # per second
-# A latency table. `neurons` and `groups`: pairs (width of every block, seconds of a layer), the other width being full.
-# `multiples`: such pairs for odd multiples of each of `MULTIPLES`. `rest`: seconds of everything outside of the layers.
-# `spread`: relative spread of repeated measurements, for information.
+KINDS = {"neurons": "ffn", "groups": "attention"}  # entry of a table -> kind of units
+# `neurons` and `groups`: pairs (width of every block, seconds of a layer), the other width being full. `rest`: seconds
+# of everything outside of the layers.
 Table = dict[str, Any]
-Times = tuple[list[float], list[float], list[float]]  # per model: seconds to the first token, per step, in total
 
 
-def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]) -> str:
-    """Return the cache key of a table: a hash of machine, threads, version of torch, shapes, dtype and workload."""
+def latency_table(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, attention: bool) -> Table:
+    """Return the latency table of this machine, measured unless it is cached.
+
+    Raises UserError if a measurement is implausible.
+    """
     gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     machine += [gpu, torch.get_float32_matmul_precision()]
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
-    return key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(workload), multiples=MULTIPLES)
-
-
-def speed_table(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int], *, measure: bool,
-    again: bool = False, run_table: Path | None = None,
-) -> Table | None:  # fmt: skip
-    """Return the latency table of this machine: that of a resumed run, a cached one, or a new measurement.
-
-    The result is None if there is no stored table and `measure` is false. With `measure` and `again` a cached table is
-    measured once more. `run_table`, the file of a resumed run, has priority if its key is that of `speed_key`.
-    """
-    key = speed_key(dense, device, dtype, workload)
-    if run_table is not None:
-        content = read_json(run_table)
-        if content and content["key"] == key:
-            return content["table"]
-    table = None if measure and again else CACHE.read(key)
-    if measure and table is None:
-        log.info("Measuring the latency table of this machine. It is cached; --speed.measure true measures it again")
-        table = measure_table(dense, device, dtype, workload)
-        CACHE.write(key, table)
+    timed = [PROMPT, GENERATE, attention]
+    key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), timed=timed)
+    if (table := CACHE.read(key)) is not None:
+        return table
+    log.info("Measuring the latency table of this machine. It is stored in the folder 'speed' of the cache")
+    table = measure_table(dense, device, dtype, attention)
+    if reason := why_implausible(table, blocks_of(dense)):
+        raise UserError(
+            f"The latency table of this machine cannot be used: {reason}. Run again while the machine is idle, or give "
+            "--sparsity.target in parameters such as 30%."
+        )
+    CACHE.write(key, table)
     return table
+
+
+def why_implausible(table: Table, blocks: Sequence[Block]) -> str:
+    """Return why a latency table cannot be used, or an empty string.
+
+    Seconds have to rise with the width. And a narrower model must not be faster than its layers have fewer parameters:
+    then the wide one was measured under load.
+    """
+    dense = sum(block.whole_cost() for block in blocks)  # parameters
+    for entry, kind in KINDS.items():
+        units = [(block.neurons if kind == "ffn" else block.kv_groups, block.unit_cost(kind)) for block in blocks]
+        _, most_seconds = table[entry][-1]
+        previous_width, previous_seconds = 0, 0.0
+        for width, seconds in table[entry]:
+            times = f"layers with {width:,} {entry} take {1000 * seconds:.3g} ms"
+            if seconds <= previous_seconds:
+                return f"{times}, and with {previous_width:,} {1000 * previous_seconds:.3g} ms"
+            speedup = most_seconds / seconds
+            bound = dense / (dense - sum(parameters * max(0, n - width) for n, parameters in units))
+            if speedup > (1 + TOLERANCE) * bound:
+                return f"{times}, {speedup:.2f} times as fast as all of them, with {bound:.2f} times fewer parameters"
+            previous_width, previous_seconds = width, seconds
+    return ""
 
 
 def costs_from_table(table: Table, blocks: Sequence[Block]) -> ModelCosts:
@@ -107,36 +118,17 @@ def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int,
     # Mean number of units that blocks had in each measurement, weighted by the parameters of a unit. Equal to `widths`
     # if all blocks are equally wide.
     timed = np.array([sum(p * min(units, width) for units, p in blocks) / total for width in widths.tolist()])
-    increasing = np.maximum.accumulate(seconds)  # only because of noise a wider block can seem faster
     # Seconds of a layer if every block had as many units as each width. Where only some blocks became narrower, the
     # measured difference comes from these alone.
     grown, grown_timed = np.diff(widths), np.diff(timed)
     ratio = np.divide(grown, grown_timed, out=np.ones(len(grown)), where=grown_timed > 0)
-    equally_wide = increasing + np.append(0.0, np.cumsum(np.diff(increasing) * (ratio - 1)))
+    equally_wide = seconds + np.append(0.0, np.cumsum(np.diff(seconds) * (ratio - 1)))
     costs = []
     for units, parameters in blocks:
         share = parameters * layers / total  # of the block in the seconds of a layer
         interpolated = np.interp(range(units + 1), widths, equally_wide)
         costs.append([round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated])
     return costs
-
-
-def best_multiple(table: Table) -> int:
-    """Return the smallest of `MULTIPLES` at which this machine loses at most `TOLERATED_LOSS` of speed, and log it.
-
-    The cost of a neuron is the time of its block beyond that of a block with one neuron, divided by the neurons. The
-    loss of a multiple is the extra cost compared with the best multiple, as a share of the time of the block.
-    """
-    _, seconds_of_one = table["neurons"][0]
-    lowest_cost = min((seconds - seconds_of_one) / neurons for neurons, seconds in table["multiples"])
-    losses = {}
-    for neurons, seconds in table["multiples"]:
-        multiple = max(multiple for multiple in MULTIPLES if neurons % multiple == 0)
-        losses[multiple] = ((seconds - seconds_of_one) / neurons - lowest_cost) * neurons / seconds
-    best = min(multiple for multiple, loss in losses.items() if loss <= TOLERATED_LOSS)
-    shares = ", ".join(f"{multiple}: {loss:.1%}" for multiple, loss in losses.items())
-    log.info("Widths in multiples of %d lose %.1f %% of the speed (loss: %s)", best, 100 * losses[best], shares)
-    return best
 
 
 @torch.no_grad()
@@ -149,41 +141,30 @@ def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def measure_table(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
-) -> Table:
-    """Measure the latency table (`Table`) with random weights.
+def measure_table(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, attention: bool) -> Table:
+    """Measure the latency table with random weights.
 
-    Widths of FFNs are 1 and the quarters of the widest block's N neurons, with all KV groups. Numbers of KV groups are
-    1 and the quarters of the largest number G, with all neurons. All models are timed in alternation.
+    Widths of FFNs are 1 and the quarters of the widest block's N neurons, with all KV groups. With `attention`, numbers
+    of KV groups are 1 and the quarters of the largest number G, with all neurons. All models are timed in alternation.
     """
     model = random_model(dense, device, dtype)
     model_widths = widths(model)
     N, G = max(model_widths["neurons"]), max(model_widths["kv_groups"])
-    narrowest = min(filter(None, model_widths["neurons"]))  # 0 is the width of a block without an FFN
-    quarters = range(1, 5)
-    neurons = sorted({1, *(max(1, N * quarter // 4) for quarter in quarters)})
-    groups = sorted({1, *(max(1, G * quarter // 4) for quarter in quarters)})
-    # About 3/4 of the narrowest block: an odd multiple of each candidate, so not a multiple of a larger candidate.
-    odd_multiples = [m * (2 * round(3 * narrowest / m / 8 - 0.5) + 1) for m in MULTIPLES]
+    neurons, groups = ([1, *(most * quarter // 4 for quarter in range(1, 5))] for most in (N, G))
     sizes = {  # (neurons, KV groups) of every block
-        "neurons": [(n, G) for n in neurons],
-        "groups": [(N, g) for g in groups],
-        "multiples": [(n, G) for n in odd_multiples if 0 < n <= narrowest],
+        "neurons": [(n, G) for n in sorted({*neurons} - {0})],
+        "groups": [(N, g) for g in (sorted({*groups} - {0}) if attention else [G])],
     }
     models = {size: narrow_model(model, *size) for sizes_of_kind in sizes.values() for size in sizes_of_kind}
-    depth = len(decoder_layers(model))
     without_layers = narrow_model(model, N, G)
     del decoder_layers(without_layers)[:]
-    (_, _, (*seconds, rest)), spread = time_generation([*models.values(), without_layers], **workload)
-    # Clamped, because noise can make the difference zero or negative.
-    layer_seconds = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
+    *seconds, rest = time_generation([*models.values(), without_layers])
+    depth = len(decoder_layers(model))
+    layer_seconds = {size: (total - rest) / depth for size, total in zip(models, seconds, strict=True)}
     return {
         "neurons": [[n, layer_seconds[n, g]] for n, g in sizes["neurons"]],
         "groups": [[g, layer_seconds[n, g]] for n, g in sizes["groups"]],
-        "multiples": [[n, layer_seconds[n, g]] for n, g in sizes["multiples"]],
         "rest": rest,
-        "spread": spread,
     }
 
 
@@ -214,34 +195,30 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
 
 
-@torch.no_grad()
-def time_generation(
-    models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int
-) -> tuple[Times, float]:
-    """Time greedy `model.generate` of `generate` tokens. Return the minimum over rounds, and the median spread.
+class Clock(list[float]):
+    """A streamer for `generate` that collects the times at which it gets the prompt and each token."""
 
-    Each round times every model once, so that background load affects all of them equally. The time of a decoding step
-    is the mean of the first `DECODING_STEPS` steps.
+    def put(self, _: torch.Tensor) -> None:
+        """Append the time."""
+        self.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+@torch.no_grad()
+def time_generation(models: Sequence[PreTrainedModel]) -> list[float]:
+    """Return for each model the seconds of generating `GENERATE` tokens: the sum of each token's smallest time.
+
+    Each of `ROUNDS` rounds times every model once, so that background load affects all of them equally.
     """
     models = [copy_sharing_weights(model) for model in models]
-    ids = torch.ones(batch, prompt, dtype=torch.long, device=device_of(models[0]))
-    lengths = (1, 1 + DECODING_STEPS) if generate else (1,)
+    ids = torch.ones(1, PROMPT, dtype=torch.long, device=device_of(models[0]))
 
-    def time_once(model: PreTrainedModel, tokens: int) -> float:
-        """Return the median seconds of generating a number of tokens, over at least 0.05 seconds of calls."""
-        names = {"generate": model.generate, "ids": ids, "mask": torch.ones_like(ids), "tokens": tokens}
-        statement, threads = "generate(ids, attention_mask=mask, max_new_tokens=tokens)", torch.get_num_threads()
-        return Timer(statement, globals=names, num_threads=threads).blocked_autorange(min_run_time=0.05).median
+    def times_of_tokens(model: PreTrainedModel) -> np.ndarray:
+        clock = Clock()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GENERATE, streamer=clock)
+        return np.diff(clock)
 
-    rounds: list[list[list[float]]] = []
-    start = time.monotonic()
-    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.monotonic() - start < MAX_SECONDS):
-        rounds.append([[time_once(model, tokens) for tokens in lengths] for model in models])
-    repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
-    fastest = repeats.amin(0)
-    first_seconds = fastest[:, 0]
-    step_seconds = (fastest[:, -1] - first_seconds).clamp(min=0) / DECODING_STEPS
-    spread = float((repeats.amax(0) / fastest - 1).median())
-    if spread > BUSY:
-        log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
-    return (first_seconds.tolist(), step_seconds.tolist(), (first_seconds + generate * step_seconds).tolist()), spread
+    rounds = [[times_of_tokens(model) for model in models] for _ in range(ROUNDS)]
+    return np.min(rounds, axis=0).sum(axis=-1).tolist()

@@ -56,7 +56,6 @@ def describe(plan: Plan) -> str:
         lines |= attribute(feature, "lines")(plan)
     if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=plan.budget.removing(plan.budget.step))
-        lines.pop("speed", None)
     else:
         lines.setdefault("widths", describe_widths(plan.budget))
     remaining = parameters - plan.removed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -54,7 +54,6 @@ class Pricing:
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
-    measured: dict[str, Any] = field(default_factory=dict)  # what currencies have measured on this machine
 
     @property
     def device_available(self) -> bool:
@@ -73,15 +72,18 @@ class Pricing:
             return str(published).removeprefix("torch.")
         return m.dtype
 
+    @cached_property
+    def latency_table(self) -> dict[str, Any]:
+        """The latency table of this machine (`gprune.evaluation.speed`), measured unless it is cached."""
+        with matmul_precision(self.cfg.trainer.float32_matmul_precision):
+            return COST["seconds"].table(self)
+
     def budget(self) -> Budget:
         """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
         costs, outside = self.costs_in(s.currency)
         units = block_units(blocks, scope=s.scope, protect=s.protect, costs=costs)
         multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
-        if multiple is None:  # auto: the smallest one that is fast by this machine's latency table
-            with matmul_precision(self.cfg.trainer.float32_matmul_precision):
-                multiple = COST["seconds"].best_multiple(self)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."

@@ -23,7 +23,6 @@ from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import Forecast
-from gprune.features import attribute
 from gprune.method.inputs import Text, load_dense, prepare_text
 from gprune.method.plan import Plan, describe_unpruned, forward_equivalents, make_plan
 from gprune.models.blocks import Block, blocks_of
@@ -250,8 +249,8 @@ def open_run(
     text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings)
     model = load_dense(cfg, plan.device, tokenizer)
     inputs = {"model": fingerprint(model), "text": text.hashes(), "gprune": VERSION}
-    for feature in cfg.features:
-        inputs |= attribute(feature, "inputs")(plan)
+    if cfg.sparsity.currency == "seconds":  # another latency table gives another budget
+        inputs["speed"] = key_of(table=plan.pricing.latency_table)
     settings = cfg.settings() | {"inputs": inputs}
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
@@ -275,7 +274,7 @@ def open_run(
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
         if not folder.finished:
-            _record_machine_choices(folder, plan)
+            _record_precision(folder, plan)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
@@ -288,10 +287,7 @@ def open_run(
             raise
 
 
-def _record_machine_choices(folder: RunFolder, plan: Plan) -> None:
-    """Write what features have measured on this machine, and the reason for the resolved precision `auto`."""
-    with matmul_precision(plan.cfg.trainer.float32_matmul_precision):  # in which they were measured
-        for feature in plan.cfg.features:
-            attribute(feature, "store")(plan, folder)
+def _record_precision(folder: RunFolder, plan: Plan) -> None:
+    """Write the reason for the resolved precision `auto`."""
     if plan.why_precision != GIVEN and not folder.manifest.get("precision"):
         folder.update_manifest(precision={"asked": "auto", "because": plan.why_precision})
