@@ -88,7 +88,7 @@ def check_early(cfg: RunConfig) -> None:
     """Raise UserError for an unknown corpus or model, or an invalid folder or accelerator, before the slow imports."""
     cfg.check_names()
     check_model_name(cfg.model.name)
-    if cfg.trials:
+    if cfg.searches_quality:
         for corpus in filter(is_local, cfg.development_corpora):
             load_corpus(corpus, "development")  # raises if the corpus has no development split
     if not cfg.dry_run and process_index() == 0:

@@ -64,7 +64,7 @@ def error_corpora(cfg: Any) -> dict[str, list[str]]:
     if not cfg.gprune:
         return {"base": cfg.base_corpora}
     # The sparsity at which thresholds are learned for a target in quality is found with masks of the base metric.
-    of_base = {"base": cfg.base_corpora} if cfg.learns and cfg.trials else {}
+    of_base = {"base": cfg.base_corpora} if cfg.learns and cfg.searches_quality else {}
     return of_base | {"modules": cfg.corpora.drift}
 
 

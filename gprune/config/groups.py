@@ -388,8 +388,9 @@ class SparsityConfig(Group, prefix="sparsity."):
     target: Annotated[TargetSetting, Reads(COST)] = 0.3
     """How much is removed: 0.3, 30%, 95M, 200MiB, 1.4x or +5%. 0.3: 30 % of the scope's parameters. 30%: 30 % of all
     parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
-    times as fast on this machine. +5%: as much as possible while perplexity on development text, after
-    --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""
+    times as fast on this machine. +5%: as much as possible while perplexity on development text, after the parts of
+    --recovery that do not train, is at most 5 % above the dense model (3% is a share of all parameters, +3% a
+    quality)."""
     limit: Annotated[Literal["mean", "worst"], IF_CHANGED] = "mean"
     """Whose perplexity a target in quality such as +5% limits. mean: the geometric mean over the development corpora.
     worst: that of every development corpus."""

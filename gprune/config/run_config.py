@@ -373,9 +373,9 @@ class RunConfig(Group):
         return "+".join(name for name in self.recovery.split("+") if not recovery_learns(name)) or "none"
 
     @property
-    def trials(self) -> list[str]:
-        """The recovery of each model that the search for a quality measures at most; empty without a search."""
-        return Target.of(self.sparsity.target).trials(self)
+    def searches_quality(self) -> bool:
+        """Whether the target is a quality, so that the run finds out how much is removed."""
+        return Target.of(self.sparsity.target).is_searched
 
     @property
     def calibration_corpora(self) -> list[str]:

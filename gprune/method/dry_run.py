@@ -54,7 +54,7 @@ def describe(plan: Plan) -> str:
     }
     for feature in plan.features:
         lines |= attribute(feature, "lines")(plan)
-    if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
+    if cfg.searches_quality:  # the result is not known, so costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=plan.budget.removing(plan.budget.step))
     else:
         lines.setdefault("widths", describe_widths(plan.budget))
@@ -62,7 +62,7 @@ def describe(plan: Plan) -> str:
     size = f"{remaining * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}"
     lines |= {
         "stays": describe_unpruned(plan),
-        "exports": f"{'at most ' if cfg.trials else ''}{remaining:,} parameters: {size}",
+        "exports": f"{'at most ' if cfg.searches_quality else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
         "evaluates": f"the {' and '.join(cfg.evaluated_stages)} model on {len(cfg.corpora.evaluate)} corpora",

@@ -227,8 +227,7 @@ class Plan:
         """
         cfg, tokens = self.cfg, self.cfg.evaluated_tokens
         compared = 3 * cfg.evaluation.compared_tokens  # by the masked, the sliced and the reloaded model
-        # Of a search for a quality, the model is one of the trained trials.
-        forward, trained = (0, 0) if cfg.trials and cfg.recovery_learns else self.recovery_tokens(cfg.recovery)
+        forward, trained = self.recovery_tokens(cfg.recovery)
         of_stage = tokens if self.keeps_forecasts else 2 * tokens
         before = tokens + of_stage if cfg.measures_pruned else 0
         after = of_stage if cfg.measures_pruned else tokens + of_stage

@@ -65,7 +65,7 @@ from gprune.importance.scores import (
     score_units,
 )
 from gprune.method.evaluate import evaluate
-from gprune.method.quality import with_learning_budget, with_quality_budget
+from gprune.method.quality import development_nll, with_learning_budget, with_quality_budget
 from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run, open_run
 from gprune.method.save import check_discovered_structure, save
@@ -123,7 +123,7 @@ def prune(
         callbacks: Lightning callbacks for the Trainers of all stages, in addition to `--trainer.callbacks`. An object
             of your own class is shared by all stages. A built-in callback of Lightning, or a subclass of one, is
             copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
-            in the last stage of the run; trials of the search for a quality do not count.
+            in the last stage of the run.
         logger: Lightning loggers for all stages, in addition to CSV and W&B.
         refiner: stage of your own (docs/extend.md) instead of `stages.refinement.AssignmentRefinement`: a class, or a
             `functools.partial` of one, whose arguments are part of the settings.
@@ -156,7 +156,7 @@ def prune(
             masks_at = learn_sparsity(run, statistics, scores, modules)  # 7
         else:
             masks_at = base_masks(run, statistics, scores)  # a function of the budget
-        if cfg.trials:  # the target is a quality
+        if cfg.searches_quality:
             run = with_quality_budget(run, statistics, masks_at)
         thresholds, masks = meet_budget(run, masks_at)  # 8
         if cfg.measures_pruned:
@@ -164,6 +164,8 @@ def prune(
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
             pruned = prune_and_recover(run, masks, statistics)
+        if cfg.searches_quality and cfg.recovery_learns:
+            development_nll(run, "recovered", lambda: pruned)
         is_rank_zero, summary = rank_zero_only.rank == 0, {}
         if is_rank_zero:
             save(run, pruned, masks)
@@ -611,7 +613,7 @@ def learn_sparsity(
     Learning starts from the masks of the base metric. Their budget for a target in quality is found by a search.
     """
     cfg, name, learns = run.cfg, run.cfg.sparsity.allocation, run.cfg.learns
-    searches = bool(cfg.trials) and learns
+    searches = cfg.searches_quality and learns
     start = base_masks(run, statistics, scores) if searches or not cfg.measures_errors else None
     if searches:
         run = with_learning_budget(run, statistics, start)

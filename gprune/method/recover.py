@@ -27,19 +27,16 @@ from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recov
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
 from gprune.stages.callbacks import RisingPerplexity
-from gprune.storage.files import content_hash
 
 
 @torch.no_grad()
 def prune_and_recover(
-    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, recovery: str | None = None,
-    trial: int | None = None,
-) -> PreTrainedModel:  # fmt: skip
+    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, recovery: str | None = None
+) -> PreTrainedModel:
     """Return a pruned copy of the dense model, after a recovery: by default that of the run.
 
     If the model is offloaded, the copy is written to the cache layer by layer, and then loaded with the same
-    arguments. With DDP every process computes the whole copy, with the same bits. `trial` is the number of a trained
-    model of the search for a quality, from 1.
+    arguments. With DDP every process computes the whole copy, with the same bits.
     """
     cfg = run.cfg
     free_memory(run.plan.device)
@@ -53,7 +50,7 @@ def prune_and_recover(
         ridge=cfg.ridge,
         statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
         batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
-        fit=fit_once(run, learned_file(masks, recovery), trial),
+        fit=fit_once(run),
     )
     # Only the first recovery of a chain may change blocks one at a time. Least squares is recoveries/least_squares.py.
     revise = recoveries[0].revise(material)
@@ -70,7 +67,7 @@ def tune(
 ) -> PreTrainedModel:
     """Return a model after `tune` of each recovery, which may change it in place. Its tokens are counted."""
     counting = meter.watch(pruned)
-    # Random numbers of a recovery must not depend on earlier work: calibration, a trial, an earlier session.
+    # Random numbers of a recovery must not depend on earlier work: calibration, a search, an earlier session.
     torch.manual_seed(seed)
     with torch.enable_grad():  # a recovery may train the model
         for recovery in recoveries:
@@ -114,16 +111,11 @@ def loading_arguments(run: Run) -> dict[str, Any]:
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
 
 
-def learned_file(masks: Masks, recovery: str) -> str:
-    """Prefix of the files in the run folder with the tensors that the recovery of a pruned model has learned."""
-    return f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
-
-
-def fit_once(run: Run, path: str, trial: int | None = None) -> Callable[..., None]:
-    """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
+def fit_once(run: Run) -> Callable[..., None]:
+    """Return the function `Material.fit` of the run's model, which trains each stage once, even over several sessions.
 
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
-    UserError for unknown arguments. `trial` is that of `Run.fit`.
+    UserError for unknown arguments.
     """
     call_numbers, c = itertools.count(), run.cfg.corpora
 
@@ -137,14 +129,14 @@ def fit_once(run: Run, path: str, trial: int | None = None) -> Callable[..., Non
                 f"Arguments of material.fit must be among batch_size, clip, accumulate; got {', '.join(unknown)}."
                 " A stage trains for one epoch; --distill.tokens sets how much text it has."
             )
-        name = f"{path}-{type(stage).__name__}-{next(call_numbers)}".removesuffix("-0")
+        name = f"recovery/{type(stage).__name__}-{next(call_numbers)}".removesuffix("-0")
         learned = broadcast(run.folder.read(name))
         if learned is None:  # the cost of training is recorded in the enclosing step
             rise = RisingPerplexity() if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[rise] if rise else [], trial=trial, measured_after=0.25,
+                callbacks=[rise] if rise else [], measured_after=0.25,
             )  # fmt: skip
             if rise:
                 rise.warn()

@@ -29,7 +29,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint, load_tokenizer
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import fit_metrics, loggers_of_user, tracking
+from gprune.runs.tracking import loggers_of_user, show_over_tokens, tracking
 from gprune.runs.trainer import (
     GIVEN,
     PROFILERS,
@@ -168,8 +168,8 @@ class Run:
 
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
-        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), trial: int | None = None,
-        role: str = "", measured_after: float = 1.0, **kwargs: Any,
+        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), role: str = "",
+        measured_after: float = 1.0, **kwargs: Any,
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
 
@@ -177,14 +177,12 @@ class Run:
         perplexity is measured before the first step, by the validation loop, and after the last step.
 
         Args:
-            name: of the stage in the folder. A slash in it means that a recovery trains a model.
+            name: of the stage in the folder.
             what: line for the log and the progress bar.
             stage: a LightningModule.
             text: windows to train on, one entry per corpus.
             batch_size: windows per batch; `--corpora.batch_size` by default.
             callbacks: in addition to those of the user and of the run.
-            trial: number of the model in the search for a quality, from 1. Its tokens count as learned, but callbacks
-                of the user do not keep its state.
             role: prefix of the stage's metrics, such as `learn`, which callbacks of the user may monitor.
             measured_after: share of an epoch between two measurements of development perplexity.
             kwargs: of the Trainer.
@@ -203,9 +201,7 @@ class Run:
             _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
         learned = self.folder.manifest.get("learned_tokens", {})
-        # Stages whose names have a slash recover a model; those of other trials recover other models.
-        earlier = [other for other in learned if other != name and not (trial and "/" in other)]
-        stage.tokens_before = sum(learned[other] for other in earlier)
+        stage.tokens_before = sum(tokens for other, tokens in learned.items() if other != name)
         limit = t.limit_train_batches
         curves = StepCurves()
         trainer = self.trainer(
@@ -217,7 +213,8 @@ class Run:
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
-        with self.folder.part(name, shared=True), fit_metrics(self.loggers, curves_of(stage), trial):
+        show_over_tokens(self.loggers, curves_of(stage))
+        with self.folder.part(name, shared=True):
             if validates and checkpoint is None:
                 trainer.validate(stage, data, verbose=False)
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
@@ -225,8 +222,7 @@ class Run:
                 trainer.validate(stage, data, verbose=False)
         if getattr(stage, "in_float32", False):
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
-        if trial is None:
-            self.callbacks.keep_state()
+        self.callbacks.keep_state()
         self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", curves.tokens)})
         return trainer, data
 

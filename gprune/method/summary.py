@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from gprune.errors import optional_output
 from gprune.features import attribute
-from gprune.method.quality_summary import quality_reached
+from gprune.method.quality import quality_entry
 from gprune.method.run import Run
 from gprune.method.says import says_entry
 from gprune.models.masks import Masks
@@ -37,8 +37,8 @@ def summarise(
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
         for feature in run.cfg.features:
             summary |= attribute(feature, "summary")(run, masks, pruned)
-    if run.cfg.trials:  # the target is a quality
-        summary |= quality_reached(run, records)
+    if run.cfg.searches_quality:
+        summary |= quality_entry(run, records, masks, summary["parameters_after"])
     for entry in entries(summary).values():
         log.info("%s", entry["said"])
         for warning in entry.get("warnings", ()):

@@ -22,7 +22,7 @@ from torch import Tensor
 from gprune.evaluation.intervals import Estimate
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
-from gprune.storage.files import read_json, replacing
+from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
 FORMATS = ("png", "svg")
@@ -260,8 +260,7 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
 def read_curves(run: Path) -> pd.DataFrame:
     """Read the logged metrics of a run, with a row for each time that metrics were logged.
 
-    Sessions are concatenated in their order. The frame is empty if there are no files, as for a record of a list. In a
-    run with a quality target, metrics of the trial that is the run's model lose their prefix, such as `trial_2/`.
+    Sessions are concatenated in their order. The frame is empty if there are no files, as for a record of a list.
     """
     frames = []
     number = re.compile(r"\d*$")
@@ -270,14 +269,7 @@ def read_curves(run: Path) -> pd.DataFrame:
             frames.append(pd.read_csv(file))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("Cannot read %s: %s. Its curves are left out.", file, " ".join(str(error).split()))
-    if not frames:
-        return pd.DataFrame()
-    frame = pd.concat(frames, ignore_index=True)
-    trial = ((read_json(run / "quality.json") or {}).get("reached") or {}).get("trial")
-    if trial is None:
-        return frame
-    of_model = frame.rename(columns=lambda name: name.removeprefix(f"trial_{trial}/"))
-    return of_model.T.groupby(level=0, sort=False).first().T
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:

@@ -80,7 +80,7 @@ def entries(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the entries of a summary, which features write and readers print without knowing the feature.
 
     An entry has a text `said` and, optionally, lines `warnings`, `numbers` by name, and a `table`, which has the
-    arguments of `report.tables.Table` except its name; an estimate in its rows is [value, low, high].
+    arguments of `report.tables.Table` except its name; an estimate among numbers or in rows is [value, low, high].
     """
     return {name: value for name, value in summary.items() if isinstance(value, dict) and "said" in value}
 
@@ -164,7 +164,7 @@ def _of_model(
     summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], stage: str, is_final: bool
 ) -> Iterator[tuple[str, Estimate]]:
     """Yield numbers of the whole model: those of the summary, costs, and numbers of entries."""
-    numbers: dict[str, float | None] = {}
+    numbers: dict[str, Any] = {}
     if stage == "dense":
         numbers = {"parameters": summary.get("parameters_before")}
     elif is_final:
@@ -177,7 +177,7 @@ def _of_model(
         numbers |= {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
     for name, value in numbers.items():
         if value is not None:
-            yield name, Estimate(value)
+            yield name, Estimate(*value) if isinstance(value, list) else Estimate(value)
 
 
 def task_frame(records: Sequence[Record]) -> pd.DataFrame:

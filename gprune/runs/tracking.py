@@ -31,7 +31,7 @@ from gprune.storage.files import key_of
 log = messages.getLogger("gprune")
 RESUME_KEYS = ("id", "project", "entity", "name", "group", "job_type")  # stored for `resumed_run`
 # Metric pattern -> x axis. Lightning's step restarts in every stage, so stages that are trained on text have axes of
-# their own, which `fit_metrics` defines.
+# their own, which `show_over_tokens` defines.
 AXES = {
     "development/*": "development/tokens",
     "partition/*": "trainer/global_step",
@@ -142,32 +142,10 @@ def wandb_id(key: str, cfg: RunConfig) -> str:
     return f"{readable}_{unique}"
 
 
-@contextmanager
-def fit_metrics(loggers: Sequence[Logger], stage: str, trial: int | None = None) -> Iterator[None]:
-    """Context for training a stage, whose metrics W&B shows over tokens.
-
-    Metrics of a trial of the search for a quality have its number: `distill/loss` is logged as `trial_2/distill/loss`,
-    and `development/perplexity` as `trial_2/development/perplexity`.
-    """
-    prefix = "" if trial is None else f"trial_{trial}/"
-    groups = [f"{prefix}{stage}"] if trial is None else [f"{prefix}{stage}", f"{prefix}development"]
+def show_over_tokens(loggers: Sequence[Logger], stage: str) -> None:
+    """Let W&B show the metrics of a stage that is trained over its tokens."""
     for logger in wandb_loggers(loggers):
-        logger.try_with_run(partial(define_axes, axes={f"{group}/*": f"{group}/tokens" for group in groups}))
-    if trial is None:
-        yield
-        return
-
-    def with_prefix(log_metrics: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics by a logger's `log_metrics`, with the prefix of the trial."""
-        log_metrics({f"{prefix}{name}" if "/" in name else name: value for name, value in metrics.items()}, step)
-
-    for logger in loggers:
-        logger.log_metrics = partial(with_prefix, logger.log_metrics)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            del logger.log_metrics  # the method of the class is not changed
+        logger.try_with_run(partial(define_axes, axes={f"{stage}/*": f"{stage}/tokens"}))
 
 
 def curves_hint(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar
@@ -26,8 +25,8 @@ BYTE_UNITS = {
 KEPT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | BYTE_UNITS  # units of a size that is kept
 MIN_KEPT = 1000  # smallest size that may be kept, in parameters or bytes
 MAX_RATIO = 1000  # largest speedup
-TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
-LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
+CUTS = 1000  # largest number of cuts among which the search for a target in quality bisects
+LEARNING_CUTS = 100  # the same for the search for the share at which thresholds are learned
 HALF_BITS_PER_BYTE = 16  # byte budgets are counted in half-bits, because q8_0 takes 8.5 bits per weight
 FORMS = (
     "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
@@ -70,10 +69,6 @@ class Target(Feature):
             if unit == "x" and 1 < number <= MAX_RATIO:
                 return cls(setting, number, unit)
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
-
-    def trials(self, cfg: Any) -> list[str]:
-        """Return the recovery of each model that may be measured to find how much is removed."""
-        return []
 
     def development_corpora(self, cfg: Any) -> list[str]:
         """Return the corpora whose development split is measured: those of stages that train on text."""
@@ -142,35 +137,29 @@ class QualityTarget(Target):
                 f"confidence interval; got {cfg.development_windows}."
             )
 
-    def trials(self, cfg: Any) -> list[str]:
-        """Return the recovery of every trial. Thresholds need a search of their own for where learning starts."""
-        searches = 2 if cfg.learns else 1
-        trained = [cfg.recovery] * LEARNED_TRIES if cfg.recovery_learns else []
-        return [cfg.training_free_recovery] * (searches * TRIES) + trained
+    def models(self, cfg: Any) -> int:
+        """Return the largest number of models that the searches measure. A bisection of 2^n - 1 cuts measures n."""
+        return CUTS.bit_length() + (LEARNING_CUTS.bit_length() if cfg.learns else 0)
 
     def development_corpora(self, cfg: Any) -> list[str]:
         """Return all corpora whose train split the run reads."""
         return cfg.train_corpora
 
     def planned_tokens(self, plan: Any) -> Tokens:
-        """Return the tokens of step 8: the dense model and every trial on development text, and all recoveries.
-
-        The run's model is one of the trained trials.
-        """
-        recoveries = self.trials(plan.cfg)
-        costs = [plan.recovery_tokens(name) for name in recoveries]
-        measured = (1 + len(recoveries)) * plan.cfg.development_tokens
-        return {8: (measured + sum(forward for forward, _ in costs), sum(trained for _, trained in costs))}
+        """Return the tokens of the searches, and of the recovered model on development text if it is trained."""
+        cfg, models = plan.cfg, self.models(plan.cfg)
+        recovered, _ = plan.recovery_tokens(cfg.training_free_recovery)
+        searched = cfg.development_tokens + models * (recovered + cfg.development_tokens)
+        return {8: (searched, 0), 9: (cfg.development_tokens if cfg.recovery_learns else 0, 0)}
 
     def lines(self, plan: Any) -> dict[str, str]:
         """Return how much is removed at most, how many models are tried, and on how much text."""
         cfg = plan.cfg
-        models = " and ".join(f"{number} models after {name}" for name, number in Counter(self.trials(cfg)).items())
         text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
         kept = f"{self.setting} on every development corpus" if cfg.sparsity.limit == "worst" else self.setting
         return {
             "removes": f"at most {plan.removed:,} parameters: the run finds the sparsity that keeps {kept}",
-            "quality": f"at most {models}, usually less than half, or more if none keeps the quality, each on {text}",
+            "quality": f"at most {self.models(cfg)} models after {cfg.training_free_recovery}, each on {text}",
         }
 
 

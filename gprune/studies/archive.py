@@ -177,11 +177,6 @@ def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> 
     return replace(record_to_run(record), name=row.name, evaluation=evaluation)
 
 
-def learned_tokens(manifest: Mapping[str, Any]) -> int:
-    """Return the training tokens of the final model, as reported by its stages, over all processes."""
-    return sum(manifest.get("learned_tokens", {}).values())
-
-
 def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write a record in compact form (`fold_records`), and return the record with its path.
 

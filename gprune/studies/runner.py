@@ -38,7 +38,6 @@ from gprune.storage.paths import disk_errors, expanded
 from gprune.studies.archive import (
     dense_tasks_file,
     find_record,
-    learned_tokens,
     pack_masks,
     read_task_records,
     row_to_run,
@@ -170,7 +169,7 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
         "inputs": manifest["settings"]["inputs"],
         "environment": manifest["environment"],
         "steps": manifest["steps"],
-        "summary": result.summary | {"learned_tokens": learned_tokens(manifest)},
+        "summary": result.summary,
         "learning": manifest.get("learning"),
         "masks": pack_masks(result.masks) if result.masks and row.masks else None,
         "records": [round_window_nll(r) for r in result.records],

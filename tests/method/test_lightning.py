@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import math
-import re
 from pathlib import Path
 
 import lightning as L
@@ -219,7 +218,7 @@ def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, mon
     assert [stopped["batches"] for stopped in result.summary["stopped"].values()] == [4, 4]
     assert Path(saving.best_model_path).is_file()
     folder = Path(saving.best_model_path).parent.relative_to(result.path).as_posix()
-    assert re.fullmatch(r"checkpoints/recovery/distill-\w{8}-DistillationStage", folder)
+    assert folder == "checkpoints/recovery/DistillationStage"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()

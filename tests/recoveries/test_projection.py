@@ -202,6 +202,6 @@ def test_a_recovery_of_experts_must_not_return_a_bias(problem):
 
 def test_unknown_arguments_of_material_fit_are_refused():
     run = SimpleNamespace(cfg=SimpleNamespace(corpora=None, trainer=None))
-    fit = fit_once(run, "recovery/mine", "gprune")
+    fit = fit_once(run)
     with pytest.raises(UserError, match=r"^Arguments of material\.fit must be among batch_size, .*; got max_epochs\."):
         fit("Healing", None, max_epochs=3)

@@ -273,22 +273,6 @@ def test_curves_of_a_resumed_run_are_concatenated_and_repeated_steps_dropped(tmp
     assert line.to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
 
 
-def test_curves_of_a_quality_target_are_those_of_the_trial_that_is_the_model(run):
-    """Two trials are trained, after thresholds. The second one is the run's model."""
-    nan = float("nan")
-    columns = {"development/tokens": [0.0, 8, nan, nan, nan, nan], "development/perplexity": [9.0, 8, *[nan] * 4]}
-    for trial, start in ((1, 2), (2, 4)):
-        for name, values in (("tokens", [16, 24]), ("perplexity", [7, 7 - trial])):
-            column = [nan] * 6
-            column[start : start + 2] = values
-            columns[f"trial_{trial}/development/{name}"] = column
-    (run / "csv/version_0").mkdir(parents=True)
-    pd.DataFrame(columns).to_csv(run / "csv/version_0/metrics.csv", index=False)
-    write_json(run / "quality.json", {"measured": {}, "reached": {"trial": 2}})
-    (axes,) = report.make([run]).figures["learning"].axes
-    assert [list(line.get_ydata()) for line in axes.lines] == [[9, 8, 7, 5]]
-
-
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])
 def test_unreadable_curves_are_omitted(content, run):
     (run / "csv/version_0").mkdir(parents=True)
