@@ -65,7 +65,7 @@ def describe(plan: Plan) -> str:
         "exports": f"{'at most ' if cfg.searches_quality else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
-        "evaluates": f"the {' and '.join(cfg.evaluated_stages)} model on {len(cfg.corpora.evaluate)} corpora",
+        "evaluates": f"the model on {len(cfg.corpora.evaluate)} corpora: {', '.join(cfg.evaluated_stages)}",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "loads": describe_loading(plan),
@@ -141,12 +141,12 @@ def memory_lines(plan: Plan) -> dict[str, str]:
     if plan.cfg.model.device_map is not None:
         return {"memory": "not counted with --model.device_map; see docs/large_models.md"}
     step, terms = max(estimated_peaks(plan).items(), key=lambda item: sum(item[1]))
-    owner = "this machine" if plan.device.type == "cpu" else "each GPU"
-    text = f"about {sum(terms) / GIB:,.1f} GiB of {owner}, in the step {step}"
+    owner, of_owner = ("this machine", "") if plan.device.type == "cpu" else ("each GPU", " of each GPU")
+    text = f"about {sum(terms) / GIB:,.1f} GiB{of_owner} in the step {step}"
     if plan.pricing.device_available:
         available = device_memory(plan.device)
         saver = "" if sum(terms) <= available else f"; try {MEMORY_SAVERS[step]} (docs/large_models.md)"
-        text += f", which has {available / GIB:,.1f} GiB{saver}"
+        text += f"; {owner} has {available / GIB:,.1f} GiB{saver}"
     by_term = [f"{value / GIB:,.2f} {name.replace('_', ' ')}" for name, value in terms._asdict().items()]
     return {"memory": text, "of which": f"GiB: {', '.join(by_term)}"}
 

@@ -592,8 +592,8 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert {"model", "scope", "removes", "forward", "results"} <= lines.keys()
     assert lines["and backward"] == f"{2 * 4 * 32} tokens"  # corpora, windows, tokens
     assert lines["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
-    assert lines["evaluates"] == "the dense and pruned model on 3 corpora"
-    assert re.fullmatch(r"about [\d.]+ GiB of this machine, in the step \w+, which has [\d.]+ GiB", lines["memory"])
+    assert lines["evaluates"] == "the model on 3 corpora: dense, pruned"
+    assert re.fullmatch(r"about [\d.]+ GiB in the step \w+; this machine has [\d.]+ GiB", lines["memory"])
     terms = ("weights", "gradients and optimizer", "gram matrices", "activations")
     assert re.fullmatch("GiB: " + ", ".join(rf"\d+\.\d\d {term}" for term in terms), lines["of which"])
     assert lines["text"] == "alpha.txt (train): 12,880 tokens, 128 needed"  # 23 documents of 560 words
@@ -618,7 +618,7 @@ def test_a_dry_run_names_the_corpora_whose_windows_are_not_counted(world, tmp_pa
 def test_a_dry_run_accepts_gpus_that_this_machine_lacks_and_no_invalid_accelerator(world, tmp_path, capsys):
     gpus = ("--dry_run=true", "--trainer.accelerator=gpu", "--trainer.devices=8", "--trainer.num_nodes=2")
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus)) == 0
-    assert re.search(r"GiB of each GPU, in the step \w+\n", capsys.readouterr().out)
+    assert re.search(r"GiB of each GPU in the step \w+\n", capsys.readouterr().out)
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus, "--trainer.accelerator=abacus")) == 2
 
 
