@@ -93,9 +93,8 @@ def test_a_run_removes_experts_of_lowest_reap_exports_a_stock_folder_and_reports
     assert sentence in (result.path / "report.html").read_text()
     (file,) = find(tmp_path)
     logged = read(file)
-    assert logged.summary["parameters_after"] == result.summary["parameters_after"]
-    assert (logged.summary["experts/kept"], logged.summary["experts/removed"]) == (12, 12)
-    assert (result.path / "figures" / "experts.png").exists()
+    assert logged.summary["final/parameters"] == result.summary["parameters_after"]
+    assert (logged.summary["final/experts/kept"], logged.summary["final/experts/removed"]) == (12, 12)
     assert logged.config["sparsity"]["expert_metric"] == "reap"
 
 

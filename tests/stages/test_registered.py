@@ -194,12 +194,13 @@ def test_a_list_compares_two_learners(world, cache, tmp_path, write_module):
               for flag in world.args(tmp_path, "--recovery=none", "--evaluation.before_recovery=false")
               if not flag.startswith(("--run.name", "--export", "--run.seed"))}  # fmt: skip
     rows = {"slow": {"stages": "slow_learner"}, "fast": {"stages": "fast_learner"}}
-    (tmp_path / "learners.yaml").write_text(yaml.safe_dump({"common": common, "rows": rows, "tables": ["final"]}))
+    (tmp_path / "learners.yaml").write_text(yaml.safe_dump({"common": common, "rows": rows}))
     with tiny_run.isolated(cache):
         assert gprune_main(["study", str(tmp_path / "learners.yaml"), "--records", str(tmp_path / "records")]) == 0
         frame = gprune.load_study(tmp_path / "learners.yaml", records=tmp_path / "records").to_frame()
     assert set(frame["row"]) == {"slow", "fast"}
-    slow, fast = (set(frame[frame["row"] == row]["unseen"]) for row in ("slow", "fast"))
+    of_final = frame[(frame["stage"] == "pruned") & (frame["number"] == "unseen")]
+    slow, fast = (set(of_final[of_final["row"] == row]["value"]) for row in ("slow", "fast"))
     assert slow != fast
 
 

@@ -137,7 +137,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: {a: {dry_run: true}}\n", ["--dry_run cannot be set in a study"]),
         ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "must be given after --"]),
         # missing rows
-        ("rows: {a: {}}\nreference: a\n", ["bad.yaml", "The key reference was removed. Name pairs of rows in compare"]),
+        ("rows: {a: {}}\nreference: a\n", ["bad.yaml", "was removed. Name pairs of rows in compare"]),
         ("rows: {a: {}}\ncompare: [[a, b]]\n", ["compare", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
