@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,10 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.corpora.windows import Windows, check_tokens
 from gprune.errors import optional_output
+from gprune.method.run import Run
 from gprune.models.offload import device_of, is_offloaded
-
-if TYPE_CHECKING:
-    from gprune.method.run import Run
 
 log = logging.getLogger("gprune")
 NEW_TOKENS = 30

@@ -170,15 +170,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def content_hash(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 (hex digits) over names, shapes, dtypes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(as_bytes(tensor))
-    return digest.hexdigest()
-
-
 @rank_zero_only
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Save tensors by name."""
@@ -203,16 +194,6 @@ def key_of(**values: Any) -> str:
     """Return a cache key, 16 hex digits, of the values (plain data for JSON) that determine a result."""
     text = json.dumps({"format": FORMAT_VERSION, **values}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Return the SHA-256 (16 hex digits) by name of the files in a folder that match a pattern."""
-    hashes = {}
-    for path in sorted(folder.glob(pattern)):
-        if path.is_file():
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import base64
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,15 @@ def read_record(path: Path) -> dict[str, Any] | None:
     content = read_json(path)
     if content is None or not {"settings", "records"} <= content.keys():
         return None
-    defaults = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
-    settings = content["settings"]
+    defaults, settings = _default_settings(), content["settings"]
     groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
     return unfold_records(content, path) | {"settings": defaults | settings | groups, "path": path}
+
+
+@cache
+def _default_settings() -> dict[str, Any]:
+    """Return the settings of a row that sets none."""
+    return RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
 
 
 def task_results(row: Row, record: dict[str, Any]) -> list[Record]:

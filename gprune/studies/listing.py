@@ -219,9 +219,10 @@ class Listing:
         """
         path = Path(path)
         content = read_content(path)
+        protocol, flag_settings = _read_protocol(path, content), read_flags(flags)
         rows = []
         for seed in dict.fromkeys(seeds or content.seeds):
-            rows += [_read_row(path, content, name, seed, read_flags(flags), records) for name in content.rows]
+            rows += [_read_row(path, content, protocol, name, seed, flag_settings, records) for name in content.rows]
         return cls(path, content, rows)
 
 
@@ -271,9 +272,15 @@ def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
     return parse_benchmarks(**settings)
 
 
+def _read_protocol(path: Path, content: Content) -> list[dict[str, Any]]:
+    """Read the settings of the protocol's files, which all rows of a list share."""
+    return [_read_row_settings(file, path.parent) for file in content.protocol]
+
+
 def _read_row(
-    path: Path, content: Content, name: str, seed: int, flags: Mapping[str, Any], records: Path | str | None
-) -> Row:
+    path: Path, content: Content, protocol: Sequence[dict[str, Any]], name: str, seed: int, flags: Mapping[str, Any],
+    records: Path | str | None,
+) -> Row:  # fmt: skip
     """Return a row of a list with a seed."""
     where = f"List '{path}', row '{name}'"
     row = content.rows[name] or RowContent()
@@ -282,8 +289,8 @@ def _read_row(
         # Records of our own lists would become too large with masks.
         return replace(of_owner, name=name, study=path.stem, tasks=content.tasks, masks=of_owner.masks or content.masks)
     settings: dict[str, Any] = {}
-    of_files = [[_read_row_settings(file, path.parent) for file in files] for files in (content.protocol, row.config)]
-    for layer in (*of_files[0], *of_files[1], ROW_DEFAULTS, content.common, row.settings):
+    configs = [_read_row_settings(file, path.parent) for file in row.config]
+    for layer in (*protocol, *configs, ROW_DEFAULTS, content.common, row.settings):
         # One by one, because a YAML merge may give a setting both nested and dotted, and the later one counts.
         for key, value in layer.items():
             overlay(settings, {key: value}, where)
@@ -314,7 +321,7 @@ def _read_owner(
         raise UserError(f"{where}: The key row must name a row as LIST.yaml:ROW; got '{name}'.")
     if content.rows[row_name] is not None and content.rows[row_name].row is not None:
         raise UserError(f"{where}: The key row must name a row with its own record; '{name}' has that of another row.")
-    return _read_row(owner, content, row_name, seed, flags, records)
+    return _read_row(owner, content, _read_protocol(owner, content), row_name, seed, flags, records)
 
 
 def file_name(name: str) -> str:
