@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import gprune
+from gprune import user_code
 from gprune.__main__ import COMMANDS
 from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
@@ -324,6 +325,7 @@ def test_the_recipe_for_a_plain_learner_reduces_the_loss_at_the_budget(tiny_mode
 def test_the_recipe_for_a_plain_learner_is_a_learner_of_a_run(world, tmp_path, monkeypatch):
     (tmp_path / "my_stages.py").write_text(recipe("class Plain(L.LightningModule)") + "\n\nlearner = Plain\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(user_code, "IMPORTED", [])
     flags = ["--import=my_stages", "--stages=my_stages", "--sparsity.learning_rate=1"]
     run = world.run(tmp_path, *flags, "--export=none", "--evaluation.before_recovery=false")
     assert run.summary["sparsity_of_scope"] == 0.5

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gprune.method.inputs
 import gprune.storage.files
-from gprune import report, user_code
+from gprune import report
 from gprune.calibration.statistics import pool_statistics
 from gprune.corpora.load import CORPORA
 from gprune.corpora.windows import Windows
@@ -414,7 +414,6 @@ def test_on_the_default_text_a_run_names_a_command_that_compares_methods(tmp_pat
     assert first_look(other_text) == ""
     monkeypatch.chdir(sentences.CLONE)
     assert first_look(default) == "Compare with other methods: gprune study experiments/first_look.yaml"
-    monkeypatch.setattr(user_code, "IMPORTED", [])
     for module in (sentences, report):  # an installed wheel has no list
         monkeypatch.setattr(module, "CLONE", tmp_path)
     assert first_look(default).startswith("Compare with the base metric: gprune prune --gprune false; gprune report ")
