@@ -15,17 +15,15 @@ import yaml
 
 import gprune
 from gprune.benchmarks.settings import Benchmarks
-from gprune.cli import describe_ignored_flags
 from gprune.config import RunConfig, check_settings, config_from_mapping, parse
 from gprune.config.groups import REPLACEMENTS, CorporaConfig, Reads, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
-from gprune.sparsity.cost import COST, Currency
 from gprune.storage.yaml_text import to_yaml
 from gprune.studies.listing import Listing
-from tests import registries, tiny_run
+from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
 YAML = {
@@ -414,43 +412,14 @@ def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes()
     assert len({str(settings_with(**export)) for export in exports_of_different_size}) == 4
 
 
-# --- features: choices that plan, settings and command line loop over ----------------------------------------------
+# --- flags that some values of a choice read ------------------------------------------------------------------------
 
 
-def test_all_flags_that_features_read_exist():
+def test_all_flags_that_some_values_read_exist():
     markers = [marker for group in (RunConfig, *GROUPS.values()) for field in group.model_fields.values()
                for marker in field.metadata if isinstance(marker, Reads)]  # fmt: skip
     read = set().union(*(marker.unread(()) for marker in markers))
     assert {"ridge", "distill", "sparsity.start", "partition"} < read <= FLAG_TYPES.keys() | GROUPS.keys()
-
-
-class Joules(Currency):
-    """A currency of a user, with a flag, settings and a refusal of its own."""
-
-    also_reads = frozenset({"export.dtype"})
-    needs = frozenset({"saliency"})
-
-    def identity(self, cfg):
-        return {"export": {"dtype": cfg.export.dtype}}
-
-    def refuse_settings(self, cfg):
-        if cfg.run.seed == 13:
-            raise UserError("--run.seed must not be 13 for joules; got 13.")
-
-
-def test_a_new_feature_reads_flags_needs_statistics_identifies_a_run_and_refuses_settings_without_other_code():
-    given = ["export.dtype"]
-    settings = {"sparsity.target": 0.3, "sparsity.cost": "joules", "export": "none"}
-    without = config_from_mapping(settings | {"sparsity.cost": None})
-    assert describe_ignored_flags(without, given) == "--export.dtype (--export none)"
-    with registries.restored(COST):
-        COST.register("joules")(Joules())
-        cfg = config_from_mapping(settings)
-        assert describe_ignored_flags(cfg, given) == ""
-        assert cfg.needs - without.needs == {"saliency"}
-        assert cfg.settings()["export"] == {"dtype": None}
-        with pytest.raises(UserError, match=r"--run\.seed must not be 13 for joules"):
-            config_from_mapping(settings | {"run.seed": 13})
 
 
 def test_seconds_and_bytes_are_currencies_like_others():

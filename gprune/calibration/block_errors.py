@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError, require_finite
-from gprune.features import Feature, Tokens
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 from gprune.models.products import CastWeights, fast_products
@@ -37,21 +36,13 @@ ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do 
 LEVELS = 8  # errors are computed for widths that are N / LEVELS apart
 
 
-class BlockErrors(Feature):
-    """Errors of blocks as a feature of a run: they take a forward and backward pass over a little text."""
-
-    def refuse(self, plan: Any) -> None:
-        """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
-        blocks = blocks_of(plan.skeleton)
-        if any(block.has_experts for block in blocks):
-            raise UserError(
-                f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
-                "Use uniform."
-            )
-
-    def planned_tokens(self, plan: Any) -> Tokens:
-        """Return the tokens on which errors are measured, for masks of the base metric and of modules."""
-        return {2: (0, error_tokens(plan.cfg, "base")), 7: (0, error_tokens(plan.cfg, "modules"))}
+def refuse_experts(blocks: Sequence[Block]) -> None:
+    """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
+    if any(block.has_experts for block in blocks):
+        raise UserError(
+            f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
+            "Use uniform."
+        )
 
 
 def error_corpora(cfg: Any) -> dict[str, list[str]]:

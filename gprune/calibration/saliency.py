@@ -11,7 +11,6 @@ FFNs of a model with 135M parameters, and about 35 GB for 7B.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +18,7 @@ from torchmetrics import Metric
 
 from gprune.calibration.moments import add_large_state
 from gprune.errors import UserError, require_finite
-from gprune.features import Feature, Tokens
-from gprune.models.blocks import PARTS, Block, Part, blocks_of
-
-
-class Saliency(Feature):
-    """Gradients of weights, as a feature of a run: calibration needs a backward pass."""
-
-    def refuse(self, plan: Any) -> None:
-        """Raise UserError for experts."""
-        for block in blocks_of(plan.skeleton):
-            salient_parts(block, "ffn")
-
-    def planned_tokens(self, plan: Any) -> Tokens:
-        """Return the tokens of calibration, as forward and backward instead of forward."""
-        return {1: (-plan.calibration_tokens, plan.calibration_tokens)}
+from gprune.models.blocks import PARTS, Block, Part
 
 
 def salient_parts(block: Block, scope: str) -> dict[str, Part]:

@@ -36,14 +36,10 @@ from gprune.checks import (
     validation_message,
 )
 from gprune.errors import UserError, closest_name
-from gprune.features import Feature, attribute
-from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
+from gprune.importance.metrics import IMPORTANCE
 from gprune.registry import Registry
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.cost import COST
-from gprune.sparsity.experts import WholeExperts
 from gprune.sparsity.target import Target, TargetSetting
-from gprune.sparsity.whole_blocks import WholeBlocks
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
@@ -72,7 +68,7 @@ DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|
 class Reads:
     """Marker of a setting that chooses a feature: the flags, or groups of flags, that only some of its values read.
 
-    The values are those of a registry, whose entries have the attribute `reads`, or keys of a mapping.
+    The values are those of a registry, whose entries may have the attribute `reads`, or keys of a mapping.
     """
 
     def __init__(self, by_value: Mapping[Any, Collection[str]] | Registry[Any]):
@@ -85,13 +81,13 @@ class Reads:
 
     def _flags(self, name: Any) -> Collection[str]:
         entry = self.by_value[name]
-        return attribute(entry, "reads") if isinstance(self.by_value, Registry) else entry
+        return getattr(entry, "reads", ()) if isinstance(self.by_value, Registry) else entry
 
 
 class Identity(Enum):
     """Marker of a setting, or a group, that does not always identify a run. Without a marker it does."""
 
-    NEVER = "never, unless a feature of the run adds it (`Feature.identity`)"
+    NEVER = "never, unless the run uses it and `RunConfig.settings` adds it"
     IF_CHANGED = "unless it has its default value, since settings stored by earlier versions may lack it"
 
 
@@ -385,7 +381,7 @@ def _sort_scope(scope: Any) -> str:
 class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
-    target: Annotated[TargetSetting, Reads(COST)] = 0.3
+    target: TargetSetting = 0.3
     """How much is removed: 0.3, 30%, 95M, 200MiB, 1.4x or +5%. 0.3: 30 % of the scope's parameters. 30%: 30 % of all
     parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
     times as fast on this machine. +5%: as much as possible while perplexity on development text, after the parts of
@@ -491,18 +487,16 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 
     @property
-    def features(self) -> list[Feature]:
-        """Whole blocks and experts, if they are in scope, and the target."""
-        whole_blocks = [WholeBlocks(self.block_choice)] if "blocks" in self.scope else []
-        whole_experts = [WholeExperts()] if "experts" in self.scope else []
-        return [*whole_blocks, *whole_experts, Target.of(self.target)]
-
-    @property
-    def entries(self) -> list[tuple[Registry[Any], str]]:
-        """Registered features of these settings that only some scopes use, as (registry, name)."""
-        return [(EXPERT_IMPORTANCE, self.expert_metric)] if "experts" in self.scope else []
+    def chooses_blocks_by_loss(self) -> bool:
+        """Whether whole blocks are in scope and chosen by the loss on `--corpora.drift`."""
+        return "blocks" in self.scope and self.block_choice == "loss"
 
     @property
     def currency(self) -> str:
         """What the target counts: `bytes`, `seconds`, or a registered cost."""
         return self.cost or {"x": "seconds", "bytes": "bytes"}.get(Target.of(self.target).unit, "parameters")
+
+    @property
+    def currency_flag(self) -> str:
+        """The flag that determines the currency, with its value."""
+        return f"--sparsity.cost {self.cost}" if self.cost else f"--sparsity.target {self.target}"

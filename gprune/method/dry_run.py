@@ -20,7 +20,7 @@ from gprune.checks import memory_limits
 from gprune.corpora import is_local
 from gprune.corpora.load import corpus_labels, load_corpus
 from gprune.corpora.windows import count_tokens
-from gprune.features import attribute
+from gprune.method.experts import expert_lines
 from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory
 from gprune.models.blocks import blocks_of, by_layer
@@ -32,6 +32,7 @@ from gprune.models.offload import bytes_per_pass
 from gprune.recoveries import recovery_needs
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
+from gprune.sparsity.whole_blocks import removed_layers
 from gprune.stages.student import adapted_layers, trained_weights
 
 GIB = 2**30
@@ -52,8 +53,11 @@ def describe(plan: Plan) -> str:
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.by_layer)} blocks",
         "scope": f"{cfg.sparsity.scope}: {budget.total_parameters:,} parameters in units",
     }
-    for feature in plan.features:
-        lines |= attribute(feature, "lines")(plan)
+    if "blocks" in cfg.sparsity.scope:
+        lines["blocks"] = f"{len(removed_layers(budget))} are removed as a whole"
+    if "experts" in cfg.sparsity.scope:
+        lines |= expert_lines(plan)
+    lines |= describe_target(plan)
     if cfg.searches_quality:  # the result is not known, so costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=plan.budget.removing(plan.budget.step))
     else:
@@ -73,6 +77,21 @@ def describe(plan: Plan) -> str:
         "results": cfg.folder,
     }
     return "\n".join(f"{name:16} {line}" for name, line in lines.items() if line)
+
+
+def describe_target(plan: Plan) -> dict[str, str]:
+    """Return how many parameters are removed at uniform sparsity, or how the run searches for a quality."""
+    cfg, parameters, in_scope = plan.cfg, plan.skeleton.num_parameters(), plan.budget.total_parameters
+    if not cfg.searches_quality:
+        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
+        return {"removes": f"{plan.removed:,} parameters: {shares}"}
+    text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
+    target = cfg.sparsity.target
+    kept = f"{target} on every development corpus" if cfg.sparsity.limit == "worst" else target
+    return {
+        "removes": f"at most {plan.removed:,} parameters: the run finds the sparsity that keeps {kept}",
+        "quality": f"at most {plan.searched_models} models after {cfg.training_free_recovery}, each on {text}",
+    }
 
 
 def describe_text(plan: Plan) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,28 +15,31 @@ from lightning import Callback
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.calibration.block_errors import BlockErrors
-from gprune.calibration.saliency import Saliency
+from gprune.calibration.block_errors import error_tokens, refuse_experts
+from gprune.calibration.saliency import salient_parts
 from gprune.calibration.statistics import gram_bytes, ranges_in_memory
 from gprune.checks import memory_limits
 from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, quoting
+from gprune.evaluation.speed import costs_from_table, latency_table
 from gprune.export.convert import FORMATS, format_named
 from gprune.export.gguf import stored_type
 from gprune.export.hf import kept_in_float32
-from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.copies import skeleton
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
-from gprune.recoveries import recoveries_of
+from gprune.recoveries import RECOVERY, recoveries_of
 from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
 from gprune.sparsity.budget import Budget, block_units, default_width_multiple
-from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
+from gprune.sparsity.cost import COST, Costs, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS_PER_BYTE
+from gprune.sparsity.expert_budget import ExpertBudget, router_rules
+from gprune.sparsity.target import CUTS, HALF_BITS_PER_BYTE, LEARNING_CUTS
+from gprune.sparsity.whole_blocks import check_attention_remains, check_renumbering, trial_tokens
 
+Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward and backward)
 MAX_FORECAST_BYTES = 2**32  # limit of the dense model's forecasts that are kept for the KL of both stages
 
 
@@ -75,8 +78,11 @@ class Pricing:
     @cached_property
     def latency_table(self) -> dict[str, Any]:
         """The latency table of this machine (`gprune.evaluation.speed`), measured unless it is cached."""
-        with matmul_precision(self.cfg.trainer.float32_matmul_precision):
-            return COST["seconds"].table(self)
+        cfg = self.cfg
+        if not self.device_available:
+            raise UserError(f"{cfg.sparsity.currency_flag} needs a GPU in this machine to measure on.")
+        with matmul_precision(cfg.trainer.float32_matmul_precision):
+            return latency_table(self.skeleton, self.device, getattr(torch, cfg.model.dtype), cfg.attention)
 
     def budget(self) -> Budget:
         """Return the budget of `--sparsity.target`."""
@@ -88,11 +94,14 @@ class Pricing:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
-        make_budget = partial(Budget.of, uniform=s.uniform_width, outside=outside)
-        for feature in self.cfg.features:
-            make_budget = attribute(feature, "budget_of")(self, make_budget)
+        options: dict[str, Any] = {"uniform": s.uniform_width, "outside": outside}
+        if "blocks" in s.scope:
+            options["block_share"] = s.block_share
+        if "experts" in s.scope:
+            rules = router_rules(blocks, self.skeleton.config, s.scope)
+            options |= {"rules": tuple(rules), "share": s.expert_share, "equal": s.uniform_experts}
         try:
-            return make_budget(units, s.target, multiple)
+            return (ExpertBudget if "experts" in s.scope else Budget).of(units, s.target, multiple, **options)
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
                 raise UserError(f"{error} {narrower}.") from error
@@ -110,19 +119,11 @@ class Pricing:
         return ""
 
     def costs_in(self, currency: str) -> ModelCosts:
-        """Return the costs of the model in a registered currency.
-
-        The registered object is a function of the model and its blocks, or a `Currency`, which needs the plan.
-        """
-        cost = COST[currency]
-        if not isinstance(cost, Currency):
-            return self.costs_by(currency, cost)
-        with matmul_precision(self.cfg.trainer.float32_matmul_precision):  # a currency may measure
-            return cost.costs(self)
-
-    def costs_by(self, currency: str, cost: Callable[..., Costs]) -> ModelCosts:
-        """Return the costs of the model by a function of the model and its blocks, called `currency` in errors."""
+        """Return the costs of the model in a registered currency. UserError if a function's costs are invalid."""
         blocks = blocks_of(self.skeleton)
+        if currency == "seconds":
+            return costs_from_table(self.latency_table, blocks)
+        cost: Callable[..., Costs] = self.exported_bytes if currency == "bytes" else COST[currency]
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
             return costs_of_blocks(cost(self.skeleton, blocks), blocks)
@@ -152,10 +153,6 @@ class Pricing:
         )
 
 
-# Statistics by name in `Feature.needs`, if they are features themselves, because they take tokens or refuse models.
-STATISTICS: dict[str, Feature] = {"saliency": Saliency(), "errors": BlockErrors()}
-
-
 def forward_equivalents(forward: int, forward_backward: int) -> float:
     """Cost of tokens in forward passes of one token. A backward pass costs as much as two forward passes."""
     return forward + 3 * forward_backward
@@ -182,23 +179,51 @@ class Plan:
     def device(self) -> torch.device:
         return self.pricing.device
 
-    @property
-    def features(self) -> list[Any]:
-        """The features of the run (`RunConfig.features`), and the statistics that they need."""
-        needs = {need for feature in self.cfg.features for need in attribute(feature, "needs")} | self.cfg.needs
-        return [*self.cfg.features, *(STATISTICS[name] for name in sorted(needs & STATISTICS.keys()))]
-
     @cached_property
-    def tokens(self) -> dict[int, tuple[int, int]]:
-        """Largest numbers of tokens (forward, forward and backward), by step: of calibration, features and models."""
-        of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
-        total: dict[int, tuple[int, int]] = {}
-        passes = len(self.gram_ranges) or 1
-        for tokens in ({1: (passes * self.calibration_tokens, 0)}, *of_features, self.model_tokens):
+    def tokens(self) -> Tokens:
+        """Largest numbers of tokens (forward, forward and backward), by step."""
+        cfg, calibration, passes = self.cfg, self.calibration_tokens, len(self.gram_ranges) or 1
+        parts: list[Tokens] = [{1: (passes * calibration, 0)}, self.model_tokens]
+        if "saliency" in cfg.needs:  # calibration has a backward pass
+            parts.append({1: (-calibration, calibration)})
+        if cfg.measures_errors:
+            parts.append({2: (0, error_tokens(cfg, "base")), 7: (0, error_tokens(cfg, "modules"))})
+        if cfg.sparsity.chooses_blocks_by_loss:
+            parts.append({2: (trial_tokens(self), 0)})
+        if cfg.learns:
+            parts.append({7: self.learning_tokens})
+        if cfg.searches_quality:
+            parts.append(self.search_tokens)
+        total: Tokens = {}
+        for tokens in parts:
             for step, (forward, trained) in tokens.items():
                 earlier_forward, earlier_trained = total.get(step, (0, 0))
                 total[step] = earlier_forward + forward, earlier_trained + trained
         return total
+
+    @property
+    def learning_tokens(self) -> tuple[int, int]:
+        """Tokens of threshold learning, and of development perplexity before, during and after learning."""
+        cfg, epochs = self.cfg, self.cfg.sparsity.epochs
+        learning = epochs * cfg.learned_windows * cfg.corpora.seq_len
+        # The curve over sparsities has the dense model, the target and others.
+        measured = cfg.trainer.measurements(cfg.learned_windows, cfg.corpora.batch_size, epochs=epochs)
+        measured += 2 + len(cfg.evaluation.curve)
+        teacher = learning if cfg.sparsity.loss == "kl" else 0
+        return measured * cfg.development_tokens + teacher, learning
+
+    @property
+    def searched_models(self) -> int:
+        """Largest number of models that a target in quality measures. A bisection of 2^n - 1 cuts measures n."""
+        return CUTS.bit_length() + (LEARNING_CUTS.bit_length() if self.cfg.learns else 0)
+
+    @property
+    def search_tokens(self) -> Tokens:
+        """Tokens of the search for a quality, and of the recovered model on development text if it is trained."""
+        cfg = self.cfg
+        recovered, _ = self.recovery_tokens(cfg.training_free_recovery)
+        searched = cfg.development_tokens + self.searched_models * (recovered + cfg.development_tokens)
+        return {8: (searched, 0), 9: (cfg.development_tokens if cfg.recovery_learns else 0, 0)}
 
     @property
     def calibration_tokens(self) -> int:
@@ -219,7 +244,7 @@ class Plan:
         return ranges_in_memory(blocks, limit)
 
     @property
-    def model_tokens(self) -> dict[int, tuple[int, int]]:
+    def model_tokens(self) -> Tokens:
         """Tokens of recovering and evaluating the model: up to its recovery in step 9, afterwards in step 10.
 
         If the dense model's forecasts are not kept, the dense model is evaluated again beside each stage, and counts
@@ -298,8 +323,7 @@ def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, togethe
     budget = pricing.budget()
     plan = Plan(pricing, budget, why_precision)
     check_blocks(cfg, blocks, config)
-    for feature in plan.features:
-        attribute(feature, "refuse")(plan)
+    check_model(plan)
     _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan
 
@@ -315,6 +339,25 @@ def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.devic
         one_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
         check_trainer(**settings | one_cpu)  # checks the other settings
         return torch.device("cuda")
+
+
+def check_model(plan: Plan) -> None:
+    """Raise UserError for a model that the scope, the allocation, the metric or the recovery does not support."""
+    cfg, blocks = plan.cfg, blocks_of(plan.skeleton)
+    if "blocks" in cfg.sparsity.scope:
+        check_attention_remains(plan)
+        if plan.budget.removed:
+            check_renumbering(plan)
+    if cfg.learns:
+        for sparsity in cfg.evaluation.curve:
+            plan.budget.at(sparsity)  # raises for an impossible one
+    for name in cfg.recovery.split("+"):
+        RECOVERY[name].refuse(plan)
+    if cfg.measures_errors:
+        refuse_experts(blocks)
+    if "saliency" in cfg.needs:
+        for block in blocks:
+            salient_parts(block, "ffn")  # raises for experts
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:

@@ -52,7 +52,6 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export.hf import to_portable
-from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import (
     Scores,
@@ -61,10 +60,12 @@ from gprune.importance.scores import (
     fractional_ranks,
     generator_for,
     neuron_ranks,
+    score_experts,
     score_ffn,
     score_units,
 )
 from gprune.method.evaluate import evaluate
+from gprune.method.experts import store_scores
 from gprune.method.quality import development_nll, with_learning_budget, with_quality_budget
 from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run, open_run
@@ -319,8 +320,8 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
     """Step 2: importance of every unit by the base metric, on the pooled statistics of `--corpora.score`."""
     run.step(2, "Scoring")
     scores = score_on(run, statistics, run.cfg.corpora.scored)
-    for feature in run.cfg.features:
-        attribute(feature, "after_scoring")(run, scores, [statistics[corpus] for corpus in run.cfg.corpora.scored])
+    if "experts" in run.cfg.sparsity.scope:
+        store_scores(run, scores, [statistics[corpus] for corpus in run.cfg.corpora.scored])
     return scores
 
 
@@ -328,8 +329,9 @@ def score_on(run: Run, statistics: Mapping[str, CorpusStatistics], corpora: Sequ
     """Return the importance of every unit by the base metric, on the pooled statistics of corpora."""
     cfg, pooled = run.cfg, pool_statistics(statistics[corpus] for corpus in corpora)
     scores = score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
-    for feature in cfg.features:
-        scores = attribute(feature, "add_scores")(run, scores, pooled)
+    if "experts" in cfg.sparsity.scope:
+        of_experts = score_experts(cfg.sparsity.expert_metric, run.blocks, pooled, seed=cfg.run.seed)
+        scores = replace(scores, experts=of_experts)
     return scores
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gprune.errors import optional_output
-from gprune.features import attribute
+from gprune.evaluation import speed
+from gprune.method.experts import experts_entry
 from gprune.method.quality import quality_entry
 from gprune.method.run import Run
 from gprune.method.says import says_entry
@@ -34,9 +35,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Compute the summary of a run; write it to manifest, metrics.json, model card, figures, trackers and page."""
     summary = sizes(run, masks, pruned)
-    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
-        for feature in run.cfg.features:
-            summary |= attribute(feature, "summary")(run, masks, pruned)
+    if "experts" in run.cfg.sparsity.scope:
+        summary |= experts_entry(run, masks)
+    if run.cfg.sparsity.currency == "seconds":
+        summary |= speed_entry(run, masks, pruned)
     if run.cfg.searches_quality:
         summary |= quality_entry(run, records, masks, summary["parameters_after"])
     for entry in entries(summary).values():
@@ -88,6 +90,29 @@ def sizes(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
         "learned_tokens": sum(run.folder.manifest.get("learned_tokens", {}).values()),
         **run.folder.total_tokens(),
     }
+
+
+def speed_entry(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
+    """Return the entry `speed` of the summary: the speed of the pruned model, and the latency table.
+
+    Dense and pruned model are measured in alternation.
+    """
+    if (measured_earlier := run.folder.manifest.get("summary", {}).get("speed")) is not None:
+        return {"speed": measured_earlier}
+    dense_cost = run.budget.model  # in units of time
+    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which the table was measured
+        seconds = speed.time_generation([run.model, pruned])
+    speeds = {
+        "asked": dense_cost / (dense_cost - run.budget.target),
+        "predicted": dense_cost / (dense_cost - run.budget.removed_by(masks)),
+        "got": seconds[0] / seconds[1],
+    }
+    numbers = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in speeds.items())
+    device = speed.describe_device(run.model.device)
+    setting = f"prompt of {speed.PROMPT} tokens, {speed.GENERATE} generated, {device}"
+    said = f"Speed: {numbers} of dense ({setting})."
+    table = run.plan.pricing.latency_table
+    return {"speed": speeds | {"said": said, "numbers": speeds, "seconds": seconds, "latency": table}}
 
 
 def write_figures(report: Report, folder: Path) -> None:

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
-from gprune.features import Feature
 from gprune.registry import Registry
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
@@ -61,7 +60,7 @@ class Material:
     fit: Callable[..., None] | None = None
 
 
-class Recovery(Feature):
+class Recovery:
     """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper.
 
     For each pruned model, a run constructs one instance with the options.
@@ -159,8 +158,6 @@ def check_chain(chain: str) -> None:
 
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
-
-    needs_narrower = True
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver

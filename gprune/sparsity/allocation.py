@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from gprune.checks import AtLeast1Float, NonNegative
 from gprune.errors import UserError
-from gprune.features import Tokens
 from gprune.registry import Registry, UserCode
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
@@ -37,23 +36,6 @@ LEARNING_FLAGS = (  # flags of threshold learning
     "sparsity.centred", "sparsity.learning_rate", "sparsity.offset_learning_rate",
     "sparsity.offset_limit",
 )  # fmt: skip
-
-
-def refuse_curve(plan: Any) -> None:
-    """Raise UserError for an impossible sparsity of `--evaluation.curve`."""
-    for sparsity in plan.cfg.evaluation.curve:
-        plan.budget.at(sparsity)
-
-
-def learning_tokens(plan: Any) -> Tokens:
-    """Return the tokens of threshold learning, and of development perplexity before, during and after learning."""
-    cfg, epochs = plan.cfg, plan.cfg.sparsity.epochs
-    learning = epochs * cfg.learned_windows * cfg.corpora.seq_len
-    # The curve over sparsities has the dense model, the target and others.
-    measured = cfg.trainer.measurements(cfg.learned_windows, cfg.corpora.batch_size, epochs=epochs)
-    measured += 2 + len(cfg.evaluation.curve)
-    teacher = learning if cfg.sparsity.loss == "kl" else 0
-    return {7: (measured * cfg.development_tokens + teacher, learning)}
 
 
 def allocation(
@@ -100,10 +82,6 @@ def allocation(
         function.errors = errors
         function.reads = frozenset([*(["sparsity.start"] if modules else []), *(LEARNING_FLAGS if learned else [])])
         function.needs = frozenset({"gram", "errors"} if errors else ())
-        function.also_reads = frozenset({"ridge"} if errors else ())
-        if learned:
-            function.refuse = refuse_curve
-            function.planned_tokens = learning_tokens
         return function
 
     return decorate

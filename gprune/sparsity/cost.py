@@ -1,8 +1,8 @@
 """Currencies of the budget: parameters, KV cache, bytes, seconds, or a function that is registered in `COST`.
 
 The function is called with the model and its blocks. It returns whole numbers: for each block the cost of a neuron, of
-a KV group and of the whole block, and optionally of an expert; and the cost of the rest of the model. A currency that
-needs more is a `Currency`.
+a KV group and of the whole block, and optionally of an expert; and the cost of the rest of the model. `bytes` and
+`seconds` depend on the run, so `method.plan.Pricing` computes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gprune.features import Feature
 from gprune.registry import Registry
 
 # Result of a registered function: costs of (a neuron, a KV group, the whole block) for each block, and of the rest. A
@@ -64,14 +63,6 @@ def cost_beyond(table: Sequence[int], kept: int) -> int:
     return table[-1] - table[min(kept, len(table) - 1)]
 
 
-class Currency(Feature):
-    """A currency whose costs depend on more than the model and its blocks."""
-
-    def costs(self, pricing: Any) -> ModelCosts:
-        """Return the costs of the model of a `method.plan.Pricing`."""
-        raise NotImplementedError
-
-
 def _whole_number(cost: Any) -> int:
     """Return a cost as an int. Raise TypeError if it is not a whole number, and ValueError if it is negative."""
     number = operator.index(cost)
@@ -101,19 +92,8 @@ def kv_cache(model: Any, blocks: Sequence[Any]) -> Costs:
     return by_block, 0
 
 
-class Bytes(Currency):
-    """Half bits (1/16 byte) of the exported weights."""
-
-    also_reads = frozenset({"export.dtype"})
-
-    def identity(self, cfg: Any) -> dict[str, Any]:
-        """Return the settings of the export that change its size."""
-        unused = set() if cfg.export.format == "gguf" else {"format", "type"}
-        return {"export": cfg.export.model_dump(exclude=unused)}
-
-    def costs(self, pricing: Any) -> ModelCosts:
-        """Return the costs of the model in half bits."""
-        return pricing.costs_by("bytes", pricing.exported_bytes)
-
-
-COST.register("bytes")(Bytes())
+@COST.register("bytes")
+@COST.register("seconds")
+def costs_of_run(model: Any, blocks: Sequence[Any]) -> Costs:
+    """Costs of the export (half bits, 1/16 byte) and of this machine (picoseconds), which depend on the run."""
+    raise NotImplementedError("method.plan.Pricing computes these costs")

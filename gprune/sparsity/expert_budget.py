@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gprune.errors import UserError
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
 from gprune.models.experts import experts_per_token, least_experts, why_experts_stay, without_experts
@@ -54,6 +55,24 @@ class RouterRule:
             numbers = range(group * size, (group + 1) * size)
             by_group.append(sorted(numbers, key=lambda expert: (scores[expert], expert))[: max(0, size - self.least)])
         return [list(experts) for experts in zip(*by_group, strict=True)]
+
+
+def router_rules(blocks: Sequence[Block], config: Any, scope: str) -> list[RouterRule]:
+    """Return the rules of the blocks of a model with this configuration.
+
+    UserError, which names the `--sparsity.scope`, if no expert can be removed.
+    """
+    rules = [RouterRule.of(block, config) for block in blocks]
+    if not any(rule.experts for rule in rules):
+        raise UserError(
+            f"--sparsity.scope {scope} needs a mixture of experts; model type '{config.model_type}' has none. Use ffn."
+        )
+    if why_not := next((rule.why_not for rule in rules if rule.why_not), ""):
+        raise UserError(
+            f"--sparsity.scope {scope} cannot remove experts of model type '{config.model_type}': {why_not}. Use ffn, "
+            "which narrows every expert."
+        )
+    return rules
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 from pydantic import BeforeValidator
 
 from gprune.checks import format_value
 from gprune.errors import UserError
-from gprune.features import Feature, Tokens
 
 NUMBER_AND_UNIT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
 QUALITY = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
@@ -41,14 +40,12 @@ def format_cost(cost: int, currency: str) -> str:
 
 
 @dataclass(frozen=True)
-class Target(Feature):
+class Target:
     """A parsed target: how much of a model's cost is to be removed."""
 
     setting: float | str  # the value of `--sparsity.target`
     number: Fraction  # share to remove, size to keep, speedup, or rise of perplexity as a share
     unit: str  # `share` of scope, `%` of model, `x`, `parameters` or `bytes` to keep, `quality`
-    development_samples: ClassVar[int] = 2  # default of --evaluation.development_samples
-    is_searched: ClassVar[bool] = False  # whether the run finds out how much is removed
 
     @classmethod
     def of(cls, setting: float | str) -> Target:
@@ -57,7 +54,7 @@ class Target(Feature):
         if type(setting) in (int, float) and 0 < setting < 1:
             return cls(setting, Fraction(str(setting)), "share")  # exact decimal: 0.1 of 30 is 3
         if isinstance(setting, str) and (rise := QUALITY.fullmatch(setting)) and 0 < Fraction(rise[1]) <= MAX_RISE:
-            return QualityTarget(setting, Fraction(rise[1]) / 100, "quality")
+            return cls(setting, Fraction(rise[1]) / 100, "quality")
         match = NUMBER_AND_UNIT.fullmatch(str(setting)) if type(setting) in (int, str) else None
         if match is not None:
             number, unit = Fraction(match[1]), match[2]
@@ -70,16 +67,10 @@ class Target(Feature):
                 return cls(setting, number, unit)
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 
-    def development_corpora(self, cfg: Any) -> list[str]:
-        """Return the corpora whose development split is measured: those of stages that train on text."""
-        recover = cfg.roles["recover"] if cfg.recovery_learns else []
-        return list(dict.fromkeys([*cfg.roles["learn"], *recover]))
-
-    def lines(self, plan: Any) -> dict[str, str]:
-        """Return how many parameters are removed if all blocks are equally sparse."""
-        parameters, in_scope = plan.skeleton.num_parameters(), plan.budget.total_parameters
-        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
-        return {"removes": f"{plan.removed:,} parameters: {shares}"}
+    @property
+    def is_searched(self) -> bool:
+        """Whether the run finds out how much is removed: the largest cut that keeps the quality."""
+        return self.unit == "quality"
 
     def removes(self, scope: int, model: int) -> int:
         """Return the cost to remove, rounded up, from the costs of the scope and of the model."""
@@ -113,54 +104,6 @@ class Target(Feature):
         if least:
             share = math.ceil(10_000 * share) / 10_000
         return f"{bound} {share:.4f}" if self.unit == "share" else f"{bound} {share:.2%}"
-
-
-class QualityTarget(Target):
-    """A rise of perplexity on development text, such as `+5%`: the run searches for the largest cut that keeps it."""
-
-    # At a rise of 10 % of SmolLM2, the half width of the 95 % interval over the three default corpora is 8.8 points
-    # with 2 windows of each (median of random choices), 3.3 with 4, 2.1 with 8, and 1.7 with 16. The smallest of these
-    # corpora has 8 windows of development text.
-    development_samples: ClassVar[int] = 8
-    is_searched: ClassVar[bool] = True
-
-    def refuse_settings(self, cfg: Any) -> None:
-        """Raise UserError if the rise cannot be measured with these settings."""
-        if cfg.evaluation.split == "development":
-            raise UserError(
-                f"--sparsity.target {self.setting} cannot be combined with --evaluation.split development, on "
-                "which the sparsity is chosen."
-            )
-        if cfg.development_windows < 2:
-            raise UserError(
-                f"--sparsity.target {self.setting} needs two or more --evaluation.development_samples for a "
-                f"confidence interval; got {cfg.development_windows}."
-            )
-
-    def models(self, cfg: Any) -> int:
-        """Return the largest number of models that the searches measure. A bisection of 2^n - 1 cuts measures n."""
-        return CUTS.bit_length() + (LEARNING_CUTS.bit_length() if cfg.learns else 0)
-
-    def development_corpora(self, cfg: Any) -> list[str]:
-        """Return all corpora whose train split the run reads."""
-        return cfg.train_corpora
-
-    def planned_tokens(self, plan: Any) -> Tokens:
-        """Return the tokens of the searches, and of the recovered model on development text if it is trained."""
-        cfg, models = plan.cfg, self.models(plan.cfg)
-        recovered, _ = plan.recovery_tokens(cfg.training_free_recovery)
-        searched = cfg.development_tokens + models * (recovered + cfg.development_tokens)
-        return {8: (searched, 0), 9: (cfg.development_tokens if cfg.recovery_learns else 0, 0)}
-
-    def lines(self, plan: Any) -> dict[str, str]:
-        """Return how much is removed at most, how many models are tried, and on how much text."""
-        cfg = plan.cfg
-        text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
-        kept = f"{self.setting} on every development corpus" if cfg.sparsity.limit == "worst" else self.setting
-        return {
-            "removes": f"at most {plan.removed:,} parameters: the run finds the sparsity that keeps {kept}",
-            "quality": f"at most {self.models(cfg)} models after {cfg.training_free_recovery}, each on {text}",
-        }
 
 
 # The type of the setting: a value that `Target.of` accepts, in the form in which it is stored.

@@ -1,4 +1,4 @@
-"""Whole blocks in scope, as a feature of a run.
+"""The choice of whole blocks in scope.
 
 Blocks are removed by whole layers. They are chosen before sparsity is allocated, and make up at most
 `--sparsity.block_share` of the target (`Budget.removed`).
@@ -7,51 +7,14 @@ Blocks are removed by whole layers. They are chosen before sparsity is allocated
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from gprune.errors import UserError
-from gprune.features import Feature, Tokens
-
-if TYPE_CHECKING:  # settings import this module, and should not wait for PyTorch
-    from gprune.sparsity.budget import Budget
-
-
-class WholeBlocks(Feature):
-    """Whole blocks that are removed, chosen by `--sparsity.block_choice`."""
-
-    def __init__(self, choice: str):
-        self.chosen_by_loss = choice == "loss"
-        self.also_reads = frozenset({"corpora.drift"} if self.chosen_by_loss else ())
-
-    def identity(self, cfg: Any) -> dict[str, Any]:
-        """Return the settings that identify a run only if whole blocks are in scope."""
-        return {"sparsity": {name: getattr(cfg.sparsity, name) for name in ("block_share", "block_choice")}}
-
-    def budget_of(self, pricing: Any, make: Any) -> Any:
-        """Return the function that makes a budget with a share for whole blocks."""
-        return partial(make, block_share=pricing.cfg.sparsity.block_share)
-
-    def refuse(self, plan: Any) -> None:
-        """Raise UserError if a layer cannot be removed, or all layers with attention would be."""
-        check_attention_remains(plan)
-        if plan.budget.removed:
-            check_renumbering(plan)
-
-    def planned_tokens(self, plan: Any) -> Tokens:
-        """Return the tokens of a choice by the loss: one window of each corpus for every trial.
-
-        Each round removes one layer. It has a trial for every layer that is left, so one less than the round before.
-        """
-        budget, corpora = plan.budget, plan.cfg.corpora
-        open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
-        rounds = len(removed_layers(budget)) if self.chosen_by_loss else 0
-        trials = sum(range(open_layers, open_layers - rounds, -1))
-        return {2: (trials * len(corpora.drift) * corpora.seq_len, 0)}
-
-    def lines(self, plan: Any) -> dict[str, str]:
-        """Return how many layers are removed."""
-        return {"blocks": f"{len(removed_layers(plan.budget))} are removed as a whole"}
+from gprune.models.masks import Masks
+from gprune.models.surgery import attention_by_layer, slice_model
+from gprune.sparsity.budget import Budget
 
 
 def removed_layers(budget: Budget) -> list[int]:
@@ -75,13 +38,22 @@ def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[in
         chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))
 
 
+def trial_tokens(plan: Any) -> int:
+    """Return the tokens of a choice by the loss: one window of each drift corpus for every trial.
+
+    Each round removes one layer. It has a trial for every layer that is left, so one less than the round before.
+    """
+    budget, corpora = plan.budget, plan.cfg.corpora
+    open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
+    trials = sum(range(open_layers, open_layers - len(removed_layers(budget)), -1))
+    return trials * len(corpora.drift) * corpora.seq_len
+
+
 def check_attention_remains(plan: Any) -> None:
     """Raise UserError if a budget allows removing all layers with attention of a model that has others too.
 
     Without attention, generation with a cache fails, because recurrent layers do not count tokens.
     """
-    from gprune.models.surgery import attention_by_layer
-
     config, budget = plan.skeleton.config, plan.budget
     has_attention = attention_by_layer(config)
     if all(has_attention) or not any(has_attention):
@@ -104,11 +76,6 @@ def check_renumbering(plan: Any) -> None:
 
     The first layer that is not protected is removed from the model without weights; `slice_model` checks the others.
     """
-    import torch
-
-    from gprune.models.masks import Masks
-    from gprune.models.surgery import slice_model
-
     units = plan.budget.units
     first = min(block.layer for block in units if not block.protected)
     ffn = [torch.full((block.all_neurons,), block.layer != first) for block in units]
