@@ -15,7 +15,7 @@ import yaml
 
 import gprune
 from gprune.benchmarks.settings import Benchmarks
-from gprune.config import RunConfig, check_settings, config_from_mapping, parse
+from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.config.groups import REPLACEMENTS, CorporaConfig, Reads, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
@@ -107,7 +107,7 @@ def ways_to_set(name: str, value: object, folder: Path):
             setattr(cfg, group, value)
         return value_in(cfg)
 
-    ways = {
+    return {
         "command line": from_command_line,
         "nested file": lambda: from_file(nested),
         "dotted file": lambda: from_file({name: value}),
@@ -116,11 +116,6 @@ def ways_to_set(name: str, value: object, folder: Path):
         "Python": from_constructor,
         "assignment": from_assignment,
     }
-    stored = RunConfig().settings()  # as in a manifest, without groups such as `logging`
-    if group in stored:
-        changed = stored | {group: stored[group] | {setting: value} if setting else value}
-        ways["stored"] = lambda: check_settings(changed) or value  # `check_settings` returns None, or raises
-    return ways
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from gprune.config.groups import (
 )
 from gprune.config.parse import (
     CONSENT,
-    check_settings,
     config_from_mapping,
     flatten,
     parse,
@@ -24,6 +23,6 @@ from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConf
 __all__ = [
     "CONSENT", "DEFAULT_MULTIPLE", "CorporaConfig", "EvaluationConfig", "ExportConfig",
     "LoggingConfig", "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig",
-    "SparsityConfig", "TrainerConfig", "check_settings", "config_from_mapping", "effective_settings", "flatten",
+    "SparsityConfig", "TrainerConfig", "config_from_mapping", "effective_settings", "flatten",
     "parse", "read_flags", "read_settings",
 ]  # fmt: skip

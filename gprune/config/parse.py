@@ -178,34 +178,6 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     return settings
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise UserError unless the stored settings of a run have the names and types of this version.
-
-    Args:
-        settings: as returned by `RunConfig.settings`. Of the entries without a flag, such as `inputs`, only `code` is
-            checked.
-    """
-    code = settings.get("code", {})
-    if not isinstance(code, dict) or not all(isinstance(value, str | None) for value in code.values()):
-        raise UserError(f"The settings must have code as a mapping of modules to hashes; got {format_value(code)}.")
-    cfg = RunConfig()
-    # Stored only if the run uses them.
-    optional = {name: {} for name in ("options", "stages") if name in settings}
-    for group, expected in (cfg.settings() | optional).items():
-        stored = settings.get(group)
-        if group not in GROUPS:
-            setattr(cfg, group, stored)
-            continue
-        group_config = getattr(cfg, group)
-        names = stored.keys() if isinstance(stored, Mapping) else set()
-        missing = expected.keys() - names
-        unknown = names - expected.keys() - vars(group_config).keys()
-        if different := missing | unknown:
-            raise UserError(f"The settings must be those of this version; they differ in {group}.{min(different)}.")
-        for name in names & vars(group_config).keys():
-            setattr(group_config, name, stored[name])
-
-
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted names; an empty mapping is kept as a value."""
     dotted: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from gprune.errors import quoting
-from gprune.models.families import Family, attach_record, decoder_layers, decoder_of, record_of
+from gprune.models.families import Family, attach_record, decoder_layers, decoder_of
 from gprune.models.offload import load_parameter
 
 if TYPE_CHECKING:  # not every build of torch has it
@@ -49,19 +49,6 @@ def skeleton(
     if record is not None:
         attach_record(model, record)
     return model
-
-
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model, pruned or not, on the meta device and without hooks.
-
-    A model with a device map was loaded from a folder, so its config determines its shapes.
-    """
-    if getattr(model, "hf_device_map", None) is not None:  # its modules may refer to stored weights
-        return skeleton(copy.deepcopy(model.config), type(model), record=record_of(model))
-    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-    return copy_without_hooks(model, memo)
 
 
 def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from gprune.partition.initial import unit_variance
 
-TERMS = ("similarity", "drift", "consistency", "balance", "entropy")  # terms of the objective, keys of `weights`
-
 
 @dataclass(frozen=True)
 class RefinementInputs:

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,12 @@ from gprune.user_code import changed_code
 SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of temporary files and scratch folders of `storage.files`
 
 
+def differing_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the names whose values differ, with both values; "not set" stands for that of a missing name."""
+    values = {name: (old.get(name, "not set"), new.get(name, "not set")) for name in sorted({*old, *new})}
+    return {name: (there, here) for name, (there, here) in values.items() if there != here}
+
+
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the differences of two runs' settings, as 'sparsity.target: 0.5 there, 0.3 here'.
 
@@ -44,9 +50,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     old, new = dict(old), dict(new)
     old_code, new_code = old.pop("code", {}), new.pop("code", {})
-    old_leaves, new_leaves = flatten(old), flatten(new)
-    changed = sorted(name for name in {*old_leaves, *new_leaves} if old_leaves.get(name) != new_leaves.get(name))
-    of_settings = [f"{name}: {old_leaves.get(name)} there, {new_leaves.get(name)} here" for name in changed]
+    changed = differing_values(flatten(old), flatten(new))
+    of_settings = [f"{name}: {there} there, {here} here" for name, (there, here) in changed.items()]
     if of_settings:
         shared = old_code.keys() & new_code.keys()
         old_code, new_code = ({module: code[module] for module in shared} for code in (old_code, new_code))

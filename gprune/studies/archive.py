@@ -16,6 +16,7 @@ import torch
 from gprune.config import RunConfig, config_from_mapping, effective_settings
 from gprune.errors import UserError
 from gprune.models.masks import Masks
+from gprune.runs.folder import differing_values
 from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
@@ -51,8 +52,7 @@ def find_record(row: Row) -> Found:
         return Found(row, problem=f"{place} cannot be read" if row.file.exists() else "")
     if row.commit is not None:  # its settings are those of the record
         return Found(row, record)
-    if difference := different_setting(record["settings"], row.identity):
-        name, recorded, wanted = difference
+    for name, (recorded, wanted) in changed_flags(record["settings"], row.identity).items():
         return Found(row, problem=f"{place} was made with --{name} {recorded}, and the row has {wanted}")
     recorded_code, code = record["settings"].get("code", {}), row.config.code
     relation = "same" if recorded_code == code else compare_code(recorded_code, code)
@@ -60,8 +60,8 @@ def find_record(row: Row) -> Found:
         return Found(row, problem=f"{place} was made by other code ({', '.join(changed_code(recorded_code, code))})")
     problem = ""
     tasks = read_json(row.tasks_file) if row.tasks else None
-    if tasks is not None and (difference := different_setting(tasks["tasks"], row.tasks)):
-        name, recorded, wanted = difference
+    differences = {} if tasks is None else differing_values(tasks["tasks"], row.tasks)
+    for name, (recorded, wanted) in differences.items():
         problem = f"Row '{row.name}', seed {row.seed}: {row.tasks_file} has tasks with {name} {recorded}, not {wanted}"
     return Found(row, record, problem, is_checked=relation == "same")
 
@@ -71,19 +71,13 @@ def finished_record(row: Row) -> dict[str, Any] | None:
     return find_record(row).finished
 
 
-def different_setting(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first setting that differs, and both values ("not set" if there is none); None if all are equal.
+def changed_flags(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the flags whose recorded and wanted values differ, with both values.
 
     The user's code is not compared, and settings of pruning are not compared for a model made elsewhere.
     """
     old, new = ({n: v for n, v in settings.items() if n != "code"} for settings in (recorded, wanted))
-    if "model" in wanted:
-        old, new = effective_settings(old), effective_settings(new)
-    for name in {**new, **old}:
-        values = old.get(name, "not set"), new.get(name, "not set")
-        if values[0] != values[1]:
-            return name, *values
-    return None
+    return differing_values(effective_settings(old), effective_settings(new))
 
 
 def why_not_run(row: Row) -> str:

@@ -154,7 +154,14 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
     A row of a model made elsewhere has no run folder. `collect` is as for `gprune.prune`.
     """
     if row.made_elsewhere is not None:
-        return Path(), write_record(row.file, _measured_record(row))
+        from gprune.method.measure import measure_records
+
+        measured = measure_records(row.made_elsewhere, row.config)
+        record = _record_of(
+            row, measured.records, inputs=measured.inputs, environment=environment(), steps=measured.steps,
+            summary=measured.summary | {"learned_tokens": 0},
+        )  # fmt: skip
+        return Path(), write_record(row.file, record)
     cfg = with_wandb_names(row)
     if row.tasks and cfg.recovery != "none":
         cfg = _with_exported_model(cfg)
@@ -163,36 +170,20 @@ def run_row(row: Row, collect: Mapping[str, Collection[str]]) -> tuple[Path, dic
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
-    record = {
-        "name": row.name,
-        "settings": row.identity,
-        "inputs": manifest["settings"]["inputs"],
-        "environment": manifest["environment"],
-        "steps": manifest["steps"],
-        "summary": result.summary,
-        "learning": manifest.get("learning"),
-        "masks": pack_masks(result.masks) if result.masks and row.masks else None,
-        "records": [round_window_nll(r) for r in result.records],
-    }
+    record = _record_of(
+        row, result.records, inputs=manifest["settings"]["inputs"], environment=manifest["environment"],
+        steps=manifest["steps"], summary=result.summary, learning=manifest.get("learning"),
+        masks=pack_masks(result.masks) if result.masks and row.masks else None,
+    )  # fmt: skip
     return result.path, write_record(row.file, record)
 
 
-def _measured_record(row: Row) -> dict[str, Any]:
-    """Measure the model of a row that was made elsewhere, and return the record. There is no run folder."""
-    from gprune.method.measure import measure_records
-
-    measured = measure_records(row.made_elsewhere, row.config)
-    return {
-        "name": row.name,
-        "settings": row.identity,
-        "inputs": measured.inputs,
-        "environment": environment(),
-        "steps": measured.steps,
-        "summary": measured.summary | {"learned_tokens": 0},
-        "learning": None,
-        "masks": None,
-        "records": [round_window_nll(r) for r in measured.records],
-    }
+def _record_of(row: Row, records: Sequence[Record], **results: Any) -> dict[str, Any]:
+    """Return the content of a record from results of a run, or of the measurement of a model made elsewhere."""
+    identified = {"name": row.name, "settings": row.identity}
+    return (
+        identified | {"learning": None, "masks": None} | results | {"records": [round_window_nll(r) for r in records]}
+    )
 
 
 def _with_exported_model(cfg: RunConfig) -> RunConfig:

@@ -15,7 +15,6 @@ from gprune.errors import UserError
 from gprune.evaluation import speed
 from gprune.method import evaluate
 from gprune.models.blocks import blocks_of, decoder_layers
-from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from gprune.runs import trainer
@@ -37,7 +36,7 @@ def measurements(monkeypatch, tmp_path):
 
 
 def table(attention=True):
-    dense = without_weights(make_tiny_llama())
+    dense = make_tiny_llama().to("meta")
     return speed.latency_table(dense, torch.device("cpu"), torch.float32, attention)
 
 
@@ -87,7 +86,7 @@ def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the
 @pytest.mark.parametrize(("attention", "groups"), [(True, [1, 2]), (False, [2])])
 def test_a_measured_table_has_the_widths_that_may_be_pruned(attention, groups, monkeypatch):
     monkeypatch.setattr(speed, "ROUNDS", 1)
-    measured = speed.measure_table(without_weights(make_tiny_llama()), torch.device("cpu"), torch.float32, attention)
+    measured = speed.measure_table(make_tiny_llama().to("meta"), torch.device("cpu"), torch.float32, attention)
     assert [n for n, _ in measured["neurons"]] == [1, 12, 24, 36, 48]
     assert [g for g, _ in measured["groups"]] == groups
 
@@ -114,7 +113,7 @@ def test_if_time_is_proportional_to_parameters_so_are_the_prices(make_model, mon
 
         # a nanosecond per parameter
         monkeypatch.setattr(speed, "time_generation", lambda models: [1e-9 * m.num_parameters() for m in models])
-        measured = speed.measure_table(without_weights(model), torch.device("cpu"), torch.float32, True)
+        measured = speed.measure_table(model.to("meta"), torch.device("cpu"), torch.float32, True)
     assert speed.why_implausible(measured, blocks) == ""
     costs, outside = speed.costs_from_table(measured, blocks)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 
-from gprune.config import RunConfig, check_settings, parse
+from gprune.config import RunConfig, parse
 from gprune.errors import UserError
 from gprune.method.prune import prune
 from gprune.runs.results import load_run
@@ -103,7 +103,7 @@ def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folde
 def test_a_run_with_callbacks_is_not_resumed_without_them(world, tmp_path):
     cfg = parse(flags(world, tmp_path, "--gprune=false"))
     prune(cfg, callbacks=[Steps()])
-    with pytest.raises(UserError, match=r"other settings: inputs\.callbacks: .*Steps.* there, None here"):
+    with pytest.raises(UserError, match=r"other settings: inputs\.callbacks: .*Steps.* there, not set here"):
         prune(cfg)
 
 
@@ -280,5 +280,4 @@ def test_settings_have_only_trainer_arguments_that_change_results_and_no_default
     ]  # fmt: skip
     for flag in with_effect:
         settings = parse([flag]).settings()
-        check_settings(settings)
         assert settings["trainer"].keys() - plain["trainer"].keys() == {flag.split("=")[0].rpartition(".")[2]}

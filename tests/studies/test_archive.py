@@ -123,9 +123,9 @@ def test_settings_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(ben
     (row,) = bench.rows(bench.write("elsewhere", {"x": {"model": "some/model"}}))
     settings = row.identity
     other = settings | {"sparsity": settings["sparsity"] | {"width_multiple": 1, "target": 0.3}}
-    assert archive.different_setting(other, settings) is None
+    assert archive.changed_flags(other, settings) == {}
     other = settings | {"corpora": settings["corpora"] | {"seq_len": 17}}
-    assert archive.different_setting(other, settings)[:2] == ("corpora.seq_len", 17)
+    assert archive.changed_flags(other, settings) == {"corpora.seq_len": (17, settings["corpora"]["seq_len"])}
 
 
 @pytest.mark.parametrize("name", ["records", "settings"])
