@@ -70,6 +70,8 @@ REFUSED = [
     ({"options": {"x": 1}}, "--options.x must be a mapping of names to values; got 1."),
     ({"sparsity": {"target": "9KiB", "cost": "kv_cache"}},
      "--sparsity.target 9KiB cannot be combined with --sparsity.cost kv_cache"),
+    ({"sparsity": {"target": "9M", "cost": "bytes"}},
+     "--sparsity.target 9M cannot be combined with --sparsity.cost bytes"),
     ({"distill.kl": 0}, "--distill.kl or --distill.cross_entropy must be more than 0"),
     ({"distill": {"learning_rate": 0.01, "absolute_learning_rate": 5e-4}},
      "--distill.absolute_learning_rate cannot be combined with --distill.learning_rate"),

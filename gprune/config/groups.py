@@ -483,7 +483,8 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError(
                 f"--sparsity.limit worst needs a --sparsity.target in quality such as +5%; got {self.target}."
             )
-        if self.cost and Target.of(self.target).unit == "bytes":
+        unit = Target.of(self.target).unit
+        if self.cost and (unit == "bytes" or (unit == "parameters" and self.cost in ("bytes", "seconds"))):
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 
     @property

@@ -57,12 +57,13 @@ def test_the_latency_table_is_measured_once_per_machine_and_scope(measurements, 
         ({"groups": [[1, 3e-4], [2, 4e-3]]}, "1 groups take 0.3 ms, 13.33 times as fast .* 1.25 times fewer"),
     ],
 )  # fmt: skip
-def test_an_implausible_table_is_refused_and_not_stored(change, reason, measurements, monkeypatch):
+def test_an_implausible_table_is_measured_again_then_refused_and_not_stored(change, reason, measurements, monkeypatch):
     """As if the wide model had been measured under load."""
-    tables = [TABLE | change, TABLE]
+    tables = [TABLE | change, TABLE | change, TABLE | change, TABLE]
     monkeypatch.setattr(speed, "measure_table", lambda *_: tables.pop(0))
     with pytest.raises(UserError, match=f"{reason}.* Run again while the machine is idle, or give --sparsity.target"):
         table()
+    assert len(tables) == 2
     assert table() == table() == TABLE
 
 
