@@ -1,28 +1,33 @@
-"""Prune a tiny random model of each causal language model type of transformers, and print a table of the results.
+"""Prune a tiny random model of each causal language model type of transformers: the table docs/architectures.csv.
 
-    python -m experiments.architectures                        # all types; about 30 minutes on one core
-    python -m experiments.architectures qwen3_next gpt_oss     # some types
-    python -m experiments.architectures --part runs            # only the column *whole run*
-    python -m experiments.architectures --write                # all types, written to docs/architectures.md
+    python -m experiments.architectures --write                # all types; about 30 minutes on one core
+    python -m experiments.architectures qwen3_next gpt_oss     # some types, printed; with --write their rows change
+    python -m experiments.architectures --part runs --write    # only the column *whole run*
 
 Tiny models have the default configuration of their type (with the additions in `DEFAULTS`), but other widths and
 weights than the copies that discovery makes. Columns of the table:
 
-FFN, attention   the discovered structure: separate or fused projections, experts, KV groups
-agrees           largest difference between logits of the masked and the sliced model, over the largest logit
-budget           whether the number of removed parameters is the one counted by the budget
+input            `image` for a type in a model that takes images, whose logits are compared with an image
+structure        `record` of `gprune/models/families.py`, or `discovered`
+FFN, attention   separate or fused projections, experts, KV groups
 stays            FFNs and experts that are not pruned, with their share of the tiny model's parameters: their output
                  does not join the residual stream, such as a router's, or they have no units that can be removed
+masked = sliced  largest difference between logits of the masked and the sliced model, over the largest logit
+budget           `exact` if the number of removed parameters is the one counted by the budget
 generation       whether greedy generation with a cache gives the same tokens with the masked and the sliced model;
                  *dense fails* if the dense model cannot generate
-reloaded         largest difference of logits of the saved model, loaded in a process without gprune; 0.0 is required
+reloaded         `same bits` if the saved model, loaded in a process without gprune, has the same logits
+seconds          of discovery; 0.0 if an earlier type has the same structure
 whole run        scope and recovery with which `train.py` prunes the tiny model in all ten steps (`whole_runs.py`)
+whole experts    how the folder loads without half of the experts, or why none can be removed (`whole_experts.py`)
+reason           why the type is not pruned, or why its whole run is refused or has less in scope
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import inspect
 import json
 import logging
@@ -55,12 +60,16 @@ from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.families import FAMILIES
-from gprune.models.losses import why_not_measurable
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 
-PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+TABLE = Path(__file__).parents[1] / "docs" / "architectures.csv"
+COLUMNS = (
+    "type", "input", "structure", "FFN", "attention", "stays", "masked = sliced", "budget", "generation", "reloaded",
+    "seconds", "whole run", "whole experts", "reason",
+)  # fmt: skip
+Table = dict[tuple[str, str], dict[str, str]]  # (type, input) -> cells by column
 LIMIT = 90  # seconds for one type
 SLIDING = {"rope_type": "default", "rope_theta": 10000.0}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -228,7 +237,6 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
         logits = small(**inputs, use_cache=False).logits
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
-    found["perplexity"] = why_not_measurable(model) is None
     removed = model.num_parameters() - small.num_parameters()
     found["budget"] = removed == Budget(block_units(blocks, scope="attention+ffn"), 0).removed_by(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -351,113 +359,81 @@ def passed(row: Mapping[str, Any]) -> bool:
     return row.get("reloaded") == 0.0 and row["agrees"] <= 1e-4 and row["moved"] >= 1e-3
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows of types that are pruned as Markdown."""
-    lines = [
-        "| type | FFN | attention | stays | masked = sliced | budget | generation | reloaded | whole run | seconds |",
-        "|" + "---|" * 10,
-    ]
-    for row in rows:
-        if not passed(row):
-            continue
-        generation = {True: "same", False: "differs"}.get(row["generation"], "dense fails")
-        stays = ", ".join(f"{path} {share:.0%}" for path, share in row["stays"].items())
-        lines.append(
-            f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | {stays} | "
-            f"{row['agrees']:.0e} | exact | {generation} | same bits | {in_words(row.get('run'))} | {row['seconds']} |"
-        )
-    return "\n".join(lines)
+def cells(row: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Return the cells of a type with the input `kind`, without those of a whole run and of whole experts."""
+    of_type = {"type": row["type"], "input": kind}
+    if not passed(row):
+        measured = {name: row.get(name) for name in ("ffn", "moved", "agrees", "budget", "generation", "reloaded")}
+        why = row.get("reason") or ", ".join(f"{name}: {value}" for name, value in measured.items())
+        return of_type | {"reason": why.split(" Write a record")[0]}
+    return of_type | {
+        "structure": "record" if row["record"] else "discovered",
+        "FFN": row["ffn"],
+        "attention": row["attention"],
+        "stays": ", ".join(f"{path} {share:.0%}" for path, share in row["stays"].items()),
+        "masked = sliced": f"{row['agrees']:.0e}",
+        "budget": "exact",
+        "generation": "same" if row["generation"] is True else row["generation"],
+        "reloaded": "same bits",
+        "seconds": str(row["seconds"]),
+    }
 
 
-def run_summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format how many types have a whole run with which scope and recovery, and why others have less, as Markdown."""
-    measured = [row for row in rows if passed(row) and row["run"] is not None]
-    counts = Counter(in_words(row["run"]) for row in measured)
-    numbers = ", ".join(f"*{words}*: {count}" for words, count in counts.most_common())
-    lines = [
-        f"- `{row['type']}`: {(row['run']['failed'] or row['run']['reasons'][0 if row['run']['scope'] else -1])[:240]}"
-        for row in measured
-        if row["run"]["failed"] or len(row["run"]["reasons"]) > (row["attention"] == "none")
-    ]
-    return "\n".join([textwrap.fill(f"Whole runs of {len(measured)} types: {numbers}.", 120), "", *lines])
+def run_cells(run: Mapping[str, Any], attention: str) -> dict[str, str]:
+    """Return the cells of a whole run. There is a reason if it fails, or if another scope than `ffn` was refused."""
+    reason = ""
+    if run["failed"] or len(run["reasons"]) > (attention == "none"):
+        reason = run["failed"] or run["reasons"][0 if run["scope"] else -1]
+    return {"whole run": in_words(run), "reason": reason}
 
 
-def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the types that are not pruned, with the reasons, as Markdown."""
-    lines = ["| type | why not |", "|---|---|"]
-    for row in rows:
-        if not passed(row):
-            why = row.get("reason")
-            if why is None:
-                got = {n: row.get(n) for n in ("ffn", "moved", "agrees", "budget", "generation", "reloaded")}
-                why = ", ".join(f"{name}: {value}" for name, value in got.items())
-            short = str(why).replace("|", "/").split(" Write a record")[0][:240]
-            lines.append(f"| `{row['type']}` | {short} |")
-    return "\n".join(lines)
+def read_table() -> Table:
+    """Return the rows of docs/architectures.csv."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return {(row["type"], row["input"]): row for row in csv.DictReader(file)}
 
 
-def failures(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the types whose dense model cannot generate, with the reasons, as Markdown."""
-    failing = {row["type"]: row["generation"] for row in rows if passed(row) and type(row["generation"]) is str}
-    return "\n".join(f"- `{name}`: {why.removeprefix('dense fails: ')}" for name, why in failing.items())
+def write_table(table: Table) -> None:
+    """Write docs/architectures.csv, in the order of transformers, and its summary."""
+    types = [(name, "text") for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS)]
+    types += [(name, "image") for name in VISION]
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table[key] for key in types if key in table)
+    TABLE.with_suffix(".md").write_text(summary(table), encoding="utf-8")
 
 
-def page(
-    rows: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]
-) -> str:
+def summary(table: Table) -> str:
     """Return the content of docs/architectures.md."""
-    good = [row for row in rows if passed(row)]
-    heads = [row for row in good if row["attention"] != "none"]
-    built = [row for row in rows if row["built"]]
-    unmeasured = [f"`{row['type']}`" for row in good if not row["perplexity"]]
-    refused = (
-        f"`train.py` refuses {len(unmeasured)} of them, because perplexity cannot be measured: logits are not the "
-        "product of hidden states and head, or the config has no `hidden_size`. These types are "
-        f"{', '.join(unmeasured)}. `gprune.apply_masks` prunes them."
-    )
-    seconds = sorted(row["seconds"] for row in good if not row["record"])
-    return (
-        "# Every causal type of transformers\n\n"
-        f"`AutoModelForCausalLM` of transformers {transformers.__version__} knows {len(rows)} types. "
-        f"A tiny random model could be built for {len(built)}.\n"
-        f"gprune prunes the FFN in {len(good)} of these, and KV groups or heads as well in {len(heads)}. "
-        "In all of them the masked, the sliced\n"
-        "and the reloaded model compute the same logits. The model is reloaded in a process without gprune.\n"
-        "`python -m experiments.architectures --write` makes this page.\n\n"
-        f"{textwrap.fill(refused, 120, break_on_hyphens=False)}\n\n"
-        "Types marked *(record)* have a record in `gprune/models/families.py`. The structure of the others is "
-        "discovered. On one\n"
-        f"core this takes {seconds[len(seconds) // 2] if seconds else 0} s (median), and at most "
-        f"{seconds[-1] if seconds else 0} s. Later runs read the structure from the cache.\n"
-        "Rows with 0.0 s have the structure of an earlier row. Types that are encoders by default, such as `bert`, "
-        "are pruned\n"
-        "with `is_decoder` in config.json, and decoders of encoder-decoders, such as `bart`, without the encoder.\n\n"
-        "If a layer has several FFNs, such as experts and shared experts, all are pruned (`+`). The column *stays* "
-        "names FFNs and\n"
-        "experts that are not pruned, because they add nothing to the residual, such as a router's, or have no units "
-        "that can be\n"
-        "removed, such as the experts of LongCat-Flash. The percentage is their share of the tiny model's "
-        "parameters.\n"
-        "`--dry_run true` and the log print the share of a real model.\n\n"
-        f"{table(rows)}\n\n"
-        "*whole run*: scope and recovery (least squares and distillation, unless it says otherwise) of a run of "
-        "`train.py` with all\n"
-        "ten steps on the tiny model. `python -m experiments.architectures --part runs` makes this column. "
-        "Types without heads\n"
-        "or KV groups that can be removed have the scope `ffn`. The others that have less than `attention+ffn` are "
-        "listed with the\n"
-        f"reason. An empty cell was not measured.\n\n{run_summary(rows)}\n\n"
-        "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
-        f"{failures(rows)}\n\n## With other settings\n\n"
-        "Settings of config.json can change what is pruned. With `qk_layernorm`, each head of StableLM has a norm of "
-        "its own,\n"
-        "so heads cannot be removed, and `--sparsity.scope attention+ffn` is refused.\n\n"
-        f"{table(variants)}\n\n## With images\n\n"
-        "Types that take images are pruned in their language model, on text. Logits are compared on a random picture "
-        "and a few\n"
-        "words. For *reloaded*, `AutoModelForImageTextToText` loads the saved folder.\n\n"
-        f"{table(images)}\n\n## Not pruned\n\n{reasons([*rows, *variants, *images])}\n"
-    )
+    known = [row for (name, kind), row in table.items() if kind == "text" and name not in VARIANTS]
+    built = [row for row in known if not row["reason"].startswith("no tiny model")]
+    pruned = [row for row in known if row["FFN"]]
+    heads = [row for row in pruned if row["attention"] != "none"]
+    runs = Counter(row["whole run"] for row in pruned)
+    scopes = ", ".join(f"*{words}* in {count}" for words, count in runs.most_common() if words != "refused")
+    experts = [row["whole experts"] for row in table.values() if row["whole experts"]]
+    removable = [cell for cell in experts if cell in ("stock model", "modelling file")]
+    seconds = sorted(float(row["seconds"]) for row in pruned if row["structure"] == "discovered")
+    images = sum(kind == "image" for _, kind in table)
+    text = f"""
+[architectures.csv](architectures.csv) has a row for each of the {len(known)} types that `AutoModelForCausalLM` of
+transformers {transformers.__version__} knows, and for {images} types that take images. `python -m
+experiments.architectures --write` makes both files, and describes the columns.
+
+A tiny random model could be built for {len(built)} types. gprune prunes the FFN in {len(pruned)} of these, KV groups or
+heads as well in {len(heads)}, and whole experts in {len(removable)} of {len(experts)} types with experts. In all of
+them the masked, the sliced and the reloaded model compute the same logits. The others have a *reason*.
+
+A *whole run* of `train.py` on the tiny model has the scope {scopes}; {runs["refused"]} types are refused, because
+perplexity cannot be measured, but `gprune.apply_masks` prunes them. Discovery takes {seconds[len(seconds) // 2]} s
+(median) and at most {seconds[-1]} s on one core. Types that are encoders by default, such as `bert`, are pruned with
+`is_decoder` in config.json, and decoders of encoder-decoders, such as `bart`, without the encoder.
+"""
+    paragraphs = [
+        textwrap.fill(part, 120, break_on_hyphens=False, break_long_words=False) for part in text.strip().split("\n\n")
+    ]
+    return "\n\n".join(["# Every causal type of transformers", *paragraphs]) + "\n"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -465,42 +441,36 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; by default all, including those with images")
     parser.add_argument("--images", action="store_true", help="only the types with images")
-    parser.add_argument("--part", choices=["survey", "runs"], help="only these columns; the other ones are in --rows")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
-    parser.add_argument("--rows", type=Path, help="JSON file to add the rows to")
-    parser.add_argument("--from-rows", action="store_true", help="make the page from --rows without running models")
+    parser.add_argument("--part", choices=["survey", "runs"], help="only these columns")
+    parser.add_argument("--write", action="store_true", help=f"write the rows to {TABLE.name}, and its summary")
     settings = parser.parse_args(args)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("gprune").setLevel(logging.ERROR)
-    known = {}
-    if settings.rows and settings.rows.exists():
-        known = json.loads(settings.rows.read_text())
-    choices = VISION if settings.images else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if unknown := [name for name in settings.types if name not in (*choices, *VARIANTS)]:
+    choices = VISION if settings.images else (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS)
+    if unknown := [name for name in settings.types if name not in choices]:
         parser.error(f"unknown model type '{unknown[0]}'")
-    types = settings.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
-    if settings.images:
-        known |= {f"{row['type']} (images)": row for row in measure(settings.types or VISION, vision=True)}
-    elif not settings.from_rows:
-        if settings.part != "runs":
-            known |= {row["type"]: row for row in measure(types)}
-            if not settings.types:
-                known |= {f"{row['type']} (images)": row for row in measure(VISION, vision=True)}
-        if settings.part != "survey":
-            known |= {f"{name} (run)": run for name, run in runs_of(types).items()}
-    if settings.rows:
-        settings.rows.write_text(json.dumps(known, indent=1))
-    surveyed = [known[name] | {"run": known.get(f"{name} (run)")} for name in types if name in known]
-    rows = [row for row in surveyed if row["type"] not in VARIANTS]
-    variants = [row for row in surveyed if row["type"] in VARIANTS]
-    text = page(rows, variants, [row for name, row in known.items() if "(images)" in name])
+    types = [] if settings.images else settings.types or choices
+    images = settings.types if settings.images and settings.types else () if settings.types else VISION
+    table, surveyed = read_table(), []
+    if settings.part != "runs":
+        surveyed = [cells(row, "text") for row in measure(types)]
+        surveyed += [cells(row, "image") for row in measure(images, vision=True)]
+    for new in surveyed:
+        old = table.get((new["type"], new["input"]), {}) if "structure" in new else {}
+        kept = {name: old[name] for name in ("whole run", "whole experts", "reason") if old.get("structure")}
+        table[new["type"], new["input"]] = dict.fromkeys(COLUMNS, "") | kept | new
+    if settings.part != "survey":
+        for name, run in runs_of(types).items():
+            if (row := table.get((name, "text"), {})).get("structure"):
+                row |= run_cells(run, row["attention"])
     if settings.write:
-        if missing := [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]:
-            parser.error(f"--write needs all types, from this command or from --rows; got none of {missing[0]}.")
-        PAGE.write_text(text)
-    print(text)
+        write_table(table)
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    measured = [*((name, "text") for name in types), *((name, "image") for name in images)]
+    writer.writerows(table[key] for key in measured if key in table)
     return 0
 
 

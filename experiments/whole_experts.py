@@ -2,21 +2,18 @@
 
     python -m experiments.whole_experts                      # all types; about 2 minutes on one core
     python -m experiments.whole_experts gpt_oss deepseek_v3  # some types
-    python -m experiments.whole_experts --write              # all types, written to docs/families.md
+    python -m experiments.whole_experts --write              # all types, written to docs/architectures.csv
 
 The models are those of `experiments.architectures`: 4 experts, of which a token uses 2. A type passes if
-masking and slicing give the same logits (the text has the largest difference, divided by the largest logit), the number
-of removed parameters is the one that the budget counts, and a process without gprune computes the same bits from the
-folder.
+masking and slicing give the same logits, the number of removed parameters is the one that the budget counts, and a
+process without gprune computes the same bits from the folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from experiments.architectures import PAGE, random_model, reloaded
+from experiments.architectures import random_model, read_table, reloaded, write_table
 from gprune.discovery import family_of
 from gprune.errors import first_line
 from gprune.export.hf import save_pruned
@@ -36,14 +33,6 @@ from gprune.models.copies import auto_class
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
-
-FAMILIES_PAGE = PAGE.with_name("families.md")
-START, END = "<!-- output of python -m experiments.whole_experts -->", "<!-- end of its output -->"
-
-
-def types_with_experts() -> list[str]:
-    """Return the types whose FFN is a mixture, from the table of docs/architectures.md."""
-    return re.findall(r"^\| `([\w-]+)`[^|]*\|[^|]*\d experts", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def without_half_of_the_experts(model: PreTrainedModel) -> Masks:
@@ -104,34 +93,28 @@ def passed(row: Mapping[str, Any]) -> bool:
     return row["moved"] >= 1e-3 and row["agrees"] <= 1e-4 and row["exact"] and row["reloaded"] == 0.0
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the results as Markdown: types that pass, and the reasons of the others."""
-    good, bad = [row for row in rows if passed(row)], [row for row in rows if not passed(row)]
-    largest = max((row["agrees"] for row in good), default=0.0)
-    differ = f"differ by at most {largest:.0e}" if largest else "are equal"
-    lines = [f"These {len(good)} types pass. Logits of masked and sliced models {differ}."]
-    for stock, folder in ((True, "The folder is a stock model"), (False, "The folder has a modelling file")):
-        names = [f"`{row['type']}`" for row in good if row["stock"] == stock]
-        if names:
-            lines += ["", textwrap.fill(f"{folder}: {', '.join(names)}", 120, break_on_hyphens=False)]
-    lines += ["", f"Of {len(rows)} types with experts these {len(bad)} can only be narrowed:", ""]
-    lines += [f"- `{row['type']}`: {row.get('why', row)}" for row in bad]
-    return "\n".join(lines)
+def cell(row: Mapping[str, Any]) -> str:
+    """Return the cell *whole experts* of a type: how its folder loads, or why experts cannot be removed."""
+    if passed(row):
+        return "stock model" if row["stock"] else "modelling file"
+    return row.get("why") or f"fails: {row}"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; by default all with experts")
-    parser.add_argument("--write", action="store_true", help=f"write the result to {FAMILIES_PAGE.name}")
+    parser.add_argument("--write", action="store_true", help="write the results to docs/architectures.csv")
     settings = parser.parse_args(args)
     warnings.simplefilter("ignore")
-    text = summary(measure(settings.types or types_with_experts()))
+    table = read_table()
+    with_experts = dict.fromkeys(name for (name, _), row in table.items() if " experts" in row["FFN"])
+    by_type = {row["type"]: cell(row) for row in measure(settings.types or list(with_experts))}
+    for (name, _), row in table.items():
+        row["whole experts"] = by_type.get(name, row["whole experts"])
     if settings.write:
-        page = FAMILIES_PAGE.read_text(encoding="utf-8")
-        before, after = page.partition(START)[0], page.partition(END)[2]
-        FAMILIES_PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    sys.stdout.write(f"{text}\n")
+        write_table(table)
+    sys.stdout.writelines(f"{name}: {text}\n" for name, text in by_type.items())
     return 0
 
 

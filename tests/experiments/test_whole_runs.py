@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from experiments.architectures import random_model, run_summary
+import pytest
+import transformers
+
+from experiments.architectures import TABLE, random_model, read_table, run_cells, summary
 from experiments.whole_runs import CHAIN, in_words, whole_run
 from tests import tiny_run
 
@@ -27,15 +30,17 @@ def test_a_whole_run_has_the_largest_scope_that_works_and_the_reason_for_others(
     assert [line.startswith(reason) for line in run["reasons"][:1]] == [True] * (reason is not None)
 
 
-def test_the_summary_counts_results_and_names_types_that_fail():
+def test_the_reason_of_a_whole_run_is_that_of_a_failure_or_of_the_refused_larger_scope():
     result = {"scope": "attention+ffn", "recovery": CHAIN, "reasons": [], "failed": None}
-    survey = {
-        "ffn": "up, down", "attention": "heads", "budget": True, "generation": True, "reloaded": 0.0, "agrees": 0.0,
-        "moved": 1.0,
-    }  # fmt: skip
     failed = {**result, "scope": None, "failed": "ffn, none: ValueError: x"}
-    refused = {**result, "scope": "ffn", "reasons": ["attention is odd"]}
-    runs = {"a": result, "b": result, "c": failed, "d": refused}
-    text = run_summary([survey | {"type": name, "run": run} for name, run in runs.items()])
-    assert "Whole runs of 4 types: *attention+ffn*: 2, *fails*: 1, *ffn*: 1." in text
-    assert text.splitlines()[-2:] == ["- `c`: ffn, none: ValueError: x", "- `d`: attention is odd"]
+    narrower = {**result, "scope": "ffn", "reasons": ["attention is odd"]}
+    assert run_cells(result, "heads") == {"whole run": "attention+ffn", "reason": ""}
+    assert run_cells(failed, "heads") == {"whole run": "fails", "reason": "ffn, none: ValueError: x"}
+    assert run_cells(narrower, "heads") == {"whole run": "ffn", "reason": "attention is odd"}
+    assert run_cells(narrower, "none") == {"whole run": "ffn", "reason": ""}
+
+
+def test_the_page_of_types_is_the_summary_of_the_table(monkeypatch):
+    page = TABLE.with_suffix(".md").read_text(encoding="utf-8")
+    monkeypatch.setattr(transformers, "__version__", re.search(r"transformers\s(\S+) knows", page)[1])
+    assert summary(read_table()) == page

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, BartConfig, BertConfig, PreTrainedModel
 
-from experiments.architectures import PAGE, default_config, describe, example
+from experiments.architectures import default_config, describe, example, read_table
 from gprune import discovery
 from gprune.discovery import check_structure, search
 from gprune.discovery.search import agree, check_by_copy, discover_from_tiny, discover_record
@@ -60,7 +60,8 @@ def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_foun
 def test_the_table_of_types_says_that_heads_of_stablelm_with_a_norm_each_stay():
     ffn, attention = describe(example("stablelm with qk_layernorm"))
     assert attention == "none"
-    assert f"| `stablelm with qk_layernorm` | {ffn} | {attention} |" in PAGE.read_text()
+    row = read_table()["stablelm with qk_layernorm", "text"]
+    assert (row["FFN"], row["attention"]) == (ffn, attention)
 
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64}
