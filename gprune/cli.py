@@ -40,7 +40,8 @@ def run(args: Sequence[str], prog: str = "gprune prune") -> str:
         log.warning("Ignored flags: %s", ignored)
     check_early(cfg)
     if not cfg.dry_run:  # logged before the imports, which take seconds
-        log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
+        what = cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target, ", ".join(cfg.train_corpora)
+        log.info("%s: pruning %s, target %s, by text of %s", *what)
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 

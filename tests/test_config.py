@@ -198,6 +198,43 @@ def test_validate_checks_combinations_of_assigned_values_and_changed_lists():
         cfg.validate()
 
 
+OTHERS = ["wiki", "web", "stories", "technical", "python_docs"]  # that are evaluated by default
+
+
+@pytest.mark.parametrize(
+    ("flags", "roles", "evaluated"),
+    [
+        ("--corpora.text a.txt", ["a.txt"] * 4, ["a.txt", *OTHERS]),
+        ("--config protocol --corpora.text [a.txt,c4]", ["a.txt c4"] * 4,
+         ["a.txt", "c4", "wikitext2", "code_github", "stackexchange", "gsm8k", "stories", "python_docs"]),
+        ("--corpora.text a.txt --corpora.recover [web] --corpora.evaluate [a.txt]", ["a.txt"] * 3 + ["web"], ["a.txt"]),
+        ("--corpora.recover [web] --corpora.text a.txt", ["a.txt"] * 4, ["a.txt", *OTHERS]),
+    ],
+)  # fmt: skip
+def test_ones_own_text_takes_the_roles_that_earlier_flags_and_files_name(flags, roles, evaluated):
+    cfg = parse(flags.split())
+    assert [" ".join(getattr(cfg.corpora, role)) for role in ("score", "drift", "learn", "recover")] == roles
+    assert cfg.corpora.evaluate == evaluated
+    assert cfg.repeat == "auto"
+    assert config_from_mapping(cfg.resolved()).settings() == cfg.settings()  # as when a run is resumed
+
+
+def test_ones_own_text_is_short_for_other_flags_and_set_in_python_too():
+    by_flag = parse(["--corpora.text=a.txt"])
+    assigned = RunConfig()
+    assigned.corpora.text = "a.txt"
+    own = ["a.txt"]
+    long_form = RunConfig(
+        corpora=CorporaConfig(score=own, drift=own, learn=own, recover=own, evaluate=[*own, *OTHERS]),
+        distill={"repeat": "auto"},
+    )
+    assert by_flag.settings() == assigned.settings() == RunConfig(corpora={"text": "a.txt"}).settings()
+    assert by_flag.settings() == long_form.settings()
+    by_flag.distill.repeat = False
+    assert by_flag.repeat is False
+    assert RunConfig().settings()["distill"]["repeat"] is False
+
+
 def test_two_hyphens_are_the_value_of_a_flag():
     """argparse of Python 3.11 would replace them by an empty list."""
     assert parse(["--run.name=--"]).run.name == "--"

@@ -22,6 +22,7 @@ from gprune import user_code
 from gprune.__main__ import COMMANDS
 from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
+from gprune.method import inputs
 from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
@@ -121,9 +122,11 @@ def test_every_train_command_on_a_page_parses(page):
 def test_a_corpus_of_the_size_that_the_readme_names_is_enough_for_its_command():
     (command,) = re.findall(r"`python train\.py (--config best --model\.name MODEL .*?)`", README)
     cfg = gprune.config.parse(shlex.split(command))
-    (thousands,) = re.findall(r"`mine\.jsonl` needs at least (\d+)k tokens", README)
-    train_tokens = 0.7 * 0.9 * 1000 * int(thousands)  # without 30 % of test and then 10 % of development text
-    assert cfg.fresh_windows * cfg.corpora.seq_len <= train_tokens
+    (sizes,) = re.findall(r"least (\d+)k tokens; below (\d+)k tokens training repeats", README)
+    least, once = (0.8 * 0.9 * 1000 * int(number) for number in sizes)  # without 20 % of test, then 10 % of development
+    assert cfg.repeat == "auto"
+    assert inputs.LEAST_TRAINING_TOKENS <= least < inputs.LEAST_TRAINING_TOKENS + 1000
+    assert cfg.fresh_tokens <= once < cfg.fresh_tokens + 1000
 
 
 @pytest.mark.parametrize("page", PAGES)

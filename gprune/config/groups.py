@@ -271,11 +271,26 @@ def name_or_list(names: list[str] | None) -> list[str] | str | None:
     return names[0] if names is not None and len(names) == 1 else names
 
 
+TEXT_ROLES = ("score", "drift", "learn", "recover")
+
+
+def roles_of_text(text: list[str], evaluate: list[str]) -> dict[str, list[str]]:
+    """Return the settings of `CorporaConfig` that `--corpora.text` stands for, by name.
+
+    `evaluate` are the corpora of `--corpora.evaluate` until then, which stay as text that the run does not use.
+    """
+    return dict.fromkeys(TEXT_ROLES, text) | {"evaluate": [*text, *(name for name in evaluate if name not in text)]}
+
+
 class CorporaConfig(Group, prefix="corpora."):
     """Corpora for each step. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or the
-    path of a .txt, .jsonl or .parquet file or of a folder. Lines of .jsonl have a string `text`, or `messages` for
+    path of a .txt, .jsonl, .csv or .parquet file or of a folder. Rows have a string `text`, or in .jsonl `messages` for
     the chat template of the model's tokenizer."""
 
+    text: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list), NEVER] = None
+    """Your own text, such as mine.jsonl or [mine.jsonl,c4]: short for --corpora.score, drift, learn and recover with
+    this text, and for reporting it before the other corpora of --corpora.evaluate. Of a file, 20 % are only reported.
+    Short text is used several times, see --distill.repeat. Flags that follow may change a role again."""
     score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list)] = Field(
         ["wiki"]
     )
@@ -301,8 +316,18 @@ class CorporaConfig(Group, prefix="corpora."):
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "text" and self.text:
+            for role, corpora in roles_of_text(self.text, self.evaluate).items():
+                setattr(self, role, corpora)
+
     def model_post_init(self, _: Any) -> None:
-        """Raise UserError if a role has no corpora, or has a corpus twice."""
+        """Set what `text` stands for and is not given. Raise UserError if a role has no corpora, or a corpus twice."""
+        given = set(self.model_fields_set)
+        for role, corpora in (roles_of_text(self.text, self.evaluate) if self.text else {}).items():
+            if role not in given:
+                setattr(self, role, corpora)
         for role in ("score", "drift", "learn", "recover", "evaluate"):
             names = self.scored if role == "score" else getattr(self, role)
             if not names:

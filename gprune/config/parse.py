@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace
 
 from gprune.checks import format_value
-from gprune.config.groups import Group
+from gprune.config.groups import CorporaConfig, Group, roles_of_text
 from gprune.config.run_config import RunConfig
 from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
@@ -97,6 +97,12 @@ def overlay(settings: dict[str, Any] | Namespace, update: Mapping[str, Any], whe
             GROUPS[key].check_name(setting, where)
             key = f"{key}.{setting}"
         settings[key] = _with_option(settings.get(key), option, value) if option else value
+        if key == "corpora.text" and value:  # takes the place of corpora that an earlier file or flag names
+            text = [value] if isinstance(value, str) else value
+            roles = roles_of_text(text, settings.get("corpora.evaluate", CorporaConfig().evaluate))
+            for role, corpora in roles.items():
+                if f"corpora.{role}" not in names:
+                    settings[f"corpora.{role}"] = corpora
 
 
 def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:

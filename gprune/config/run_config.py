@@ -326,6 +326,11 @@ class RunConfig(Group):
         return self.distill.tokens // (len(self.corpora.recover) * self.corpora.seq_len)
 
     @property
+    def repeat(self) -> bool | str:
+        """Whether training uses text of small corpora several times: `--distill.repeat`, with its default."""
+        return self.distill.repeat if self.distill.repeat is not None else "auto" if self.corpora.text else False
+
+    @property
     def fresh_tokens(self) -> int:
         """Number of training tokens of a recovery."""
         return len(self.corpora.recover) * self.fresh_windows * self.corpora.seq_len
@@ -470,6 +475,7 @@ class RunConfig(Group):
         if self.base_allocation in ALLOCATION:
             settings["sparsity"]["options"] = option_defaults(ALLOCATION[self.base_allocation]) | self.sparsity.options
         settings["evaluation"]["development_samples"] = self.development_windows
+        settings["distill"]["repeat"] = self.repeat
         settings["trainer"]["world_size"] = self.processes
         s = self.sparsity
         in_use = [name for part, names in IDENTITY_OF_PARTS.items() if part in s.scope for name in names]

@@ -28,9 +28,10 @@ class DistillConfig(Group, prefix="distill."):
     tokens: AtLeast1 = 12_288
     """Number of training tokens, split evenly over --corpora.recover: forward through the dense model, forward and
     backward through the pruned model."""
-    repeat: bool = False
-    """Repeat the text of corpora that are too small for their share of --distill.tokens, instead of stopping. Without
-    it, each token is used once."""
+    repeat: bool | Literal["auto"] | None = None
+    """Use the text of corpora that are too small for their share of --distill.tokens several times, instead of
+    stopping. auto: at most four times, and of at least 8,192 tokens; statistics and evaluation of a short corpus then
+    have fewer windows. Default: auto with --corpora.text, otherwise false."""
     batch_size: AtLeast1 = 1
     """Windows per step, over all devices together."""
     learning_rate: Positive = RELATIVE_RATE

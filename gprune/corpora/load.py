@@ -1,15 +1,16 @@
 """Load a corpus by name, or from local files: `load_corpus(name, split)` returns a list of documents.
 
-A name is looked up, in this order, as a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), as a local mirror in
-`$GPRUNE_DATA_DIR/corpora`, and in `CORPORA`, which has embedded corpora (no hub needed) and hub data sets. To add a
-corpus, register a function that returns the documents of "train" and "test"; development text is taken from train:
+A name is looked up, in this order, as a path (`.txt`, `.jsonl`, `.csv`, `.parquet`, or a folder of them), as a local
+mirror in `$GPRUNE_DATA_DIR/corpora`, and in `CORPORA`, which has embedded corpora (no hub needed) and hub data sets.
+To add a corpus, register a function that returns the documents of "train" and "test"; development text is taken from
+train:
 
     @CORPORA.register("my_corpus")
     def my_corpus(split: str) -> list[str]: ...
 
 A folder has `<split>.jsonl` (or .txt, .parquet) for train, validation (or dev) and test, the layout of
 `datasets.load_dataset("<folder>")`, in lower or upper case. A missing test split falls back to validation. Text without
-splits is cut 70/30.
+splits is cut 70/30, and a single file 80/20, after long documents were cut into passages if there are few of them.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from gprune.storage.paths import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 TRAIN_SHARE = 0.7
+TRAIN_SHARE_OF_FILE = 0.8  # of which every tenth document is development text
 LEAST_DOCUMENTS = 15  # of text without splits, so that all three splits have some
+PASSAGES = 40  # into which the text of fewer documents is cut
+SHORTEST_PASSAGE = 200  # characters
 # Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
 MADE_BY = {
     "experiments.corpora --output data": ("code_github", "stackexchange", "c4_code", "c4_code_wiki"),
@@ -81,7 +85,7 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
             excluded = set(development)  # also removes repetitions of a development document
             documents = [document for document in documents if document not in excluded]
     if not documents:
-        cut = f"text without splits is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development text"
+        cut = f"text without splits is cut in two, and every {DEVELOPMENT_EVERY}th train document is development text"
         raise UserError(
             f"Corpus '{name}' must have {LEAST_DOCUMENTS} or more documents for its split {split}, because {cut}; got "
             f"{found} of {'test' if split == 'test' else 'train'}. Cut long documents at paragraphs."
@@ -105,7 +109,8 @@ def source_of(name: str) -> Corpus:
     if not path.exists():
         raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
     if not text_files(path):
-        raise UserError(f"Corpus '{name}' must have {', '.join(SUFFIXES)} files; got none.")
+        got = "none" if path.is_dir() else f"'{path.suffix or path.name}'"
+        raise UserError(f"Corpus '{name}' must have {', '.join(SUFFIXES)} files; got {got}.")
     return partial(load_files, path)
 
 
@@ -181,14 +186,14 @@ def split_text(text: str, size: int = 2000) -> list[str]:
     return [document.strip("\r\n") for document in [*documents, "".join(lines)] if document.strip()]
 
 
-def contiguous_split(documents: Iterable[str], split: str) -> list[str]:
-    """Return the first 70 % of the distinct documents for "train", the others for "test".
+def contiguous_split(documents: Iterable[str], split: str, train_share: float = TRAIN_SHARE) -> list[str]:
+    """Return the first part of the distinct documents for "train", by default 70 %, the others for "test".
 
     The split is contiguous, because neighbouring pieces may come from one source: with every other piece of an article
     in test, train text would leak into test.
     """
     distinct = list(dict.fromkeys(documents))
-    cut = round(TRAIN_SHARE * len(distinct))
+    cut = round(train_share * len(distinct))
     return distinct[:cut] if split == "train" else distinct[cut:]
 
 
@@ -199,7 +204,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def load_files(path: Path, split: str) -> list[str]:
-    """Read the documents of one split: the files `<split>.*`, or the split's share of a 70/30 cut."""
+    """Read the documents of one split: the files `<split>.*`, or the split's share of a cut."""
     files = text_files(path)
     # Names begin with the split, and continue with a suffix (`train.txt`) or a part number (`train-00000.parquet`).
     train, validation, test = (
@@ -209,8 +214,36 @@ def load_files(path: Path, split: str) -> list[str]:
     train_files = train or validation or test or files
     test_files = test or validation or train or files
     if train_files == test_files:
-        return contiguous_split(_read_all(train_files), split)
+        documents = _read_all(train_files)
+        if path.is_file():
+            return contiguous_split(_as_passages(documents), split, TRAIN_SHARE_OF_FILE)
+        return contiguous_split(documents, split)
     return _read_all(train_files if split == "train" else test_files)
+
+
+def _as_passages(documents: list[str]) -> list[str]:
+    """Cut documents into about `PASSAGES` passages if there are too few of them for three splits."""
+    if len(set(documents)) >= LEAST_DOCUMENTS or any(isinstance(document, Conversation) for document in documents):
+        return documents
+    limit = max(SHORTEST_PASSAGE, sum(map(len, documents)) // PASSAGES)
+    passages = [passage for document in documents for passage in cut_text(document, limit)]
+    return [passage for passage in passages if passage.strip()]
+
+
+def cut_text(text: str, limit: int) -> Iterator[str]:
+    """Cut text into pieces of at most `limit` characters, at the last line end (or space) in a piece's second half."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start + limit // 2, start + limit)
+        if end < 0:
+            end = text.rfind(" ", start + limit // 2, start + limit)
+        if end >= 0:
+            yield text[start:end]
+            start = end + 1  # the line end or space is dropped
+        else:
+            yield text[start : start + limit]
+            start += limit
+    yield text[start:]
 
 
 def _read_all(files: list[Path]) -> list[str]:
@@ -229,12 +262,19 @@ def _read_all(files: list[Path]) -> list[str]:
 def _read(path: Path) -> Iterator[str]:
     """Yield the documents of a file.
 
-    A .txt file is cut at blank lines. A .jsonl or .parquet file has one document per row, in the column `text`, or in
-    `messages` of a .jsonl file.
+    A .txt file is cut at blank lines. Others have one document per row, in the column `text`, or in `messages` of a
+    .jsonl file.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _read_parquet(path)
+    elif suffix == ".csv":
+        import pandas  # slow to import
+
+        frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if "text" not in frame:
+            _text_of(dict.fromkeys(frame), str(path))  # raises
+        yield from frame["text"]
     elif suffix == ".txt":
         with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
             yield from split_text(file.read())
@@ -251,6 +291,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
     from pyarrow.parquet import ParquetFile  # a dependency of datasets, slow to import
 
     with ParquetFile(path) as file:
+        if "text" not in file.schema_arrow.names:
+            _text_of(dict.fromkeys(file.schema_arrow.names), str(path))  # raises
         for batch in file.iter_batches(columns=["text"]):
             for text in batch["text"].to_pylist():
                 if text is not None:
@@ -288,9 +330,11 @@ def _text_of(row: object, location: str) -> str:
     """Return the field `text` of a row. UserError, which begins with `location`, if there is none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
+        keys = ", ".join(map(str, row)) if isinstance(row, dict) and "text" not in row else ""
+        got = f"the keys {keys}" if keys else f"{row!r:.100}"
         raise UserError(
             f"{location}: The row must be an object with a string 'text' or, in a .jsonl file, with 'messages'; got "
-            f"{row!r:.100}."
+            f"{got}."
         )
     text.encode()  # raises ValueError for an unpaired surrogate
     return text

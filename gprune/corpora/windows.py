@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gprune.corpora.load import Conversation
+from gprune.corpora.load import Conversation, cut_text
 from gprune.errors import UserError, quoting
 
 log = logging.getLogger("gprune")
@@ -64,7 +64,8 @@ class Sample:
     bos: int | None = None  # first token of each window; the window then has one token of text less
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # named in errors
     per_window: int = 1  # what the first flag counts for each window of a corpus
-    repeat: bool = False  # whether the windows of a corpus with too little text are repeated
+    repeat: float = 1  # how often at most the windows of a corpus with too little text are used
+    least_tokens: int = 0  # of text, below which a corpus is refused instead of repeated
     at_least: int | None = None  # smallest number of windows of a corpus with too little text; None: `num_samples`
 
 
@@ -94,7 +95,12 @@ def make_windows(
     num_windows = sample.num_samples or max(available, 1)  # at least 1, so that too little text is an error
     if sample.at_least is not None:
         num_windows = max(sample.at_least, min(available, num_windows))
-    repeats = sample.repeat and 0 < available < num_windows
+    repeats = sample.repeat > 1 and 0 < available < num_windows
+    if repeats and available * seq_len < (least := min(sample.least_tokens, num_windows * seq_len)):
+        raise UserError(
+            f"Corpus '{corpus}' ({split}) must have {least:,} tokens to train on; got {available * seq_len:,}. "
+            "Use more text, or --recovery least_squares, which does not train."
+        )
     if available < num_windows and not repeats:
         needed = f"{num_windows} windows of {sample.seq_len} tokens ({num_windows * sample.seq_len:,} tokens)"
         raise UserError(
@@ -103,7 +109,11 @@ def make_windows(
         )
     windows = torch.tensor(tokens[: min(available, num_windows) * seq_len]).view(-1, seq_len)
     if repeats:
-        log.info("Repeating '%s' (%s): %d windows of text for %d", corpus, split, available, num_windows)
+        wanted, num_windows = num_windows, int(min(num_windows, available * sample.repeat))
+        log.info(
+            f"Corpus '{corpus}' has {available * seq_len:,} tokens to train on, and {wanted * seq_len:,} are asked "
+            f"for: each is used {num_windows / available:.2g} times, {num_windows * seq_len:,} in all"
+        )
         windows = windows[torch.arange(num_windows) % available]
     if sample.bos is not None:
         windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
@@ -169,22 +179,6 @@ def check_tokens(windows: Windows, tokenizer: PreTrainedTokenizerBase, embedding
             f"--model.name: Token {highest} ({token!r}) of corpus '{windows.corpus}' must be less than {embeddings:,}, "
             "the number of embeddings. The tokenizer belongs to another model."
         )
-
-
-def cut_text(text: str, limit: int) -> Iterator[str]:
-    """Cut text into pieces of at most `limit` characters, at the last line end (or space) in a piece's second half."""
-    start = 0
-    while len(text) - start > limit:
-        end = text.rfind("\n", start + limit // 2, start + limit)
-        if end < 0:
-            end = text.rfind(" ", start + limit // 2, start + limit)
-        if end >= 0:
-            yield text[start:end]
-            start = end + 1  # the line end or space is dropped
-        else:
-            yield text[start : start + limit]
-            start += limit
-    yield text[start:]
 
 
 def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:

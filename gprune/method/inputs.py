@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ from gprune.models.offload import is_offloaded
 from gprune.recoveries import recovery_learns
 
 log = logging.getLogger("gprune")
+
+# Of --distill.repeat auto: how often text is used, and how little of it is enough to train on.
+MOST_REPEATS = 4
+LEAST_TRAINING_TOKENS = 8192
 
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
@@ -134,9 +139,14 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
     length_flag = "--corpora.seq_len"
     learn_flag = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
+    fewest = 2 if cfg.repeat == "auto" else None
     return {
-        "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
-        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
+        "train": Sample(
+            c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag), at_least=fewest
+        ),
+        "learn": Sample(
+            c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag), at_least=fewest
+        ),
         "fresh": Sample(
             cfg.fresh_windows or 1,  # 0 only if no recovery trains, and then not used
             c.seq_len,
@@ -144,7 +154,8 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
             bos=bos,
             flags=("--distill.tokens", length_flag),
             per_window=len(c.recover) * c.seq_len,
-            repeat=cfg.distill.repeat,
+            repeat={False: 1, "auto": MOST_REPEATS, True: math.inf}[cfg.repeat],
+            least_tokens=LEAST_TRAINING_TOKENS if cfg.repeat == "auto" else 0,
         ),
         "development": Sample(
             cfg.development_windows,
@@ -153,5 +164,11 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
             flags=("--evaluation.development_samples", length_flag),
             at_least=2 if e.development_samples is None else None,  # a smaller corpus may have fewer by default
         ),
-        "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
+        "test": Sample(
+            e.num_samples,
+            e.seq_len,
+            bos=bos,
+            flags=("--evaluation.num_samples", "--evaluation.seq_len"),
+            at_least=fewest,
+        ),
     }

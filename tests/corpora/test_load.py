@@ -61,14 +61,15 @@ def test_files_of_splits_may_have_other_spellings(names, data_dir):
 
 
 @pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl", "anything.jsonl"])
-def test_a_single_file_is_split_contiguously_without_duplicates(tmp_path, file):
-    write_jsonl(tmp_path / "folder" / file, [*texts("a", 100), "a 0"])
-    for name in (str(tmp_path / "folder"), str(tmp_path / "folder" / file)):
-        parts = {split: load_corpus(name, split) for split in SPLITS}
-        assert_disjoint(parts)
-        assert parts["test"] == texts("a", 100)[70:]
-        assert len(parts["train"]) == 63
-        assert len(parts["development"]) == 7
+@pytest.mark.parametrize(("folder", "tested"), [(True, 30), (False, 20)])
+def test_text_without_splits_is_split_contiguously_without_duplicates(tmp_path, file, folder, tested):
+    path = tmp_path / "folder" / file
+    write_jsonl(path, [*texts("a", 100), "a 0"])
+    parts = {split: load_corpus(str(path.parent if folder else path), split) for split in SPLITS}
+    assert_disjoint(parts)
+    assert parts["test"] == texts("a", 100)[-tested:]
+    assert len(parts["development"]) == (100 - tested) // 10
+    assert len(parts["train"]) + len(parts["development"]) == 100 - tested
 
 
 def test_too_few_documents_are_refused_with_the_least_number(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gprune.corpora import load
-from gprune.corpora.load import contiguous_split, load_corpus, load_files, source_of, split_text
+from gprune.corpora.load import SPLITS, contiguous_split, load_corpus, load_files, source_of, split_text
 from gprune.errors import UserError
 
 
@@ -55,7 +57,7 @@ INVALID_FILES = {  # file name, content, expected error
     "another field": (
         "x.jsonl",
         b'{"text": "a"}\n{"body": "b"}\n',
-        ":2: The row must be an object",
+        ":2: The row must be an object .*; got the keys body",
     ),
     "messages without a content": (
         "x.jsonl",
@@ -88,7 +90,8 @@ INVALID_FILES = {  # file name, content, expected error
     ),
     "deeply nested": ("x.jsonl", b"[" * 50_000 + b"\n", "Cannot read line 1 .* as jsonl"),
     "no parquet": ("x.parquet", b"no parquet", "Cannot read .* as parquet"),
-    "another column": ("x.parquet", {"body": ["a"]}, "Cannot read .* as parquet: .*text"),
+    "another column": ("x.parquet", {"id": [1], "body": ["a"]}, "string 'text' .*; got the keys id, body"),
+    "another column of a table": ("x.csv", b"id,body\n1,a\n", "string 'text' .*; got the keys id, body"),
     "a column of lists": ("x.parquet", {"text": [["a", "b"]]}, r"got {'text': \['a', 'b'\]}"),
     "a column of bytes": ("x.parquet", {"text": [b"a"]}, "got {'text': b'a'}"),
 }
@@ -108,9 +111,25 @@ def test_an_invalid_corpus_file_is_refused_by_name(row, tmp_path):
 
 
 def test_a_parquet_text_column_is_a_corpus_without_nulls(tmp_path):
-    texts = [f"a {n}" for n in range(10)]
+    texts = [f"a {n}" for n in range(20)]
     parquet.write_table(pyarrow.table({"text": [*texts[:4], None, *texts[4:]]}), tmp_path / "x.parquet")
-    assert load_corpus(str(tmp_path / "x.parquet"), "test") == texts[7:]
+    assert load_corpus(str(tmp_path / "x.parquet"), "test") == texts[16:]
     packed = pyarrow.array(["b", "c", "b"]).dictionary_encode()
     parquet.write_table(pyarrow.table({"text": packed}), tmp_path / "y.parquet")
     assert load_files(tmp_path / "y.parquet", "train") + load_files(tmp_path / "y.parquet", "test") == ["b", "c"]
+
+
+def test_a_csv_text_column_is_a_corpus(tmp_path):
+    (tmp_path / "x.csv").write_text("id,text\n" + "".join(f'{n},"line {n}\nnext, ""quoted"""\n' for n in range(20)))
+    assert load_corpus(str(tmp_path / "x.csv"), "test") == [f'line {n}\nnext, "quoted"' for n in range(16, 20)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_long_documents_are_cut_into_passages_for_all_splits(count, tmp_path):
+    words = [f"w{n}" for n in range(9000)]
+    documents = [" ".join(words[start::count]) for start in range(count)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    parts = {split: " ".join(load_corpus(str(tmp_path / "x.jsonl"), split)).split() for split in SPLITS}
+    assert sorted(word for part in parts.values() for word in part) == sorted(words)
+    shares = [len(parts[split]) / len(words) for split in ("train", "development", "test")]
+    assert shares == pytest.approx([0.72, 0.08, 0.2], abs=0.04)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import lightning.pytorch as pl
@@ -56,17 +57,28 @@ def test_sampled_windows_do_not_overlap_are_spread_over_documents_and_have_no_bo
 
 
 @pytest.mark.parametrize("bos", [None, 3001])
-def test_with_repeat_the_windows_of_a_small_corpus_are_repeated_in_order(caplog, bos):
+def test_with_repeat_the_windows_of_a_small_corpus_are_used_again_in_order(caplog, bos):
     caplog.set_level("INFO", logger="gprune")
     once = windows_of(TEXTS[:1], num_samples=3, bos=bos)
-    assert "Repeating" not in caplog.text
-    repeated = windows_of(TEXTS[:1], num_samples=8, bos=bos, repeat=True)
+    assert "asked for" not in caplog.text
+    repeated = windows_of(TEXTS[:1], num_samples=8, bos=bos, repeat=math.inf)
     assert torch.equal(repeated.tokens, torch.cat([once.tokens, once.tokens, once.tokens[:2]]))
-    assert "Repeating 'demo' (train): 3 windows of text for 8" in caplog.text
+    assert "'demo' has 9" in caplog.text  # 96 tokens, or 93 beside BOS
     # A corpus with enough text is not changed.
-    assert windows_of(repeat=True).content_hash == windows_of().content_hash
+    assert windows_of(repeat=4).content_hash == windows_of().content_hash
     with pytest.raises(UserError, match=r"must have 8 windows of 32 tokens \(256 tokens\); got 0 \(2\)\."):
-        windows_of(["w1 w2"], num_samples=8, bos=bos, repeat=True)
+        windows_of(["w1 w2"], num_samples=8, bos=bos, repeat=math.inf)
+
+
+def test_text_is_used_at_most_as_often_as_allowed_and_refused_below_the_least_tokens(caplog):
+    caplog.set_level("INFO", logger="gprune")
+    once = windows_of(TEXTS[:1], num_samples=3)
+    four_times = windows_of(TEXTS[:1], num_samples=80, repeat=4, least_tokens=96)
+    assert torch.equal(four_times.tokens, once.tokens.repeat(4, 1))
+    assert "has 96 tokens to train on, and 2,560 are asked for: each is used 4 times, 384 in all" in caplog.text
+    with pytest.raises(UserError, match=r"must have 97 tokens to train on; got 96\."):
+        windows_of(TEXTS[:1], num_samples=80, repeat=4, least_tokens=97)
+    assert windows_of(TEXTS[:1], num_samples=3, repeat=4, least_tokens=97).content_hash == once.content_hash
 
 
 def test_content_hashes_are_reproducible_and_depend_on_seed_and_shape():
@@ -272,7 +284,7 @@ def test_messages_are_text_by_the_chat_template_of_the_tokenizer(tmp_path):
     documents = load_corpus(str(write_chat(tmp_path / "chat.jsonl")), "test")
     sample = Sample(num_samples=2, seq_len=8, shuffle=False)
     windows = make_windows(documents, tokenizer, sample, corpus="chat", split="test")
-    assert tokenizer.decode(windows.tokens[0]) == "w1 w112 w2 w115 w1 w116 w2 w119"  # the last 12 of 40 conversations
+    assert tokenizer.decode(windows.tokens[0]) == "w1 w128 w2 w131 w1 w132 w2 w135"  # the last 8 of 40 conversations
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,13 @@ def test_an_invalid_flag_is_refused_in_one_line_that_names_it(flags, refused):
     assert all(words in line for words in FLAGS[flags]), line
 
 
-def test_too_little_text_is_refused_before_weights_are_loaded(refused, monkeypatch):
+def test_too_little_text_is_refused_before_weights_are_loaded(refused, monkeypatch, tmp_path):
     monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("weights were loaded"))
     line = refused("--recovery=distill", "--distill.tokens=960000")
     assert "--distill.repeat true" in line
+    short = tiny_run.write_corpus(tmp_path / "short.txt", seed=0, documents=15)
+    line = refused(f"--corpora.text={short}", "--recovery=distill", "--distill.tokens=960000")
+    assert "must have 8,192 tokens to train on; got 6," in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks the refusal on a machine without a GPU")

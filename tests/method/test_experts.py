@@ -226,9 +226,10 @@ def test_experts_that_no_token_reaches_are_named_in_one_warning(world, tmp_path,
     folder = Path(model_of(world, "qwen2_moe").partition("=")[2])
     model = AutoModelForCausalLM.from_pretrained(folder)
     idle = tmp_path / "idle"
-    model.model.layers[1].mlp.gate.weight.data[3] = 0.0  # with positive logits of the others it is never chosen
-    model.model.layers[1].mlp.gate.weight.data[:3] *= 8
-    model.model.layers[1].mlp.gate.weight.data[4:] *= 8
+    router = model.model.layers[1].mlp.gate.weight.data
+    router[3] = 0.0  # never chosen, since one expert of each other pair has a positive logit
+    router[[1, 4, 6]] = -router[[0, 2, 5]]
+    assert model.config.num_experts_per_tok <= 3
     model.save_pretrained(idle)
     tiny_tokenizer().save_pretrained(idle)
     corpora = world.names("alpha", "beta")

@@ -399,12 +399,26 @@ def test_the_last_lines_say_what_was_removed_what_it_cost_and_what_recovery_gave
         for seen, text in ((True, "seen"), (False, "unseen")):
             means = [sum(nll[name][seen]) / len(nll[name][seen]) for name in (stage, "dense")]
             ratios[stage, seen] = means[0] - means[1]
-            shown = rf"{math.exp(means[0] - means[1]):.3f} \[\d\.\d{{3}}, \d\.\d{{3}}\] times dense on {text} text"
+            shown = rf"{math.exp(means[0] - means[1]):.3f} \[\d+\.\d{{3}}, \d+\.\d{{3}}\] times dense on {text} text"
             assert re.search(shown, line), line
     given_back = 1 - ratios["recovered", False] / ratios["pruned", False]
     assert ("recovery gave back" in line) == (given_back > 0 and ratios["pruned", False] > 0)
     if "recovery gave back" in line:
         assert f"recovery gave back {given_back:.0%} of the loss" in line
+
+
+def test_ones_own_text_prunes_trains_and_is_reported_beside_text_that_the_run_did_not_use(world, tmp_path, capsys):
+    own = world.corpora["gamma"]
+    flags = [f"--corpora.text={own}", "--recovery=distill", "--distill.tokens=100000"]
+    result = world.run(tmp_path / "runs", *flags)
+    seen = {Path(r["corpus"]).stem: r["seen"] for r in result.records}
+    assert seen == {"gamma": True, "alpha": False, "delta": False, "epsilon": False}
+    out = capsys.readouterr().out
+    assert f"pruning ffn, target 0.5, by text of {own}" in out
+    has, trained = re.search(r"has ([\d,]+) tokens to train on, .* used 4 times, ([\d,]+) in all", out).groups()
+    assert int(trained.replace(",", "")) == 4 * int(has.replace(",", "")) < 100_000
+    trained_in_all = re.search(r"([\d,]+) forward and backward", out)[1]
+    assert int(trained_in_all.replace(",", "")) == int(trained.replace(",", "")) + 4 * 32  # of learning thresholds
 
 
 def test_on_the_default_text_a_run_names_a_command_that_compares_methods(tmp_path, monkeypatch):
@@ -596,8 +610,8 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert re.fullmatch(r"about [\d.]+ GiB in the step \w+; this machine has [\d.]+ GiB", lines["memory"])
     terms = ("weights", "gradients and optimizer", "gram matrices", "activations")
     assert re.fullmatch("GiB: " + ", ".join(rf"\d+\.\d\d {term}" for term in terms), lines["of which"])
-    assert lines["text"] == "alpha.txt (train): 12,880 tokens, 128 needed"  # 23 documents of 560 words
-    assert "\n                 delta.txt (test): 6,160 tokens, 64 needed\n" in output
+    assert lines["text"] == "alpha.txt (train): 15,120 tokens, 128 needed"  # 27 of 36 documents of 560 words
+    assert "\n                 delta.txt (test): 3,920 tokens, 64 needed\n" in output
 
 
 def test_a_dry_run_refuses_short_corpora_with_the_message_of_a_run(world, tmp_path, capsys):
