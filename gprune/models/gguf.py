@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import gguf as library
+import numpy as np
 import torch
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
@@ -40,17 +42,21 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def cached_parsing() -> AbstractContextManager[None]:
+@contextmanager
+def cached_parsing() -> Iterator[None]:
     """Cache parsed files and name maps of the gguf library while the context lasts.
 
     Otherwise transformers parses a file for config, weights and tokenizer again, and makes the name map for each
-    module.
+    module. Parsing slices the file a million times for the vocabulary; slices of a plain array are three times as fast
+    as those of a `numpy.memmap`.
     """
-    return patch.multiple(
-        library,
-        GGUFReader=functools.cache(library.GGUFReader),
-        get_tensor_name_map=functools.cache(library.get_tensor_name_map),
-    )
+    read, memmap = functools.cache(library.GGUFReader), np.memmap
+    name_map = functools.cache(library.get_tensor_name_map)
+    with (
+        patch.multiple(library, GGUFReader=lambda path: read(str(path)), get_tensor_name_map=name_map),
+        patch.object(np, "memmap", lambda *args, **options: np.asarray(memmap(*args, **options))),
+    ):
+        yield
 
 
 def load_gguf(path: Path) -> PreTrainedModel:
