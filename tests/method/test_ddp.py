@@ -270,7 +270,7 @@ def test_if_only_rank_0_fails_the_other_rank_exits_without_output(world, tmp_pat
     [
         ("Refining modules", ["--partition.steps=1000000"]),
         ("Learning", ["--sparsity.epochs=1000000"]),
-        ("Distilling", ["--recovery=distill", "--distill.tokens=10000000", "--distill.repeat=true"]),
+        ("Distilling", ["--recovery=distill", "--distill.tokens=1000000", "--distill.repeat=true"]),
     ],
 )
 def test_sigterm_ends_both_processes_in_any_stage(line, flags, world, tmp_path):
