@@ -1,4 +1,4 @@
-"""Prune a language model: `python train.py --help` lists every flag."""
+"""Prune a language model: `python train.py --help` lists the main flags, `--help_all` every flag."""
 
 import sys
 

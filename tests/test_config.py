@@ -235,6 +235,13 @@ def test_ones_own_text_is_short_for_other_flags_and_set_in_python_too():
     assert RunConfig().settings()["distill"]["repeat"] is False
 
 
+def test_flags_accept_how_sweeps_of_wandb_write_null_and_whole_numbers():
+    cfg = parse(["--corpora.learn_samples=None", "--corpora.score=None", "--sparsity.epochs=2.0", "--ridge=1.0"])
+    assert (cfg.corpora.learn_samples, cfg.corpora.score, cfg.sparsity.epochs, cfg.ridge) == (None, None, 2, 1.0)
+    with pytest.raises(UserError, match=r"--sparsity\.epochs must be a valid integer; got 2\.5"):
+        parse(["--sparsity.epochs=2.5"])
+
+
 def test_two_hyphens_are_the_value_of_a_flag():
     """argparse of Python 3.11 would replace them by an empty list."""
     assert parse(["--run.name=--"]).run.name == "--"

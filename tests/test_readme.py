@@ -307,6 +307,18 @@ def test_the_recipe_for_another_optimizer_is_a_learner_with_an_argument(tiny_mod
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
 
 
+def test_the_recipe_for_another_objective_refines_the_modules_of_a_run(world, tmp_path, monkeypatch):
+    (tmp_path / "my_objective.py").write_text(recipe("class Even(AssignmentRefinement)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(user_code, "IMPORTED", [])
+    flags = ["--partition.learning_rate=0.5", "--export=none"]
+    default = world.run(tmp_path, *flags, name="default")
+    changed = world.run(tmp_path, *flags, "--import=my_objective", "--stages=my_objective", name="changed")
+    curves = ["\n".join(file.read_text() for file in run.path.glob("csv/*/metrics.csv")) for run in (default, changed)]
+    assert ["partition/largest" in text for text in curves] == [False, True]
+    assert not all(map(torch.equal, default.modules.labels, changed.modules.labels))
+
+
 @pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
 def test_the_recipe_for_a_plain_learner_reduces_the_loss_at_the_budget(tiny_model):
     default = make_stage(tiny_model)

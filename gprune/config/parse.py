@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
@@ -37,11 +38,12 @@ FLAG_TYPES = {  # type annotations by dotted name of the setting
 EXAMPLES = (
     "--config smoke                                 a tiny model, in less than a minute",
     "--model.name FOLDER --sparsity.target 30%      30 % of all parameters of a model",
+    "--model.name FOLDER --corpora.text mine.jsonl  for your own text",
     "--model.name FOLDER --dry_run true             widths, tokens and memory; nothing is run",
 )
 MAIN_FLAGS = (  # the flags that `--help` lists, besides --config
-    "model.name", "model.dtype", "sparsity.target", "sparsity.scope", "recovery", "distill.tokens", "corpora.evaluate",
-    "export.format", "run.name", "dry_run",
+    "model.name", "model.dtype", "corpora.text", "corpora.evaluate", "importance", "sparsity.target", "sparsity.scope",
+    "sparsity.allocation", "recovery", "distill.tokens", "export.format", "run.name", "run.seed", "dry_run",
 )  # fmt: skip
 
 
@@ -148,8 +150,16 @@ def as_flag(name: str, value: Any) -> str:
 
 
 def _parse_value(flag: str, text: str) -> Any:
-    """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list."""
-    is_text = FLAG_TYPES.get(flag.removeprefix("--")) in (str, str | None)
+    """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list.
+
+    Sweeps of W&B write null as `None`, and may write a whole number as `2.0`.
+    """
+    kind = FLAG_TYPES.get(flag.removeprefix("--"))
+    is_text = kind in (str, str | None)
+    if text == "None" and type(None) in get_args(kind):
+        return None
+    if kind in (int, int | None) and re.fullmatch(r"\d+\.0", text):
+        return int(text[:-2])
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:

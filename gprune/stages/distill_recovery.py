@@ -51,7 +51,7 @@ class Distill(Recovery):
             pruned,
             **select_options(DistillationStage, dict(settings)),
         )
-        title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
+        title = f"Distilling into {sum(p.numel() for p in stage.learned.values()):,} weights"
         material.fit(title, stage, clip=settings.clip, batch_size=settings.batch_size, accumulate=settings.accumulate)
         return stage.finished()
 

@@ -71,6 +71,13 @@ class AssignmentRefinement(L.LightningModule):
     def setup(self, stage: str) -> None:
         self.inputs = self.inputs.to(self.trainer.strategy.root_device)
 
+    def objective(self, logits: Tensor, tau: float) -> dict[str, Tensor]:
+        """Return `total`, whose mean over blocks is minimised, and other terms to be logged, each (B,) by block.
+
+        Override it to change a term or to add one. The logits are (B, N, K).
+        """
+        return partition_objective(logits, tau, self.inputs, self.weights)
+
     def train_dataloader(self) -> DataLoader:
         # The loader only counts steps; every step uses all neurons of all blocks.
         return DataLoader(range(self.steps), batch_size=1)
@@ -82,7 +89,7 @@ class AssignmentRefinement(L.LightningModule):
         """Log the consistency of the hard labels."""
         # With logits of 1e4 the softmax is exactly 0 or 1.
         hard_logits = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])
-        terms = partition_objective(hard_logits, 1.0, self.inputs, self.weights)
+        terms = self.objective(hard_logits, 1.0)
         self.log("partition/hard_consistency", terms["consistency"].mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -94,7 +101,7 @@ class AssignmentRefinement(L.LightningModule):
         Raises:
             UserError: if the loss is not finite.
         """
-        by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
+        by_block = self.objective(self.logits, self.tau)
         terms = {name: value.mean() for name, value in by_block.items()}
         logged = {name: float(value.detach()) for name, value in terms.items()} | {"temperature": self.tau}
         require_finite_loss(logged["total"], "The objective of the refinement")
