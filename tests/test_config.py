@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +16,15 @@ import yaml
 
 import gprune
 from gprune.benchmarks.settings import Benchmarks
+from gprune.cli import describe_ignored_flags, run
 from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.config.groups import REPLACEMENTS, CorporaConfig, Reads, SparsityConfig
-from gprune.config.parse import FLAG_TYPES, GROUPS
+from gprune.config.parse import FLAG_TYPES, GROUPS, given_flags
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.storage.yaml_text import to_yaml
 from gprune.studies.listing import Listing
-from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
 YAML = {
@@ -489,9 +490,16 @@ def test_seconds_and_bytes_are_currencies_like_others():
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),
     ],
 )  # fmt: skip
-def test_the_log_lists_given_flags_that_have_no_effect_with_the_reason(flags, expected, tmp_path, capsys):
+def test_flags_without_effect_are_listed_with_the_reason(flags, expected, tmp_path):
     (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # flags from a file are not listed
-    args = [f"--config={tmp_path / 'a.yaml'}", *flags.split(), "--model.name=tiny-random", "--dry_run=true"]
-    assert tiny_run.main(args) == 0
-    ignored = [line.partition("Ignored flags: ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert [flags for flags in ignored if flags] == ([expected] if expected else [])
+    args = [f"--config={tmp_path / 'a.yaml'}", *flags.split()]
+    assert describe_ignored_flags(parse(args), given_flags(args)) == expected
+
+
+def test_the_log_names_flags_without_effect(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("gprune.cli.log", SimpleNamespace(warning=lambda text, *values: lines.append(text % values)))
+    args = ["--distill.rank=8", "--corpora.evaluate=[none-such]"]  # refused after the line, before anything is loaded
+    with pytest.raises(UserError, match="none-such"):
+        run(args)
+    assert lines == ["Ignored flags: --distill.rank (--distill.targets all)"]

@@ -26,7 +26,8 @@ EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # for an entry point; 12 for 
 
 @pytest.fixture(scope="module", autouse=True)
 def _isolated(tmp_path_factory):
-    with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
+    with tiny_run.isolated(tmp_path_factory.mktemp("cache")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gprune.method.dry_run.count_tokens", lambda *_: "0")  # 4 s for the whole embedded text
         yield
 
 

@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
@@ -265,22 +267,31 @@ def test_if_only_rank_0_fails_the_other_rank_exits_without_output(world, tmp_pat
     assert "Cannot write" in done.stderr
 
 
+class Begun(lightning.Callback):
+    """Write a file after a step of training of a stage."""
+
+    def __init__(self, folder: str, stage: str):
+        self.folder, self.stage = Path(folder), stage
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx):
+        if type(stage).__name__ == self.stage:
+            (self.folder / f"begun.{trainer.global_rank}").touch()
+
+
 @pytest.mark.parametrize(
-    ("line", "flags"),
+    ("stage", "flags"),
     [
-        ("Refining modules", ["--partition.steps=1000000"]),
-        ("Learning", ["--sparsity.epochs=1000000"]),
-        ("Distilling", ["--recovery=distill", "--distill.tokens=1000000", "--distill.repeat=true"]),
+        ("AssignmentRefinement", ["--partition.steps=1000000"]),
+        ("ThresholdLearning", ["--sparsity.epochs=1000000"]),
+        ("DistillationStage", ["--recovery=distill", "--distill.tokens=1000000", "--distill.repeat=true"]),
     ],
 )
-def test_sigterm_ends_both_processes_in_any_stage(line, flags, world, tmp_path):
+def test_sigterm_ends_both_processes_in_any_stage(stage, flags, world, tmp_path):
     """The signal reaches the ranks at different points of a step, perhaps in different steps."""
-    children = tiny_run.start(world.args(tmp_path, *flags, *TWO), tmp_path, processes=2)
-    wait_until(lambda: line in children[0].output[0].read_text())
-    time.sleep(1)  # until training has begun
-    if line == "Distilling":
-        files = (tmp_path / "run/csv").rglob
-        wait_until(lambda: any("gradient_norm" in file.read_text() for file in files("metrics.csv")))
+    begun = f"class_path: tests.method.test_ddp.Begun, init_args: {{folder: {tmp_path}, stage: {stage}}}"
+    flags = [*flags, *TWO, f"--trainer.callbacks=[{{{begun}}}]"]
+    children = tiny_run.start(world.args(tmp_path, *flags), tmp_path, processes=2)
+    wait_until(lambda: all((tmp_path / f"begun.{rank}").exists() for rank in (0, 1)))
     try:
         for child in children:
             os.kill(child.id, signal.SIGTERM)
@@ -292,7 +303,7 @@ def test_sigterm_ends_both_processes_in_any_stage(line, flags, world, tmp_path):
     ended = [child.wait() for child in children]
     assert [done.returncode for done in ended] == [143, 143], ended[0].stderr + ended[1].stderr
     assert [done.stderr.count("\n") for done in ended] == [1, 0]
-    if line == "Distilling":  # its epoch has many batches
+    if stage == "DistillationStage":  # its epoch has many batches
         assert len(list((tmp_path / "run/checkpoints").rglob("*.ckpt"))) == 1
 
 

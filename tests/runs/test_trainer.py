@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -71,10 +69,7 @@ def test_on_a_mac_auto_is_the_cpu_and_its_gpu_is_refused(accelerator, device, mo
 @pytest.mark.slow
 def test_a_leftover_rank_variable_ends_train_py_in_one_line(tmp_path):
     args = tiny_run.make_world(tmp_path).args(tmp_path, "--gprune=false", "--export=none", "--dry_run=true")
-    done = subprocess.run(
-        [sys.executable, "train.py", *args], cwd=tiny_run.ROOT, capture_output=True, text=True, check=False,
-        env={**tiny_run.environment(tmp_path / "cache"), "RANK": "1", "HOME": os.environ["HOME"]},
-    )  # fmt: skip
+    (done,) = tiny_run.train(args, tmp_path, RANK="1")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("train.py: The number of processes must be 1 ")
 
