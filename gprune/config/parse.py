@@ -27,6 +27,7 @@ SHIPPED = {  # configurations that --config knows by name
     file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 }
 CONSENT = "model.trust_remote_code"
+TEXT = "corpora.text"
 GROUPS: dict[str, type[Group]] = {  # groups of flags by name
     name: info.annotation for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
 }
@@ -87,7 +88,9 @@ def overlay(settings: dict[str, Any] | Namespace, update: Mapping[str, Any], whe
 
     A mapping replaces all options, and a single option is added: `sparsity.options.spread` keeps the others.
     """
-    dotted = _to_dotted_names(update, where)
+    dotted = sorted(
+        _to_dotted_names(update, where), key=lambda setting: setting[0] != TEXT
+    )  # before what it stands for
     names = [name for name, _ in dotted]
     for name, value in dotted:
         if names.count(name) > 1:
@@ -99,12 +102,16 @@ def overlay(settings: dict[str, Any] | Namespace, update: Mapping[str, Any], whe
             GROUPS[key].check_name(setting, where)
             key = f"{key}.{setting}"
         settings[key] = _with_option(settings.get(key), option, value) if option else value
-        if key == "corpora.text" and value:  # takes the place of corpora that an earlier file or flag names
-            text = [value] if isinstance(value, str) else value
-            roles = roles_of_text(text, settings.get("corpora.evaluate", CorporaConfig().evaluate))
-            for role, corpora in roles.items():
-                if f"corpora.{role}" not in names:
-                    settings[f"corpora.{role}"] = corpora
+        if key == TEXT and value:
+            _set_roles(settings, [value] if isinstance(value, str) else value)
+
+
+def _set_roles(settings: dict[str, Any] | Namespace, text: list[str]) -> None:
+    """Set the roles of `--corpora.text`, in place of corpora that are named before, and after it in the order."""
+    roles = roles_of_text(text, settings.get("corpora.evaluate", CorporaConfig().evaluate))
+    for role, corpora in roles.items():
+        settings.pop(f"corpora.{role}", None)
+        settings[f"corpora.{role}"] = corpora
 
 
 def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
