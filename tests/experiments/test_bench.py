@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,39 +183,3 @@ def test_learning_compares_training_steps_with_plain_pytorch_steps(capsys):
         assert overhead == pytest.approx(mixed / plain, rel=2e-3)
         assert speedup == pytest.approx(mixed / full, rel=2e-3)
         assert goal == learning.STEP
-
-
-@pytest.fixture
-def train_py(monkeypatch):
-    """Replace train.py by a function that writes a run folder."""
-    seconds_of_run = {"32-true": 100.0, "auto": 60.0}
-
-    def run(command, **_):
-        flags = dict(zip(command[2::2], command[3::2], strict=True))
-        precision = flags["--trainer.precision"]
-        folder = Path(flags["--run.dir"]) / "run"
-        folder.mkdir()
-        passes = {"forward_tokens": 1000, "seconds": 20.0}
-        other_seconds = seconds_of_run[precision] - 40.0
-        steps = {"calibrate": passes, "evaluate_pruned": passes, "learn": {"seconds": other_seconds}}
-        chosen = {"auto": "bf16-mixed"}.get(precision, precision)
-        manifest = {"steps": steps, "settings": {"trainer": {"precision": chosen}}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        rows = {("dense", "none"): 40.0, ("recovered", "distill"): 12.0 if precision == "auto" else 10.0}
-        records = [
-            {"stage": stage, "recovery": recovery, "perplexity": value, "seen": False}
-            for (stage, recovery), value in rows.items()
-        ]
-        (folder / "metrics.json").write_text(json.dumps({"records": records}))
-        return SimpleNamespace(returncode=0, stdout="", stderr="")
-
-    monkeypatch.setattr(learning.subprocess, "run", run)
-
-
-def test_whole_runs_are_compared_with_float32(train_py):
-    (table,) = learning.whole_runs([], 1)
-    float32, auto, _ = table.rows
-    assert float32 == ["32-true (32-true), 0", 100.0, 1.0, pytest.approx(0.25), 1.0, 1.0, "none"]
-    assert auto[:3] == ["auto (bf16-mixed), 0", 60.0, 0.6]
-    assert auto[3:5] == pytest.approx([0.3, 1.2])
-    assert auto[5:] == [1.0, "run, unseen"]

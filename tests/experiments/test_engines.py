@@ -13,11 +13,9 @@ import pytest
 from experiments import engines
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.models.surgery import slice_model
 from tests.export.test_gguf import byte_tokenizer, make_pruned, needs_llama_cpp
 from tests.studies.workbench import cells
-from tests.tiny_families import make_tiny, some_masks
-from tests.tiny_run import ForkedScript, tiny_tokenizer
+from tests.tiny_run import ForkedScript
 
 SIZES = ("--batch", "1,3", "--prompt", "12")
 
@@ -130,18 +128,6 @@ def test_invalid_engines_end_with_one_line_and_exit_code_2(args, message, world,
     assert engines.main([str(world.model), *args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engines, "time_models", lambda *_: pytest.fail("timed a model first"))
-    model = make_tiny("llama")
-    model = slice_model(model, some_masks(model, attention=True))  # layers have different numbers of heads
-    save_pruned(model, tiny_tokenizer(), tmp_path / "small")
-    engine = "transformers,transformers:nemotron-nas"
-    assert engines.main([str(tmp_path / "small"), "--engine", engine]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "Cannot export 'llama' to nemotron-nas" in line
-    assert "Export to hf or gguf" in line
 
 
 def test_an_engine_that_fails_is_quoted(tmp_path, monkeypatch):

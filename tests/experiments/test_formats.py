@@ -15,8 +15,7 @@ from experiments.formats import __main__ as formats
 from experiments.formats import models
 from experiments.formats.packages import OLDER
 from gprune.export import hf
-from gprune.models.blocks import blocks_of
-from gprune.models.surgery import slice_model, widths
+from gprune.models.surgery import slice_model
 from tests.export.test_gguf import byte_tokenizer
 from tests.export.test_hf import LLAMA3_ROPE, make_pruned
 from tests.tiny_llama import make_tiny_llama
@@ -68,23 +67,6 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
     models.make(folder, tiny)
     return folder
-
-
-def test_each_model_has_the_target_sparsity_the_widths_of_its_name_and_custom_code_only_if_needed(work):
-    dense, _, _ = tiny()
-    neurons = sum(b.neurons for b in blocks_of(dense))
-    by_name = {}
-    for name in models.MODELS:
-        by_name[name] = widths(AutoModelForCausalLM.from_pretrained(work / name / "hf"))
-        assert all(n % models.WIDTH_MULTIPLE == 0 for n in by_name[name]["neurons"])
-        removed = 1 - sum(by_name[name]["neurons"]) / neurons
-        # Each of the three blocks removes less than one width multiple more than the target.
-        assert models.SPARSITY <= removed < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / neurons
-        assert any((work / name / "hf").glob("*.py")) == (name != "uniform")
-    assert len(set(by_name["ffn"]["neurons"])) > 1
-    assert by_name["ffn"]["kv_groups"] == by_name["uniform"]["kv_groups"] == [2, 2, 2]
-    assert by_name["ffn+kv"] == {"neurons": by_name["ffn"]["neurons"], "kv_groups": [2, 1, 2]}
-    assert len(set(by_name["uniform"]["neurons"])) == 1
 
 
 # vLLM

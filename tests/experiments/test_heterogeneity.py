@@ -16,7 +16,6 @@ from experiments import heterogeneity
 from gprune.importance.scores import ffn_weights, fractional_ranks, score_ffn
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
-from gprune.partition.drift import noise_floor, rank_drift
 from gprune.runs.results import read_run
 from tests import tiny_run
 
@@ -51,15 +50,6 @@ def rows(text):
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     cells_by_line = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {cells[0]: cells[1:] for cells in cells_by_line}
-
-
-def test_the_table_has_every_third_block_or_all_blocks_and_the_mean(runs, capsys, monkeypatch):
-    code, short, _ = main(capsys, monkeypatch, runs / "run", "--permutations", "1")
-    assert code == 0
-    assert [name for name in rows(short) if name.isdigit() or name == "mean"] == ["0", "mean"]
-    _, full, _ = main(capsys, monkeypatch, runs / "run", "--all", "--no-data-free")
-    assert [name for name in rows(full) if name.isdigit() or name == "mean"] == ["0", "1", "2", "mean"]
-    assert rows(full)["mean"] == rows(short)["mean"]  # over all blocks, also over those that are not shown
 
 
 def agreement_of_halves(folder) -> list[float]:
@@ -120,32 +110,6 @@ def test_eta_squared_gives_the_f_statistic_of_scipy_and_is_1_for_labels_and_0_fo
     assert heterogeneity.eta_squared(torch.ones(200), labels) == 0
 
 
-def test_eta_squared_of_random_partitions_has_the_expected_mean_and_follows_the_seed():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(400) % 8
-    first, same_seed, other_seed = (
-        heterogeneity.separation(values, labels, permutations=200, seed=seed).random for seed in (0, 0, 9)
-    )
-    assert float(first.mean()) == pytest.approx(7 / 399, rel=0.15)  # (K - 1) / (N - 1)
-    assert torch.equal(first, same_seed)
-    assert not torch.equal(first, other_seed)
-
-
-def test_the_share_above_the_noise_floor_is_small_for_noise_and_large_for_drift():
-    """Scores are the sum of a term of the neuron, a term of the corpus (the drift), and noise of the half."""
-    generator = torch.Generator().manual_seed(0)
-
-    def share(drift, N=2000):
-        neurons, corpora, halves = (torch.randn(*shape, N, generator=generator) for shape in ((), (3, 1), (3, 2)))
-        scores = (neurons + drift * corpora + 0.3 * halves).double()  # (corpora, halves, N)
-        return heterogeneity.share_above(
-            rank_drift(fractional_ranks(scores.mean(1))), noise_floor(fractional_ranks(scores))
-        )
-
-    assert 0.05 < share(0.0) < 0.15  # above 0.05, because a drift has two degrees of freedom and a floor has three
-    assert share(2.0) > 0.5
-
-
 def test_given_rank_removes_the_part_that_ranks_explain():
     ranks = fractional_ranks(torch.rand(3, 640, generator=torch.Generator().manual_seed(0)))
     mean = ranks.mean(0)
@@ -156,18 +120,6 @@ def test_given_rank_removes_the_part_that_ranks_explain():
     assert float(remainder.var()) < 0.05 * float(by_rank.var())
     independent = torch.randn(640, generator=torch.Generator().manual_seed(1)).double()
     assert float(heterogeneity.given_rank(independent, ranks).var()) > 0.9 * float(independent.var())
-
-
-def test_drift_differs_by_modules_of_the_run_even_in_a_random_model_but_not_by_data_free_ones(
-    runs, capsys, monkeypatch
-):  # fmt: skip
-    """The run forms its modules from drift. So the output calls their eta squared of drift circular."""
-    _, text, _ = main(capsys, monkeypatch, runs / "run")
-    eta_squared, _, largest_of_random, blocks = rows(text)["the run's (circular): drift"]
-    assert float(eta_squared) > 5 * float(largest_of_random)
-    assert blocks == "3 of 3"
-    eta_squared, _, largest_of_random, _ = rows(text)["data-free: drift"]
-    assert float(eta_squared) < 2 * float(largest_of_random)
 
 
 def test_a_model_with_other_weights_is_refused(runs, capsys, monkeypatch):

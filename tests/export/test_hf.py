@@ -336,16 +336,6 @@ def test_weights_are_restored_if_the_forward_pass_of_the_check_fails(tmp_path, t
     assert not folder.exists()
 
 
-@pytest.mark.slow
-def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(
-    tmp_path, token_batch, fresh_process
-):
-    model = make_pruned(recovered=True, **BIASES)
-    model = slice_model(model, masks_without(model, 0))  # also one layer fewer
-    load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
-    assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
-
-
 def test_register_makes_exports_of_a_type_without_record_load_without_remote_code(tmp_path, token_batch, monkeypatch):
     dense = make_tiny("gemma3_text")
     model = slice_model(dense, some_masks(dense, attention=False))

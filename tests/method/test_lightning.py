@@ -197,15 +197,6 @@ def test_validation_does_not_change_training(tiny_model):
     assert all(torch.equal(*pair) for pair in zip(*learned.values(), strict=True))
 
 
-def test_fast_dev_run_trains_threshold_learning_and_distillation_on_one_batch(tiny_model):
-    student = sliced(tiny_model, some_masks(tiny_model, attention=False))
-    for stage in (make_stage(tiny_model), DistillationStage(tiny_model, student)):
-        trainer = trainer_of(fast_dev_run=True)
-        trainer.fit(stage, data_with_validation(tiny_model))
-        assert trainer.global_step == 1
-        assert "development/perplexity" in trainer.callback_metrics
-
-
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 

@@ -263,12 +263,6 @@ def test_trainer_arguments_apply_in_the_stages_that_they_are_for(world, tmp_path
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_limit_train_batches_limits_the_steps_of_an_epoch(world, tmp_path):
-    more = ("--trainer.limit_train_batches=1", "--sparsity.epochs=2")
-    result = prune(parse(flags(world, tmp_path, *more)))
-    assert json.loads((result.path / "manifest.json").read_text())["learning"]["steps"] == 2  # one in each epoch
-
-
 def test_settings_have_only_trainer_arguments_that_change_results_and_no_defaults():
     plain = RunConfig().settings()
     assert set(plain["trainer"]) == {"world_size", "precision"}

@@ -7,12 +7,10 @@ import os
 import struct
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from gprune.errors import UserError
 from gprune.storage import files
-from gprune.storage.files import locked, read_json, read_tensors, replacing, write_json, write_tensors
+from gprune.storage.files import locked, read_json, read_tensors, replacing, write_json
 
 KINDS = ("file", "folder")
 
@@ -41,22 +39,6 @@ def test_replacing_leaves_only_the_new_file_or_folder(kind, tmp_path):
         assert content_of(kind, path) == text
         assert list(path.parent.iterdir()) == [path]
     assert kind == "file" or not (path / "old.txt").exists()
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_file_modes_follow_the_umask(umask, mode, tmp_path):
-    """safetensors itself writes files with mode 0600."""
-    before = os.umask(umask)
-    try:
-        write_json(tmp_path / "a.json", {"x": 1})
-        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
-        with replacing(tmp_path / "model") as folder:
-            (folder / "deep").mkdir(parents=True)
-            save_file({"x": torch.zeros(2)}, folder / "deep" / "b.safetensors")
-    finally:
-        os.umask(before)
-    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*") if file.is_file()}
-    assert modes == dict.fromkeys(("a.json", "a.safetensors", "b.safetensors"), mode)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), SystemExit(143)])

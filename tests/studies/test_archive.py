@@ -145,13 +145,6 @@ def test_a_record_without_the_dense_model_s_numbers_is_refused_with_the_missing_
         archive.read_record(copy)
 
 
-def test_rows_share_the_file_of_the_dense_model_s_numbers(bench, first):
-    records = [finished_record(row) for row in bench.rows(first[0])]
-    keys = {read_json(row.file)["records"]["shared"] for row in bench.rows(first[0])}
-    assert len(keys) == 1
-    assert len({str([r["window_nll"] for r in record["records"] if r["stage"] == "dense"]) for record in records}) == 1
-
-
 def test_a_row_that_is_not_trained_has_learned_from_no_tokens(bench, first, tmp_path):
     """Errors of blocks are measured by backward passes, but nothing is trained."""
     settings = {"gprune": False, "sparsity.allocation": "reconstruction", "recovery": "least_squares"}
@@ -174,13 +167,6 @@ def test_committed_records_have_masks_only_if_the_list_asks_for_them(bench, firs
         archive.write_record(row.file, record | {"masks": None})
     assert find_record(with_masks).finished is None
     assert finished_record(without_masks)["masks"] is None
-
-
-def test_a_record_is_written_in_short_lines(bench, first):
-    """Short lines make `git diff` readable. Only few lines are needed, since numbers share lines."""
-    lines = bench.rows(first[0])[1].file.read_text().splitlines()
-    assert len(lines) < 100
-    assert max(map(len, lines)) < archive.LINE_WIDTH + 50
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text("ab", max_size=2))
