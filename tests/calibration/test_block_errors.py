@@ -112,21 +112,6 @@ def convex_errors(steps: torch.Tensor) -> torch.Tensor:
     return torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros(len(steps), 1, dtype=torch.float64)], 1)
 
 
-def test_a_block_with_negligible_output_is_pruned_first(measured):
-    _, tokens, statistics, scores = measured
-    model = make_tiny_llama()
-    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e-4)
-    errors = block_errors(model, scores.ffn, statistics, tokens.split(2))
-    assert errors.shape == (3, LEVELS + 1)
-    assert (errors[:, :-1] >= errors[:, 1:] * (1 - 1e-6)).all()
-    assert (errors[:, -1] == 0).all()
-    blocks, statistics = blocks_of(model), replace(statistics, errors=errors)
-    budget = Budget.of(block_units(blocks, scope="ffn"), 1 / 3)
-    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
-    assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps at least one neuron
-    assert ALLOCATION["reconstruction"].errors  # so a run measures the errors of blocks for this allocation
-
-
 @pytest.mark.parametrize("strength", [0.75, 1.0])
 def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(strength):
     """All neurons of block 0 are idle and a third of block 1, and Gram matrices of so few tokens are singular."""

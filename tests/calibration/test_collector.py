@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gprune.calibration import EXTRAS
-from gprune.calibration.collector import Collector
 from gprune.calibration.moments import StreamingCosineChange, StreamingMoments
 from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pool_statistics
 from gprune.corpora.loaders import CorpusDataModule
@@ -123,18 +122,6 @@ def test_influence_is_2_for_reversed_and_1_for_zero_hidden_states_per_token():
     assert float(change.compute()) == pytest.approx(2 * 10, rel=1e-6)
     change.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))
     assert float(change.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)
-
-
-def test_hooks_exist_only_inside_the_context_also_after_an_exception(tiny_model, token_batch):
-    before = tiny_model(token_batch).logits
-    with Collector(tiny_model) as collector:
-        assert hooks_of(tiny_model) == 9  # for each of three blocks: two projections and the layer
-        collector.observe(token_batch, torch.zeros(6, dtype=torch.long))
-    assert hooks_of(tiny_model) == 0
-    with pytest.raises(IndexError):  # raised by the forward pass
-        collect(tiny_model, [{"input_ids": torch.full((2, 4), 999), "index": torch.arange(2)}])
-    assert hooks_of(tiny_model) == 0
-    assert torch.equal(tiny_model(token_batch).logits, before)
 
 
 def test_collecting_does_not_run_the_language_model_head(tiny_model, token_batch):

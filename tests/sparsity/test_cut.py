@@ -110,20 +110,6 @@ def test_protected_blocks_can_be_negative_indices(tiny_model):
     assert Budget(block_units(blocks, scope="ffn"), 0).protected == frozenset()
 
 
-def test_unit_costs_are_numbers_of_parameters(tiny_model):
-    budget = Budget(block_units(blocks_of(tiny_model), scope="ffn"), 0)
-    layers = tiny_model.model.layers
-    ffn = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
-    attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
-    assert budget.total == ffn
-    assert Budget(block_units(blocks_of(tiny_model), scope="attention+ffn"), 0).total == ffn + attention
-    assert budget.units[0].costs.neurons[48] == sum(p.numel() for p in layers[0].mlp.parameters())
-    # The masks remove 8 of 48 neurons and one of two KV groups. `total` has only the units in scope, but `removed_by`
-    # counts everything that masks remove, so also the KV groups.
-    masks = Masks([torch.arange(48) < 40] * 3, [torch.tensor([True, False])] * 3)
-    assert budget.removed_by(masks) == ffn * 8 // 48 + attention // 2
-
-
 # --- masks
 
 sparsities = st.one_of(st.sampled_from([0.333, 0.47, 0.1, 0.9]), st.floats(0.001, 0.97))

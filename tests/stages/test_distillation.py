@@ -19,7 +19,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import gprune
 from experiments.architectures import DEFAULTS, default_config
 from gprune.config import parse
-from gprune.config.running import DistillConfig
 from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
@@ -27,7 +26,7 @@ from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart, Part
 from gprune.models.surgery import slice_model
-from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recovery_learns, recovery_needs
+from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.runs import folder
 from gprune.runs.results import load_run
 from gprune.stages.distillation import DistillationStage, OutlierDetector
@@ -254,22 +253,6 @@ def test_initial_adapters_do_not_depend_on_the_cache(world, tmp_path):
             learned_of(world.run(tmp_path, *FLAGS, *ALONE, "--distill.targets=lora", name=name).path) for name in "ab"
         )
     assert_same_tensors(cold, warm)
-
-
-# --- chains of recoveries
-
-
-def test_a_chain_of_recoveries_has_the_needs_of_all_and_an_instance_of_each():
-    assert recovery_needs("least_squares+distill") == RECOVERY["least_squares"].needs
-    assert recovery_learns("least_squares+distill")
-    assert not recovery_learns("least_squares")
-    settings = {"distill": DistillConfig(rank=3)}
-    first, second = (recoveries_of("least_squares+distill", settings) for _ in range(2))
-    assert [each.name for each in first] == ["least_squares", "distill"]
-    assert not {*map(id, first)} & {*map(id, second)}
-    assert first[1].settings.rank == 3
-    # Tokens of forward passes, and of passes with a backward pass, for 100 tokens of text and 40 to train on.
-    assert [each.tokens(100, 40, attention=True) for each in first] == [(0, 0), (40, 40)]
 
 
 # --- whole runs

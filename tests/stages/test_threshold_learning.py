@@ -18,7 +18,7 @@ from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import ModuleSparsity, masks_from_thresholds, start_thresholds
-from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
+from gprune.stages.threshold_learning import ThresholdLearning, soft_gate
 from tests.world import hooks_of, make_tiny, make_tiny_llama
 
 K = 4
@@ -414,20 +414,6 @@ def test_soft_gate_equals_the_formula_in_numpy(dtype):
     gate = soft_gate(p, t, labels, sizes)
     assert gate.dtype == dtype
     np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_straight_through_has_hard_values_and_soft_gradients(dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = (8 * torch.randn(2000, generator=generator)).to(dtype).requires_grad_()
-    hard = torch.rand(2000, generator=generator) < 0.5
-    slope = torch.randn(2000, generator=generator).to(dtype)
-    gate = straight_through(hard, torch.sigmoid(x))
-    assert torch.equal(gate.detach(), hard.to(dtype))  # exactly 0 or 1
-    (gate * slope).sum().backward()
-    gradient, x.grad = x.grad, None
-    (torch.sigmoid(x) * slope).sum().backward()
-    assert torch.equal(gradient, x.grad)
 
 
 # --- what is stored of learning, and masks for other budgets
