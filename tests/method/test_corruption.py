@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from gprune.errors import UserError
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json, read_tensors, write_tensors
 from tests import tiny_run
-from tests.method.kill_and_resume import digests, leftover_files
+from tests.method.kill_and_resume import digests
 
 
 @pytest.fixture(scope="module")
@@ -176,28 +175,6 @@ def test_loading_a_run_never_executes_python_code_of_its_model_folder(copied, mo
 
 
 # --- file size limits and concurrent processes ---------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_file_size_limit_ends_the_run_in_one_line_and_the_run_resumes_without_it(world, tmp_path, uninterrupted):
-    """With RLIMIT_FSIZE, the first larger write fails with EFBIG, in whichever library it happens."""
-    with tiny_run.isolated(tmp_path / "cache"):
-        read_end, write_end = os.pipe()
-        child = os.fork()
-        if child == 0:
-            sys.stderr, sys.stdout = os.fdopen(write_end, "w"), open(os.devnull, "w")  # noqa: SIM115
-            resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
-            code = start_again(world, tmp_path, "--export=none")
-            sys.stderr.flush()
-            os._exit(code)
-        assert exit_code(child) == 2
-        os.close(write_end)
-        (line,) = os.read(read_end, 10_000).decode().splitlines()
-        assert line.startswith("train.py: ")
-        assert "too large" in line
-        assert not leftover_files(tmp_path)
-        assert start_again(world, tmp_path) == 0
-        assert digests(tmp_path / "runs/run") == digests(uninterrupted / "runs/run")
 
 
 def forked(call) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from gprune.runs.folder import RunFolder
 from gprune.storage import files as artifacts
 from tests import tiny_run
 from tests.method.kill_and_resume import KINDS, Launcher, digests, kill_and_resume, tiny_run_flags
@@ -39,52 +38,6 @@ def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tm
         assert tally.differing == ["uninterrupted: masks.safetensors"]
         with pytest.raises(SystemExit, match="it has other masks"):
             launcher.end(trial, tmp_path / "cache")
-
-
-KILLED_AT_CHECKPOINT = """
-import os, sys
-from gprune.cli import main
-from gprune.runs.checkpoints import Checkpoints
-
-save = Checkpoints._save
-
-def save_and_exit(self, trainer):
-    save(self, trainer)
-    if trainer.global_step == 3 and "recovery" in str(self.path):
-        os._exit(137)
-
-if os.environ["KILL"] == "yes":
-    Checkpoints._save = save_and_exit
-raise SystemExit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
-    """A killed process runs no `finally` block, so each checkpoint contains the token count."""
-    world, script = tiny_run.make_world(tmp_path), tmp_path / "save_and_exit.py"
-    script.write_text(KILLED_AT_CHECKPOINT)
-    flags = ["--recovery=distill", "--distill.tokens=576", "--run.checkpoint_minutes=0", "--export=none"]
-    flags += ["--gprune=false", "--evaluation.before_recovery=false"]
-
-    def run(name: str, *, kill: bool = False) -> None:
-        args = world.args(tmp_path, *flags, name=name)
-        (done,) = tiny_run.train(args, tmp_path, script=script, KILL="yes" if kill else "no")
-        assert done.returncode == (137 if kill else 0), done.stderr
-
-    def costs(name: str) -> dict:
-        return RunFolder(tmp_path / name).manifest["steps"]
-
-    run("uninterrupted")
-    run("killed", kill=True)
-    run("killed")
-    assert costs("uninterrupted")["shrink"]["forward_backward_tokens"] == 576
-    for kind, count in costs("uninterrupted")["shrink"].items():
-        if kind.endswith("tokens"):
-            assert costs("killed")["shrink"][kind] == count, kind
-    before = costs("uninterrupted")
-    run("uninterrupted")  # loading the result of a finished run does not add to its costs
-    assert costs("uninterrupted") == before
 
 
 # --- independence of undefined orders --------------------------------------------------------------------------------

@@ -62,17 +62,6 @@ def test_a_run_without_modules_keeps_the_units_with_the_highest_scores_of_all_co
     assert highest_kept == [True, False]
 
 
-def test_one_module_that_switches_to_averaged_keeps_the_same_neurons(world, tmp_path):
-    """Many rows were computed in this way. Their records have the settings of scores on several corpora."""
-    corpora = world.names("alpha", "beta")
-    new = world.run(tmp_path, "--gprune=false", f"--corpora.score={corpora}", name="new")
-    one_module = ["--partition.method=initial", "--partition.num_modules=1", "--sparsity.allocation=uniform"]
-    switch = ["--reliability.everywhere=true", "--reliability.metric=averaged", f"--corpora.drift={corpora}"]
-    old = world.run(tmp_path, *one_module, *switch, name="old")
-    assert new.masks == old.masks
-    assert [r["nll"] for r in new.records] == [r["nll"] for r in old.records]
-
-
 def test_thresholds_of_modules_that_rank_by_all_corpora_are_those_of_modules_that_switch(world, tmp_path):
     corpora = world.names("alpha", "beta", "gamma")
     shared = ["--partition.method=initial", "--sparsity.learn=both", f"--corpora.drift={corpora}"]

@@ -45,14 +45,6 @@ PUBLISHED = {
         ),
         32, 8192, 32,
     ),
-    "Phi-3.5-mini-instruct": (
-        "phi3",
-        sizes(
-            3072, 8192, 32, 32, vocab_size=32064, max_position_embeddings=131072, rope_scaling=LONGROPE,
-            original_max_position_embeddings=4096, sliding_window=262144, attention_bias=False,
-        ),
-        32, 8192, 32,
-    ),
     "Phi-4-mini-instruct": (
         "phi3",
         sizes(
@@ -83,10 +75,6 @@ PUBLISHED = {
         ),
         16, 8192, 8,
     ),
-    "Qwen2.5-7B": (
-        "qwen2", sizes(3584, 18944, 28, 28, 4, vocab_size=152064, rope_theta=1e6, max_window_layers=28), 28, 18944, 4,
-    ),
-    "Qwen3-0.6B": ("qwen3", sizes(1024, 3072, 28, 16, 8, head_dim=128, tie_word_embeddings=True), 28, 3072, 8),
     "Qwen3-30B-A3B": (
         "qwen3_moe",
         sizes(
@@ -104,19 +92,6 @@ PUBLISHED = {
         "gemma3_text",
         sizes(1152, 6912, 26, 4, 1, head_dim=256, vocab_size=262144, sliding_window=512, sliding_window_pattern=6),
         26, 6912, 0,
-    ),
-    "Mistral-7B-v0.3": (
-        "mistral", sizes(4096, 14336, 32, 32, 8, vocab_size=32768, rope_theta=1e6, sliding_window=None), 32, 14336, 8,
-    ),
-    "Mixtral-8x7B-v0.1": (
-        "mixtral",
-        sizes(4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6, sliding_window=None),
-        32, 14336, 8,
-    ),
-    "OLMo-1B-hf": ("olmo", sizes(2048, 8192, 16, 16, vocab_size=50304, clip_qkv=None), 16, 8192, 16),
-    "OLMo-2-1124-7B": ("olmo2", sizes(4096, 11008, 32, 32, vocab_size=100352, rope_theta=500000.0), 32, 11008, 32),
-    "OLMoE-1B-7B-0924": (
-        "olmoe", sizes(2048, 1024, 16, 16, vocab_size=50304, num_experts=64, num_experts_per_tok=8), 16, 1024, 16,
     ),
     "granite-3.3-2b": (
         "granite",
@@ -156,8 +131,6 @@ PUBLISHED = {
         },
         24, 4096, 16,
     ),
-    "pythia-1.4b": ("gpt_neox", sizes(2048, 8192, 24, 16, vocab_size=50304, rotary_pct=0.25), 24, 8192, 16),
-    "gpt2": ("gpt2", {}, 12, 3072, 12),
     "falcon-7b": (
         "falcon",
         {
@@ -166,16 +139,9 @@ PUBLISHED = {
         },
         32, 18176, 0,
     ),
-    "bloom-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}, 24, 4096, 0),
-    "starcoder2-3b": (
-        "starcoder2", sizes(3072, 12288, 30, 24, 2, vocab_size=49152, sliding_window=4096, use_bias=True), 30, 12288, 2,
-    ),
     "stablelm-2-1_6b": (
         "stablelm",
         sizes(2048, 5632, 24, 32, vocab_size=100352, partial_rotary_factor=0.25, use_qkv_bias=True), 24, 5632, 32,
-    ),
-    "persimmon-8b-base": (
-        "persimmon", sizes(4096, 16384, 36, 64, vocab_size=262144, partial_rotary_factor=0.5), 36, 16384, 64,
     ),
 }  # fmt: skip
 

@@ -9,28 +9,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
 from gprune import discovery
 from gprune.discovery.search import discover_record
 from gprune.discovery.tiny import tiny_model
-from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers
 from gprune.models.families import attach_record
 from gprune.models.masks import masked
-from gprune.models.surgery import slice_model, slice_to_files
+from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from tests import tiny_run
-from tests.world import collect, masks_without
+from tests.world import collect
 
 IDS = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
 
@@ -178,18 +177,3 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
     masks = allocate(rule, scores, statistics, blocks, budget)
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert 0 <= removed - budget.target < budget.largest_step
-
-
-def test_slice_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
-    # Layer 0 is removed, and the blocks of the other layers become narrower.
-    masks, pairs = masks_without(shared_expert_model, 0), []
-    narrow = random_masks(shared_expert_model)
-    masks.ffn[2:], masks.attention[2:] = narrow.ffn[2:], narrow.attention[2:]
-    small = slice_to_files(
-        shared_expert_model, masks, tmp_path, lambda dense, block: pairs.append((dense.index, block.index))
-    )
-    assert pairs == [(2, 0), (3, 1), (4, 2), (5, 3)]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.safetensors", "1.safetensors"]
-    save_pruned(small, None, tmp_path / "model")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert_close(logits(reloaded), logits(slice_model(shared_expert_model, masks)))

@@ -9,10 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import gprune
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.method.plan import make_plan
 from gprune.models import products
 from gprune.models.products import multiplies_bfloat16
 from gprune.runs import trainer
@@ -202,12 +200,3 @@ def test_a_loss_that_is_never_finite_ends_with_the_flag_of_its_precision():
     for autocast, flag in ((True, "--trainer.precision 32-true"), (False, "--model.dtype float32")):
         with pytest.raises(UserError, match=f"The loss of x must be a finite number; got inf.*or use {flag}"):
             require_finite_loss(math.inf, "The loss of x", autocast=autocast)
-
-
-def test_the_plan_has_the_precision_of_the_hardware(tmp_path, hardware):
-    world = tiny_run.make_world(tmp_path)
-    hardware(SLOW)
-    with tiny_run.isolated(tmp_path / "cache"):
-        cfg = gprune.config.parse(world.args(tmp_path, "--trainer.precision=auto"))
-        plan = make_plan(cfg)
-    assert (plan.cfg.trainer.precision, plan.why_precision) == ("32-true", "a processor of a test")

@@ -212,17 +212,6 @@ def test_an_invalid_callback_is_refused_before_anything_is_loaded(path, args, me
     assert not (tmp_path / "runs").exists()
 
 
-STOPPING = "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: val_loss}}]"
-
-
-def test_an_error_of_a_lightning_callback_is_quoted_in_one_line(world, tmp_path, capfd):
-    assert tiny_run.main(flags(world, tmp_path, STOPPING)) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    message = "AssignmentRefinement, callback EarlyStopping in on_validation_end: RuntimeError: Early stopping"
-    assert all(words in error for words in (message, "`val_loss`", "`partition/total`")), error
-
-
 def test_callbacks_may_change_training_batches(world, tmp_path):
     def shorten(trainer, pl_module, batch, *_):
         if isinstance(batch, dict):  # the batches of the refinement contain no text
