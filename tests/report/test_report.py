@@ -98,13 +98,6 @@ def test_a_corpus_seen_by_one_seed_counts_as_seen_in_the_mean_over_seeds(run):
     assert "unseen" in set(report.make([run]).frame["number"])
 
 
-def test_seen_corpora_can_be_set_for_all_runs(run):
-    made = report.make([run, written(run.parent / "two", ridge=0.5)], seen=["stories"])
-    seen = made.frame.dropna(subset="seen").query("corpus != ''").groupby("corpus")["seen"].unique()
-    assert {corpus: list(values) for corpus, values in seen.items()} == {"stories": [True], "wiki": [False]}
-    assert "In every row stories count as seen" in made.to_markdown()
-
-
 def test_a_run_given_twice_is_counted_once_and_a_copy_has_a_longer_name(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     assert [r.name for r in read_runs([run, "one", "./one/"])] == ["one"]

@@ -14,7 +14,6 @@ from gprune.__main__ import run as command
 from gprune.config import parse
 from gprune.studies import listing
 from gprune.studies.listing import Listing
-from tests import registries
 from tests.studies.workbench import ROWS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -61,15 +60,6 @@ def test_all_ablations_are_rows_of_their_list_and_the_row_default_is_the_default
     default = parse([*files, "--trainer.precision=32-true"])
     (row,) = [row for row in listing.rows if row.name == "default"]
     assert row.config.settings() == default.settings()
-
-
-def test_every_built_in_metric_except_wifn_is_a_row_of_metrics_yaml():
-    (listing,) = (Listing.read(path) for path in LISTS if path.name == "metrics.yaml")
-    rows = {row.name for row in listing.rows}
-    # `wifn` orders neurons like `wanda_sp`.
-    assert {name for name in registries.BUILT_IN_METRICS if f"{name} 0.5" not in rows} == {"wifn"}
-    for row in listing.rows:
-        assert row.name.split(" ")[0] not in registries.BUILT_IN_METRICS or row.name.startswith(row.config.importance)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------

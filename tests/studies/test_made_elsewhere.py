@@ -25,7 +25,6 @@ from transformers import (
 import gprune
 from gprune.__main__ import run as command
 from gprune.benchmarks import measurement
-from gprune.cli import main
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
@@ -129,18 +128,6 @@ def test_frames_files_and_reports_accept_a_model_row(bench, list_with_export, no
     assert "model beside" in page.read_text()
     (row,) = [row for row in study.rows if row.name == "theirs"]
     assert record_to_run(finished_record(row)).final == "measured"
-
-
-def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
-    path = bench.write("itself", {"itself": {"model": str(bench.world.model)}})
-    bench(capsys, path)
-    _, ((_, record),) = bench.done(path)
-    dense, model = ([r for r in record["records"] if r["stage"] == stage] for stage in ("dense", "measured"))
-    for of_dense, of_model in zip(dense, model, strict=True):
-        assert of_model["perplexity"] == pytest.approx(of_dense["perplexity"], rel=1e-5)
-        assert of_model["kl"] == pytest.approx(0, abs=1e-9)
-        assert of_model["agreement"] == 1
-    assert record["summary"]["sparsity_of_model"] == 0
 
 
 def save_gpt2(folder):
@@ -329,14 +316,6 @@ def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeyp
     loaded, _ = load_elsewhere(folder, trust_remote_code=False)
     ids = torch.arange(3, 20)[None]
     assert torch.equal(loaded(ids).logits, pruned(ids).logits)
-
-
-def test_train_py_names_what_to_use_instead_of_the_flag_of_earlier_versions(bench, tmp_path, capsys):
-    assert main(bench.world.args(tmp_path, "--model.made_elsewhere=there")) == 2
-    line = capsys.readouterr().err
-    assert "Use gprune.measure in Python, or a row `model: FOLDER` of a list." in line
-    assert line.count("\n") == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewhere(bench, tmp_path):

@@ -79,18 +79,6 @@ def test_seeds_are_one_row_with_intervals_over_them_and_comparisons_are_paired_b
     assert set(numbers["importance"]) == {"wifv"}
 
 
-def test_comparisons_are_paired_over_windows(bench, first):
-    listing, done = bench.done(first[0])
-    records = {row.name: record for row, record in done}
-    assert listing.content.compare == COMPARE
-    for a, b in COMPARE:
-        expected = [f"{a} / {b}", "1"]
-        for number in ("nll", "kl"):
-            of_windows = [unseen(records[name], "pruned", f"window_{number}") for name in (a, b)]
-            expected.append("{:.3f} [{:.3f}, {:.3f}]".format(*paired_ratio(*of_windows, 31)))
-        assert expected in [cells(line) for line in first[1].splitlines()]
-
-
 def test_a_pair_that_names_no_row_is_refused_and_a_row_without_a_record_left_out(bench, first, capsys):
     path = bench.write("wrong", ROWS, compare=[["ours", "theirs"]])
     message = "The key compare must name rows (plain, ours, other); got 'theirs'."

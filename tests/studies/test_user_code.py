@@ -164,31 +164,6 @@ def test_records_are_shown_and_marked_without_the_modules_that_made_them(bench, 
     assert message.startswith("gprune study: Row 'metric': Unknown importance metric 'my_metric'. Available: ")
 
 
-def run(world, folder, *flags: str) -> None:
-    """Run `train.py` with the metric as in a new process."""
-    forget()
-    with registries.restored(*REGISTRIES):
-        more = ("--import=./mine_metric.py", "--importance=my_metric", "--gprune=false", "--export=none")
-        assert tiny_run.main(world.args(folder / "runs", *more, *flags)) == 0
-
-
-def test_a_run_folder_with_other_code_is_refused_with_the_module_that_has_changed(bench, modules, capsys):
-    run(bench.world, modules)
-    run(bench.world, modules)  # loads the finished run
-    edit("metric")
-    with pytest.raises(AssertionError):  # `run` expects exit code 0
-        run(bench.world, modules)
-    captured = capsys.readouterr()
-    assert captured.err == (
-        f"train.py: Cannot run in {modules}/runs/run: it has a run with other code: the code of mine_metric has "
-        "changed. Choose another --run.name, or remove the folder.\n"
-    )
-    with registries.restored(*REGISTRIES):  # results of earlier code can still be loaded
-        forget()
-        user_code.import_user_module("./mine_metric.py")
-        assert gprune.load_run(modules / "runs/run").summary
-
-
 def test_code_that_cannot_be_read_is_reported_in_one_line(bench, modules, monkeypatch, capsys):
     text = (modules / "mine_metric.py").read_text()
     monkeypatch.setitem(sys.modules, "mine_metric", module := type(sys)("mine_metric"))
