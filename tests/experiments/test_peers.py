@@ -121,18 +121,6 @@ def test_the_osscar_driver_prunes_to_the_budget_and_saves_a_loadable_model_with_
     assert tokenizer.get_vocab() == load_model(str(world.model))[1].get_vocab()
 
 
-def test_import_with_replaces_all_occurrences_and_refuses_missing_expressions(tmp_path, capsys):
-    path = tmp_path / "theirs.py"
-    path.write_text("A = [128, x(128), 512.0 / 3]\ndef f(device='cuda:0'):\n    return device\n")
-    replaced = {"128": "width + 1", "512.0 / 3": "cost", "'cuda:0'": "'cpu'"}
-    module = common.import_with("theirs", path, replaced, width=63, cost=2.5, x=lambda n: -n)
-    assert module.A == [64, -64, 2.5]
-    assert module.f() == "cpu"
-    with pytest.raises(SystemExit):
-        common.import_with("theirs", path, {"129": "1"})
-    assert "`129`" in capsys.readouterr().err
-
-
 def test_removing_blocks_removes_their_entries_of_the_config(tmp_path):
     """Gemma has a config entry for each layer, and other attention masks for each kind of layer."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -155,18 +143,6 @@ def test_removing_blocks_removes_their_entries_of_the_config(tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config.layer_types == kinds[1:3]
         torch.testing.assert_close(loaded(window).logits, expected)
-
-
-@pytest.mark.parametrize("surplus", [0, 7])
-def test_width_for_is_the_smallest_width_with_at_least_the_given_parameters(surplus, world):
-    """The target is `surplus` parameters below that of the width without seven neurons, so the width is the same."""
-    model = common.load(world.model)
-    neuron = common.neuron_size(model) * model.config.num_hidden_layers  # parameters of one neuron in every layer
-    assert surplus < neuron
-    target = common.count(model) - 7 * neuron - surplus
-    width = common.width_for(model, target)
-    assert width == model.config.intermediate_size - 7
-    assert common.count(model) - (model.config.intermediate_size - width) * neuron >= target
 
 
 def test_save_writes_a_model_that_computes_the_same_as_the_cut_layers(world, tmp_path):

@@ -33,20 +33,6 @@ def test_the_ratio_of_the_distillation_part_is_that_of_its_records():
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("lists", [summary.SMOLLM2, summary.GEMMA])
-def test_perplexity_rises_with_the_removed_share_and_is_lower_with_recovery(lists):
-    lines = {}  # {method: {removed share: perplexity ratio}}
-    for (name, _), points in summary.by_budget(lists).items():
-        lines[name] = {share: ratio.value for share, ratio in points}
-        assert list(lines[name]) == sorted(lines[name])
-        assert list(lines[name].values()) == sorted(lines[name].values())
-    assert {"base metric", "averaged scores", "averaged, least squares", "and gates, 49k tokens"} <= lines.keys()
-    gates, squares, scores, base = (lines[name][0.5] for name in (
-        "and gates, 49k tokens", "averaged, least squares", "averaged scores", "base metric",
-    ))  # fmt: skip
-    assert gates < squares < scores < base
-
-
 def test_every_drawn_row_is_in_its_list():
     by_tokens = {"distill.yaml": [row for rows in summary.BY_TOKENS.values() for row in rows]}
     for name, rows in [*summary.SMOLLM2.items(), *summary.GEMMA.items(), *by_tokens.items()]:

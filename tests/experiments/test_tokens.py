@@ -50,17 +50,6 @@ def test_the_fit_uses_only_rows_whose_text_is_used_once(runs):
     assert f"lower ln (unseen / dense) by {1 - 2**-B:.1%}" in tokens.in_words(fits)
 
 
-def test_the_figure_has_the_points_and_a_dotted_line_for_each_fit(runs):
-    points = tokens.points_of(runs)
-    fits = {"m": tokens.Fit(A, B), "n": None}
-    (axes,) = tokens.drawn(points, fits).axes
-    drawn = [container.lines[0].get_xydata().tolist() for container in axes.containers]
-    assert [x for x, _ in drawn[0]] == [1, 2, 4, 8]
-    assert drawn[1] == [[1, pytest.approx(math.exp(0.5))]]
-    (dotted,) = [line for line in axes.lines if line.get_linestyle() == ":" and line.get_label() == "m, fit"]
-    assert dotted.get_ydata()[0] == pytest.approx(math.exp(law(1000)))
-
-
 def test_the_committed_records_are_printed_and_drawn(tmp_path):
     printed = tokens.work([str(ROOT / "experiments/lists/tokens.yaml"), "--figures", str(tmp_path)])
     rows = [cells(line) for line in printed.splitlines() if line.startswith("| ")]

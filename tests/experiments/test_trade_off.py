@@ -12,7 +12,6 @@ from experiments import engines, trade_off
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.export.gguf import has_llama_cpp
-from gprune.report.tables import Estimate
 from tests.experiments.test_engines import fork
 from tests.studies.workbench import fake_run
 
@@ -43,16 +42,6 @@ def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_
     for missing in ({"prompt": 512}, {"batch": 8}):  # files are timed with one prompt of 128 tokens
         with pytest.raises(UserError, match=r"needs timings of .*--prompt 128`; got none of 'share, 20 %'"):
             trade_off.pruned(replace(run, evaluation=[r | missing for r in records]))
-
-
-def test_each_panel_has_the_points_of_all_measured_rows_and_files():
-    rows = [["share, 50 %", Estimate(2.0, 1.9, 2.1), 1.4, 90.0], ["share, 20 %", Estimate(1.2, 1.1, 1.3), 1.1, 110.0]]
-    rows += [["dense, GGUF q8_0", Estimate(1.01, 1.0, 1.02), 1.5, 140.0], ["dense, GGUF q4_k_m", None, None, 100.0]]
-    panels = trade_off.drawn(rows).axes
-    points = [[c.lines[0].get_xydata().tolist() for c in axes.containers] for axes in panels]
-    assert points[0] == [[[1.1, 1.2], [1.4, 2.0]], [[1.5, 1.01]]]
-    assert points[1] == [[[90.0, 2.0], [110.0, 1.2]], [[140.0, 1.01]]]
-    assert [text.get_text() for text in panels[0].texts] == ["20 %", "50 %", "q8_0"]
 
 
 @pytest.mark.slow
