@@ -22,10 +22,11 @@ from gprune.models.parts import Part
 from gprune.partition.modules import ModuleRanks
 from gprune.partition.objective import RefinementInputs
 from gprune.recoveries.contract import Material
-from gprune.sparsity.budget import BlockUnits, Budget, block_units
+from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.base import FrozenLMStage
+from gprune.units.structure import Units
 
 HEAD = """# What your functions and classes get
 
@@ -40,7 +41,7 @@ them. Lists have one entry per block.
 """
 SECTIONS: dict[str, list[Callable]] = {
     "Decorators": [gprune.metric, gprune.allocation, gprune.recovery],
-    "Functions for stages": [block_units, start_thresholds, masks_from_thresholds, keep_masks],
+    "Functions for stages": [budget_of, start_thresholds, masks_from_thresholds, keep_masks],
 }
 # Class -> its fields, properties and methods that users need.
 OBJECTS: dict[type, str] = {
@@ -51,8 +52,8 @@ OBJECTS: dict[type, str] = {
     Scores: "ffn attention channels",
     Block: "index layer_index layer parts neurons experts heads kv_groups head_dim channels channels_per_group cost",
     Part: "weight bias in_features out_features set",
-    BlockUnits: "neurons groups experts attention protected costs",
-    Budget: "units target total sparsity width_multiple uniform removed of at removed_by",
+    Units: "key kind layer count rows inside least step stays",
+    Budget: "units price target total sparsity scope share equal width_multiple removed lost of_kind at removed_by",
     ModuleRanks: "ffn labels attention modules sizes logits with_offsets",
     Masks: "ffn attention blocks channels",
     RefinementInputs: "embedding drift shifts valid",

@@ -62,7 +62,7 @@ from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.families import FAMILIES
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.csv"
 COLUMNS = (
@@ -238,7 +238,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
     removed = model.num_parameters() - small.num_parameters()
-    found["budget"] = removed == Budget(block_units(blocks, scope="attention+ffn"), 0).removed_by(masks)
+    found["budget"] = removed == budget_of(blocks, scope="attention+ffn").removed_by(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(ids[:, :9], **settings)

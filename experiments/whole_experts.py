@@ -32,7 +32,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.copies import auto_class
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 
 
 def without_half_of_the_experts(model: PreTrainedModel) -> Masks:
@@ -69,7 +69,7 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
             "type": model_type,
             "moved": float((expected - dense).abs().max() / dense.abs().max()),
             "agrees": float((expected - logits).abs().max() / expected.abs().max()),
-            "exact": removed == Budget(block_units(blocks, scope="ffn+experts"), 0).removed_by(masks),
+            "exact": removed == budget_of(blocks, scope="ffn+experts").removed_by(masks),
             "stock": not list((folder / model_type).glob("*.py")),
         }
     except Exception as error:

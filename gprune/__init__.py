@@ -22,7 +22,7 @@ from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metr
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
-from gprune.sparsity.cost import COST
+from gprune.sparsity.price import COST
 from gprune.user_code import VERSION
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from gprune.models.surgery import slice_model
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from tests import registries
 from tests.calibration.test_collector import batches
 from tests.world import collect, make_tiny_llama, some_masks
@@ -30,7 +30,7 @@ def tiny():
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 2))
-    budget = Budget.of(block_units(blocks_of(model), scope="ffn"), 0.5)
+    budget = budget_of(blocks_of(model), 0.5, scope="ffn")
     return model, statistics, score_units("act_norm", blocks_of(model), statistics), budget
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,6 +142,32 @@ def hooks_of(model: nn.Module) -> int:
 
 
 # --- masks
+
+
+@dataclass(frozen=True)
+class PlainBlock:
+    """The sizes and costs of a block without a model, as `budget_of` reads them."""
+
+    index: int
+    neurons: int
+    kv_groups: int = 1
+    neuron: int = 1  # cost of a neuron (summed over experts), a KV group, the whole block, an expert
+    group: int = 1
+    whole: int = 900
+    expert: int = 0
+    experts: int = 1
+
+    layer_index = property(lambda self: self.index)
+    all_neurons = property(lambda self: self.experts * self.neurons)
+
+    def unit_cost(self, kind: str, weight: object = None) -> int:
+        return self.neuron if kind == "ffn" else self.group
+
+    def whole_cost(self, weight: object = None) -> int:
+        return self.whole
+
+    def expert_cost(self, weight: object = None) -> int:
+        return self.expert
 
 
 def some_masks(model: nn.Module, kept: Sequence[int] = (17, 48, 33), *, attention: bool, seed: int = 3) -> Masks:

@@ -33,7 +33,7 @@ from gprune.evaluation.perplexity import perplexity
 from gprune.models.blocks import blocks_of
 from gprune.models.products import multiplies_bfloat16
 from gprune.partition.modules import ModuleRanks
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.callbacks import StepCurves
 from gprune.stages.distillation import DistillationStage
@@ -177,7 +177,7 @@ def thresholds(
 ) -> Steps:
     """Steps of `ThresholdLearning` with eight modules per block and random ranks."""
     masks, generator = random_masks(dense, settings), torch.Generator().manual_seed(settings.seed)
-    budget = Budget.of(block_units(blocks_of(dense), scope="ffn"), settings.sparsity, settings.width_multiple)
+    budget = budget_of(blocks_of(dense), settings.sparsity, settings.width_multiple, scope="ffn")
 
     def ranks(count: int) -> Tensor:
         return (torch.randperm(count, generator=generator).double() + 0.5) / count

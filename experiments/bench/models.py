@@ -15,7 +15,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.storage.paths import expanded
 
@@ -76,9 +76,7 @@ def model_of(settings: Settings) -> PreTrainedModel:
 def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
     """Draw random masks that remove `sparsity` of the FFN, with equal (`uniform`) or different widths of blocks."""
     blocks = blocks_of(model)
-    units = block_units(blocks, scope="ffn")
-    uniform = settings.widths == "uniform"
-    budget = Budget.of(units, settings.sparsity, settings.width_multiple, uniform=uniform)
+    budget = budget_of(blocks, settings.sparsity, settings.width_multiple, uniform=settings.widths == "uniform")
     generator = torch.Generator().manual_seed(settings.seed)
     margins = [torch.randn(b.neurons, generator=generator) + torch.randn(1, generator=generator) / 2 for b in blocks]
     return keep_masks(budget, margins)

@@ -19,7 +19,7 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 
 MODELS = {
@@ -67,7 +67,7 @@ def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> 
     with Collector(dense) as collector:
         collector.observe(halves, torch.arange(2))
     scores = score_units("wanda_sp", blocks, collector.compute())
-    budget = Budget.of(block_units(blocks, scope="ffn"), SPARSITY, WIDTH_MULTIPLE, uniform=uniform)
+    budget = budget_of(blocks, SPARSITY, WIDTH_MULTIPLE, uniform=uniform, scope="ffn")
     margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]
     masks = keep_masks(budget, margins)
     if groups:

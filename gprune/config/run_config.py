@@ -38,7 +38,7 @@ from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
 from gprune.registry import Registry, Stage, check_stage, stages_of
 from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
-from gprune.sparsity.cost import COST
+from gprune.sparsity.price import COST
 from gprune.sparsity.target import Target
 from gprune.user_code import code_of, code_of_module
 

@@ -24,8 +24,8 @@ from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import slice_model, widths
-from gprune.sparsity.cost import BlockCosts, ModelCosts
 from gprune.sparsity.cut import keep_top_neurons
+from gprune.sparsity.price import Price, unit_key
 from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
@@ -89,8 +89,8 @@ def why_implausible(table: Table, blocks: Sequence[Block]) -> str:
     return ""
 
 
-def costs_from_table(table: Table, blocks: Sequence[Block]) -> ModelCosts:
-    """Convert a latency table to costs of the model in integer picoseconds.
+def costs_from_table(table: Table, blocks: Sequence[Block]) -> tuple[Price, int]:
+    """Convert a latency table to the price of the model in integer picoseconds, and the cost of the rest.
 
     The cost of keeping 0, 1, ..., n units of a block is interpolated linearly between measured widths. Models are timed
     as a whole. If several blocks become narrower at once, the saved time is divided between them in proportion to their
@@ -106,8 +106,13 @@ def costs_from_table(table: Table, blocks: Sequence[Block]) -> ModelCosts:
     _, seconds_per_layer = table["neurons"][-1]
     fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(all_units) // len(layers))
     whole = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
-    costs = [BlockCosts(*of_block) for of_block in zip(neuron_costs, group_costs, whole, strict=True)]
-    return costs, round(PICOSECONDS * table["rest"])
+    price = {}
+    for block, of_neurons, of_groups, of_whole in zip(blocks, neuron_costs, group_costs, whole, strict=True):
+        price[unit_key("neurons", block.index)] = of_neurons
+        price[unit_key("kv_groups", block.index)] = of_groups
+        layer = unit_key("layer", block.layer_index)
+        price[layer] = [0, price.get(layer, [0])[-1] + of_whole]
+    return price, round(PICOSECONDS * table["rest"])
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:

@@ -270,7 +270,7 @@ class MemoryEstimate:
         return Memory(
             weights=self.weight * (self.parameters + self.kept_parameters),
             gradients_and_optimizer=0,
-            gram_matrices=self.grams + 12 * max(block.neurons for block in self.budget.units) ** 2,
+            gram_matrices=self.grams + 12 * max(u.count for u in self.budget.of_kind("neurons")) ** 2,
             activations=self.forecasts,
         )
 

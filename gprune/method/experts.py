@@ -1,7 +1,7 @@
 """Scores of whole experts, and what a dry run and a summary tell about them.
 
 By default every layer keeps the same number of experts, chosen by their scores, so that the exported folder is a stock
-model (`sparsity/expert_budget.py`).
+model (`sparsity/experts.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gprune.models.experts import kept_experts
 from gprune.models.masks import Masks
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Projection
+from gprune.sparsity.price import unit_key
 from gprune.sparsity.target import format_cost
 
 log = logging.getLogger("gprune")
@@ -39,19 +40,18 @@ def store_scores(run: Run, scores: Scores, statistics: Sequence[CorpusStatistics
 def expert_lines(plan: Plan) -> dict[str, str]:
     """Return the lines of `--dry_run`: the experts that remain, those that the router needs, and the overshoot."""
     budget = plan.budget
-    rules = {b: rule for b, rule in enumerate(budget.rules) if rule.experts and b not in budget.removed}
-    if not rules:
+    routers = [u for u in budget.of_kind("experts") if unit_key("layer", u.layer) not in budget.lost]
+    if not routers:
         return {"experts": "whole blocks take all layers with experts"}
-    kept = [rule.experts - len(budget.removed_experts.get(b, ())) for b, rule in rules.items()]
-    needed = [rule.groups * rule.least for rule in rules.values()]
-    experts, groups = [rule.experts for rule in rules.values()], max(rule.groups for rule in rules.values())
+    kept = [u.count - len(budget.lost.get(u.key, ())) for u in routers]
+    needed, experts, groups = [u.least for u in routers], [u.count for u in routers], max(u.step for u in routers)
     text = f"{span(kept)} of {span(experts)} remain in each of {len(kept)} layers; routers need {span(needed)}"
     if groups > 1:
         text += f", the same number in each of {groups} groups"
-    if not budget.equal or len(set(kept)) > 1:
+    if "experts" not in budget.equal or len(set(kept)) > 1:
         text += "; layers may differ, so the folder needs its modelling file"
     lines = {"experts": f"{text}{overshoot(plan)}"}
-    if budget.has_other_units:
+    if budget.finer:
         return lines
     widths = "all neurons of these experts remain"
     recoveries = plan.cfg.recovery.split("+")

@@ -32,10 +32,10 @@ from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
 from gprune.recoveries import RECOVERY, recoveries_of
 from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
-from gprune.sparsity.budget import Budget, block_units, default_width_multiple
-from gprune.sparsity.cost import COST, Costs, ModelCosts, costs_of_blocks, parameter_costs
+from gprune.sparsity.budget import Budget, budget_of, default_width_multiple
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.expert_budget import ExpertBudget, router_rules
+from gprune.sparsity.experts import check_routers
+from gprune.sparsity.price import COST, Costs, Price, parameter_costs, price_of
 from gprune.sparsity.target import CUTS, HALF_BITS_PER_BYTE, LEARNING_CUTS
 from gprune.sparsity.whole_blocks import check_attention_remains, check_renumbering, trial_tokens
 
@@ -87,21 +87,20 @@ class Pricing:
     def budget(self) -> Budget:
         """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
-        costs, outside = self.costs_in(s.currency)
-        units = block_units(blocks, scope=s.scope, protect=s.protect, costs=costs)
-        multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
+        price, outside = self.price_in(s.currency)
+        multiple = default_width_multiple(blocks) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
-        options: dict[str, Any] = {"uniform": s.uniform_width, "outside": outside}
-        if "blocks" in s.scope:
-            options["block_share"] = s.block_share
         if "experts" in s.scope:
-            rules = router_rules(blocks, self.skeleton.config, s.scope)
-            options |= {"rules": tuple(rules), "share": s.expert_share, "equal": s.uniform_experts}
+            check_routers(blocks, self.skeleton.config, s.scope)
         try:
-            return (ExpertBudget if "experts" in s.scope else Budget).of(units, s.target, multiple, **options)
+            return budget_of(
+                blocks, s.target, scope=s.scope, width_multiple=multiple, uniform=s.uniform_width, protect=s.protect,
+                price=price, outside=outside, block_share=s.block_share, expert_share=s.expert_share,
+                uniform_experts=s.uniform_experts, config=self.skeleton.config,
+            )  # fmt: skip
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
                 raise UserError(f"{error} {narrower}.") from error
@@ -118,15 +117,18 @@ class Pricing:
             return "With --export.dtype bfloat16 the weights take half the bytes"
         return ""
 
-    def costs_in(self, currency: str) -> ModelCosts:
-        """Return the costs of the model in a registered currency. UserError if a function's costs are invalid."""
+    def price_in(self, currency: str) -> tuple[Price, int]:
+        """Return the price of the model in a registered currency, and the cost of the rest.
+
+        UserError if a function's costs are invalid.
+        """
         blocks = blocks_of(self.skeleton)
         if currency == "seconds":
             return costs_from_table(self.latency_table, blocks)
         cost: Callable[..., Costs] = self.exported_bytes if currency == "bytes" else COST[currency]
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
-            return costs_of_blocks(cost(self.skeleton, blocks), blocks)
+            return price_of(cost(self.skeleton, blocks), blocks)
 
     def exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
         """Return the cost of units in half bits of the export.
@@ -384,9 +386,9 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 def describe_unpruned(plan: Plan) -> str:
     """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
     budget, model = plan.budget, plan.skeleton
-    units_by_kind = {"FFN": [block.neurons for block in budget.units]}
+    units_by_kind = {"FFN": [u.count for u in budget.of_kind("neurons")]}
     if "attention" in plan.cfg.sparsity.scope:
-        units_by_kind["attention"] = [block.groups for block in budget.units]
+        units_by_kind["attention"] = [u.count for u in budget.of_kind("kv_groups")]
     sentences = []
     for kind, units in units_by_kind.items():
         missing = sum(not any(units[block] for block in layer) for layer in budget.by_layer)

@@ -125,7 +125,7 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget) -> 
     entry = f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
         raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
-    sizes = [block.all_neurons for block in budget.units], [block.groups for block in budget.units]
+    sizes = tuple([u.rows * u.count for u in budget.of_kind(kind)] for kind in ("neurons", "kv_groups"))
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), sizes, "bool"))
     step = budget.largest_step
     removed = budget.removed_by(masks)
@@ -286,17 +286,17 @@ def reconstruction(
     development text of SmolLM2."""
     import torch
 
-    units = budget.units
+    units = budget.of_kind("neurons")
     # S, the sparsity of the blocks that are not removed as a whole, protected ones included.
     share = budget.rest.target / budget.rest.total
     neuron_costs = {}  # index of a block -> average cost of a neuron
     for b in budget.kept:
-        by_width = units[b].costs.neurons
-        neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, units[b].neurons)
-    target = share * sum(cost * units[b].neurons for b, cost in neuron_costs.items())  # cost of neurons to remove
-    open_costs = {b: cost for b, cost in neuron_costs.items() if cost and not units[b].protected}
+        by_width = budget.price[units[b].key]
+        neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, units[b].count)
+    target = share * sum(cost * units[b].count for b, cost in neuron_costs.items())  # cost of neurons to remove
+    open_costs = {b: cost for b, cost in neuron_costs.items() if cost and not units[b].stays}
     # Index of a block that is not protected -> prices of its neurons, in order of removal.
-    prices = {b: _error_per_neuron(statistics.errors[b], units[b].neurons) / cost for b, cost in open_costs.items()}
+    prices = {b: _error_per_neuron(statistics.errors[b], units[b].count) / cost for b, cost in open_costs.items()}
 
     shares = [share] * len(blocks)  # S_b
     if prices:

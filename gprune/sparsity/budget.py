@@ -1,151 +1,175 @@
-"""The budget: the units of every block with their exact costs, and the cost to be removed."""
+"""The budget: the units of a model with their exact costs, and the cost to be removed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate, groupby
-from typing import Any, Self
+from itertools import accumulate
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gprune.errors import UserError
+from gprune.importance.scores import Scores
 from gprune.models.blocks import Block, by_layer
-from gprune.models.masks import Masks, bypassed
-from gprune.sparsity.cost import BlockCosts, cost_beyond
+from gprune.models.masks import Masks
+from gprune.sparsity.experts import rounds_of_experts, router_needs
+from gprune.sparsity.price import Price, cost_beyond, costs_of_blocks, price_of, unit_key
 from gprune.sparsity.target import Target, format_cost
+from gprune.units.structure import KINDS, Units
+
+PROTECTED = "protected"  # why units of `--sparsity.protect` stay
+Round = tuple[float, tuple[int, ...]]  # score, and numbers of the units that are removed together
+Lost = dict[str, tuple[int, ...]]  # key of units -> numbers of the removed ones, in order of removal
 
 
-@dataclass(frozen=True)
-class BlockUnits:
-    """Units of one block, what they cost, and which of them may be removed.
+def units_in(
+    blocks: Sequence[Block], *, protect: Sequence[int] = (), width_multiple: int = 1, config: Any = None
+) -> list[Units]:
+    """Return the units of a model's blocks: the layers, and in each block its experts, KV groups and neurons.
 
-    In blocks with experts neurons are removed in *slots*, so that experts stay equally wide. Slot j has the j-th neuron
-    of every expert, in the order of that expert's margins. The cost of a slot is the sum over its neurons.
+    There is one set of neurons and one of KV groups per block, which may be empty. The `config` of the model tells what
+    its routers need; without it every expert but one may be removed.
     """
-
-    costs: BlockCosts  # in the currency of the budget
-    parameters: BlockCosts  # in parameters
-    layer: int  # index of the decoder layer, which is removed with all its blocks
-    experts: int = 1
-    attention: bool = False  # whether KV groups may be removed
-    protected: bool = False  # whether the block keeps everything
-    ffn: bool = True  # whether neurons may be removed
-
-    @property
-    def neurons(self) -> int:
-        """Number of neurons (or slots)."""
-        return len(self.costs.neurons) - 1
-
-    @property
-    def all_neurons(self) -> int:
-        """Number of neurons of all experts together."""
-        return self.experts * self.neurons
-
-    @property
-    def groups(self) -> int:
-        """Number of KV groups."""
-        return len(self.costs.groups) - 1
-
-    def removable_neurons(self, width_multiple: int) -> int:
-        """Number of neurons (or slots) that may be removed; `width_multiple` neurons are kept."""
-        return max(0, self.neurons - width_multiple) if self.ffn and not self.protected else 0
-
-    @property
-    def removable_groups(self) -> int:
-        """Number of KV groups that may be removed; one is kept."""
-        return max(0, self.groups - 1) if self.attention and not self.protected else 0
-
-    def removable(self, width_multiple: int) -> int:
-        """Return the cost of all units that may be removed."""
-        cost = cost_beyond(self.costs.neurons, self.neurons - self.removable_neurons(width_multiple))
-        return cost + cost_beyond(self.costs.groups, self.groups - self.removable_groups)
-
-
-def block_units(
-    blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), costs: Sequence[BlockCosts] | None = None
-) -> list[BlockUnits]:
-    """Return the units of a model's blocks for a `--sparsity.scope`, with costs in parameters by default."""
-    depth = len(by_layer(blocks))
+    layers = by_layer(blocks)
     for index in protect:
-        if not -depth <= index < depth:
+        if not -len(layers) <= index < len(layers):
             raise UserError(
-                f"--sparsity.protect must name layers from {-depth} to {depth - 1}, as there are {depth}; got {index}."
+                f"--sparsity.protect must name layers from {-len(layers)} to {len(layers) - 1}, as there are "
+                f"{len(layers)}; got {index}."
             )
-    protected_layers = {index % depth for index in protect}
-    parameters = [
-        BlockCosts.by_unit(
-            b.unit_cost("ffn"), b.unit_cost("attention"), b.cost, b.expert_cost(), neurons=b.neurons, groups=b.kv_groups
-        )
-        for b in blocks
-    ]  # fmt: skip
-    return [
-        BlockUnits(
-            of_block, in_parameters, block.layer_index, block.experts, attention="attention" in scope,
-            protected=block.layer_index in protected_layers, ffn="ffn" in scope,
-        )
-        for block, of_block, in_parameters in zip(blocks, costs or parameters, parameters, strict=True)
-    ]  # fmt: skip
+    protected_layers = {index % len(layers) for index in protect}
+    units = []
+    for of_layer in layers:
+        layer = of_layer[0].layer_index
+        common = {"layer": layer, "stays": PROTECTED if layer in protected_layers else ""}
+        units.append(Units(unit_key("layer", layer), "layer", count=1, least=0, **common))
+        for block in of_layer:
+            experts = unit_key("experts", block.index) if block.experts > 1 else ""
+            if experts:
+                groups, least, why_not = (1, 1, "") if config is None else router_needs(block, config)
+                of_experts = common | {"stays": why_not or common["stays"]}
+                units.append(Units(experts, "experts", count=block.experts, least=least, step=groups, **of_experts))
+            units += [
+                Units(unit_key("kv_groups", block.index), "kv_groups", count=block.kv_groups, **common),
+                Units(
+                    unit_key("neurons", block.index), "neurons", count=block.neurons, rows=block.experts,
+                    inside=experts, least=width_multiple, step=width_multiple, **common,
+                ),
+            ]  # fmt: skip
+    return units
 
 
-def narrowest_width(units: Iterable[BlockUnits]) -> int:
-    """Return the width of the narrowest FFN; blocks without an FFN do not count."""
-    return min(block.neurons for block in units if block.neurons)
+def rounds_of_layers(units: Sequence[Units], blocks: Iterable[int]) -> dict[str, list[Round]]:
+    """Return the rounds of layers from blocks in the order of their removal.
+
+    A layer is listed once, at the place of its first block. Layers that are protected or have no units are ignored, and
+    at least one layer with units is kept.
+    """
+    layer_of_block = [u.layer for u in units if u.kind == "neurons"]
+    with_units = {u.layer for u in units if u.kind != "layer" and u.count}
+    removable = {u.layer for u in units if u.kind == "layer" and not u.stays} & with_units
+    order = [layer for layer in dict.fromkeys(layer_of_block[b] for b in blocks) if layer in removable]
+    return {unit_key("layer", layer): [(place, (0,))] for place, layer in enumerate(order[: len(with_units) - 1])}
 
 
-def default_width_multiple(units: Sequence[BlockUnits]) -> int:
+def default_width_multiple(blocks: Sequence[Block]) -> int:
     """Return the width multiple of `--sparsity.width_multiple default`.
 
     It is 8 for models with experts, for their grouped kernels, and 32 for others, for the blocks of q8_0. It is 1 if
     that is more than a sixteenth of the narrowest FFN.
     """
-    multiple = 8 if max(block.experts for block in units) > 1 else 32
-    return multiple if 16 * multiple <= narrowest_width(units) else 1
+    multiple = 8 if max(block.experts for block in blocks) > 1 else 32
+    return multiple if 16 * multiple <= min(block.neurons for block in blocks if block.neurons) else 1
+
+
+def budget_of(
+    blocks: Sequence[Block], setting: float | str | None = None, width_multiple: int = 1, *, scope: str = "ffn",
+    uniform: bool = False, protect: Sequence[int] = (), price: Price | None = None, outside: int = 0,
+    block_share: float = 0.25, expert_share: float = 1.0, uniform_experts: bool = True, config: Any = None,
+) -> Budget:  # fmt: skip
+    """Return the budget of a model's blocks for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost.
+
+    Args:
+        blocks: the blocks of the dense model.
+        setting: the target; None: nothing is removed yet.
+        width_multiple: widths of FFNs that change become multiples of it.
+        scope: a `--sparsity.scope`.
+        uniform: whether all blocks must have the same widths and numbers of KV groups.
+        protect: numbers of layers that keep everything.
+        price: costs of the units; by default in parameters.
+        outside: cost of everything outside of layers.
+        block_share, expert_share: largest shares of the target for whole layers and for whole experts.
+        uniform_experts: whether all layers lose the same number of experts.
+        config: the model's configuration, for what routers need.
+
+    Raises:
+        UserError: if the target cannot be met.
+    """
+    parameters, _ = price_of((costs_of_blocks(blocks), 0), blocks)
+    units = units_in(blocks, protect=protect, width_multiple=width_multiple, config=config)
+    kinds = {"ffn": "neurons", "attention": "kv_groups", "experts": "experts", "blocks": "layer"}
+    everything = Budget.of(
+        units, price or parameters, scope=[kinds[part] for part in scope.split("+")], uniform=uniform,
+        block_share=block_share, expert_share=expert_share, uniform_experts=uniform_experts, parameters=parameters,
+        outside=outside,
+    )  # fmt: skip
+    return everything if setting is None else everything.meeting(setting)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The units of all blocks, the cost to be removed from them, and the widths that are possible."""
+    """The units of a model, the cost to be removed from them, and how.
 
-    units: Sequence[BlockUnits]  # one per block
-    target: int  # cost to be removed
-    width_multiple: int = 1  # widths that change become multiples of it
-    uniform: bool = False  # whether all blocks must have the same widths
-    block_share: float = 0.0  # share of the target that may be removed as whole blocks; 0: they are not in scope
-    outside: int = 0  # cost of everything outside of blocks
-    removed: tuple[int, ...] = ()  # blocks that are removed as a whole, in the order of choice
+    Kinds with a `share` are removed first, coarse ones before fine ones, in the order of their `rounds`. The others
+    are removed in a common order (`cut.keep_masks`), and make up the rest.
+    """
+
+    units: Sequence[Units]  # of the whole model
+    price: Price
+    target: int = 0  # cost to be removed
+    scope: Collection[str] = ("neurons",)  # kinds of units that may be removed
+    share: Mapping[str, float] = field(default_factory=dict)  # kind -> largest share of the target that is left for it
+    limited: Collection[str] = ("layer",)  # kinds that keep to their share even if finer ones cannot make up the rest
+    equal: Collection[str] = ()  # kinds that all layers lose equally many of, or of the finer ones keep equally many
+    rounds: Mapping[str, Sequence[Round]] = field(default_factory=dict)  # of units with a share, lowest scores first
+    parameters: Price = field(default_factory=dict)  # number of parameters of the units
+    outside: int = 0  # cost of everything outside of layers
     setting: float | str | None = None  # `--sparsity.target`, before it was rounded up to `target`
 
     @classmethod
     def of(
-        cls, units: Sequence[BlockUnits], setting: float | str, width_multiple: int = 1, *, uniform: bool = False,
-        block_share: float = 0.0, outside: int = 0, **of_class: Any,
-    ) -> Self:  # fmt: skip
-        """Return the budget for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost, rounded up.
+        cls, units: Sequence[Units], price: Price, *, scope: Collection[str] = ("neurons",), uniform: bool = False,
+        block_share: float = 0.25, expert_share: float = 1.0, uniform_experts: bool = True, **fields: Any,
+    ) -> Budget:  # fmt: skip
+        """Return the budget of units that removes nothing yet. Layers and experts are in the order of their numbers."""
+        share = {
+            kind: of_kind for kind, of_kind in (("layer", block_share), ("experts", expert_share)) if kind in scope
+        }
+        equal = {"neurons", "kv_groups"} if uniform else set()
+        if uniform_experts:
+            equal.add("experts")
+        rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
+        rounds |= rounds_of_layers(units, range(sum(u.kind == "neurons" for u in units)))
+        return cls(units, price, 0, frozenset(scope), share, equal=frozenset(equal), rounds=rounds, **fields)
 
-        If whole blocks are in scope, the first ones are removed, until others are chosen (`without`). `of_class` has
-        the fields of a subclass.
-        """
-        nothing = cls(units, 0, width_multiple, uniform, block_share, outside, **of_class)
-        return nothing.meeting(setting, order=range(len(units)) if block_share else ())
+    # Targets
 
-    def meeting(self, setting: float | str, *, order: Iterable[int], flag: str = "--sparsity.target") -> Self:
+    def meeting(self, setting: float | str, flag: str = "--sparsity.target") -> Budget:
         """Return the budget of the same units for another target. UserError, which names `flag`, if it cannot be met.
 
-        Blocks are removed as a whole in the given order, as far as they fit into `block_share`. For a target whose cost
-        is searched for, this is the largest possible budget.
+        For a target whose cost is searched for, this is the largest possible budget.
         """
-        narrowest = narrowest_width(self.units)
-        if self.width_multiple > narrowest:
-            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {self.width_multiple}.")
-        order = tuple(order)
+        multiple = max((u.step for u in self.units if u.kind == "neurons"), default=1)
+        narrowest = min(u.count for u in self.units if u.kind == "neurons" and u.count)
+        if multiple > narrowest:
+            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {multiple}.")
         goal = Target.of(setting)
         if goal.is_searched:
-            largest = replace(self, removed=order).removing(self.total)
+            largest = self.removing(self.total)
             if largest.target:
                 return replace(largest, setting=setting)
         target = 0 if goal.is_searched else goal.removes(self.total, self.model)
@@ -153,257 +177,367 @@ class Budget:
             currency = goal.unit if goal.unit in ("parameters", "bytes") else ""
             scope, model = (format_cost(cost, currency).strip() for cost in (self.total, self.model))
             raise UserError(f"{flag} {setting} cannot remove anything: the scope has {scope}, the model {model}.")
-        budget = replace(self, target=target, removed=self.blocks_that_fit(order, target), setting=setting)
+        budget = replace(self, target=target, setting=setting)
         if target > budget.removable:
-            protected = sum(block.protected for block in self.units)
             raise UserError(
                 f"{flag} must be {goal.limit(budget.removable, self.total, self.model)}, because {self.least}, and "
-                f"{protected} blocks keep everything; got {setting}."
+                f"{len(self.protected)} blocks keep everything; got {setting}."
             )
         if target < budget.unavoidable:
             raise UserError(
                 f"{flag} must be {goal.limit(budget.unavoidable, self.total, self.model, least=True)}, because "
                 f"--sparsity.uniform_width cuts every block to the narrowest one; got {setting}."
             )
-        return budget
+        return budget.with_chosen_layers()
 
-    def at(self, sparsity: float) -> Self:
+    def at(self, sparsity: float) -> Budget:
         """Return the budget of the same units and possible widths at a sparsity of `--evaluation.curve`."""
-        return self.meeting(sparsity, order=self.removed, flag="--evaluation.curve")
+        return self.meeting(sparsity, flag="--evaluation.curve")
 
-    def without(self, blocks: Iterable[int]) -> Self:
-        """Return this budget, with blocks removed as a whole: the given ones in order, as many as fit."""
-        return self.meeting(self.setting or self.sparsity, order=blocks)
-
-    def removing(self, target: int) -> Self:
+    def removing(self, target: int) -> Budget:
         """Return the budget of the same units and possible widths that removes this cost, or the nearest possible cost.
 
-        The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
-        is lowered until it is removable. It is raised only if blocks of different widths must have the same widths.
+        The removable cost depends on the layers that are removed, and these depend on the target. The target is lowered
+        until it is removable. It is raised only if blocks of different widths must have the same widths.
         """
         while True:
-            budget = replace(self, target=target, removed=self.blocks_that_fit(self.removed, target), setting=None)
+            budget = replace(self, target=target, setting=None)
             if target <= budget.removable:
-                return replace(budget, target=max(target, budget.unavoidable))
+                return replace(budget.with_chosen_layers(), target=max(target, budget.unavoidable))
             target = budget.removable
 
     @property
     def least(self) -> str:
-        """What every block keeps in any case, in words."""
-        return f"each block keeps {self.width_multiple} neurons and a KV group"
+        """What every block keeps in any case, in words. The most demanding router is described."""
+        said = []
+        routers = [u for u in self.units if u.kind == "experts"]
+        if "experts" in self.scope:
+            router = max(routers, key=lambda u: u.least)
+            said.append(f"each router needs {router.least} of {router.count} experts")
+            if router.step > 1:
+                said.append(f"{router.least // router.step} in each of {router.step} groups")
+        if self.finer:
+            multiple = max(u.step for u in self.units if u.kind == "neurons")
+            said.append(f"each block keeps {multiple} neurons and a KV group")
+        return ", ".join(said)
 
-    # Hooks of `expert_budget.ExpertBudget`, which also removes whole experts. Without them these change nothing.
+    def without(self, blocks: Iterable[int]) -> Budget:
+        """Return this budget, with layers removed: those of the given blocks in order, as many as fit."""
+        ordered = self.ordered("layer", rounds_of_layers(self.units, blocks))
+        return ordered.meeting(self.setting or self.sparsity)
 
-    def ranked_by(self, scores: Any) -> Self:
-        """Return the budget for these `importance.scores.Scores`, which choose what is removed whole."""
-        return self
+    def ordered(self, kind: str, rounds: Mapping[str, Sequence[Round]]) -> Budget:
+        """Return the budget with other rounds of a kind that has a share."""
+        others = {u.key for u in self.units if u.kind != kind}
+        return replace(self, rounds={key: r for key, r in self.rounds.items() if key in others} | dict(rounds))
+
+    def ranked_by(self, scores: Scores) -> Budget:
+        """Return the budget in which the experts with the lowest scores are removed, if experts are in scope."""
+        if "experts" not in self.share:
+            return self
+        of_experts = {u.inside: of_block for u, of_block in zip(self.of_kind("neurons"), scores.experts, strict=True)}
+        routers = self.of_kind("experts")
+        return self.ordered("experts", {u.key: rounds_of_experts(u, of_experts[u.key].tolist()) for u in routers})
+
+    def with_chosen_layers(self) -> Budget:
+        """Return the budget that, for other targets too, removes no layers but those that it removes now."""
+        open_keys = {u.key for u in self.units if u.kind not in self.limited} | self.lost.keys()
+        return replace(self, rounds={key: rounds for key, rounds in self.rounds.items() if key in open_keys})
+
+    # What is removed of the kinds with a share
+
+    @cached_property
+    def lost(self) -> Lost:
+        """The removed units of the kinds with a share, in order of removal."""
+        return self._lose(most=False)
+
+    def _lose(self, *, most: bool) -> Lost:
+        """Return the removed units of the kinds with a share or, with `most`, all that may be removed."""
+        lost: Lost = {}
+        for kind in KINDS:
+            if kind not in self.share:
+                continue
+            steps, remaining = self._steps(kind, lost), self.target - self.cost_of(lost)
+            costs = [0, *accumulate(sum(self.price[u.key][len(units)] for u, units in step) for step in steps)]
+            limit = Fraction(str(self.share[kind])) * remaining  # of the decimal number, because a float is not exact
+            number = sum(cost <= limit for cost in costs[1:])
+            if kind not in self.limited:
+                if most:
+                    number = len(steps)
+                while (
+                    number < len(steps)
+                    and remaining - costs[number] > self._without(_lost_by(steps[:number], lost)).removable
+                ):
+                    number += 1  # finer units cannot make up the rest
+            lost = _lost_by(steps[:number], lost)
+        return lost
+
+    def _steps(self, kind: str, lost: Lost) -> list[list[tuple[Units, tuple[int, ...]]]]:
+        """Return the steps of a kind in order: units that are removed together, after others are lost."""
+        of_units = [
+            (u, self.rounds[u.key]) for u in self.units
+            if u.kind == kind and not u.stays and u.key in self.rounds and unit_key("layer", u.layer) not in lost
+        ]  # fmt: skip
+        if kind in self.equal:
+            together = zip(*(rounds for _, rounds in of_units), strict=False)
+            return [[(u, units) for (u, _), (_, units) in zip(of_units, step, strict=True)] for step in together]
+        keys = [
+            (score, place, number)
+            for place, (_, rounds) in enumerate(of_units) for number, (score, _) in enumerate(rounds)
+        ]  # fmt: skip
+        return [[(of_units[place][0], of_units[place][1][number][1])] for _, place, number in sorted(keys)]
+
+    def cost_of(self, lost: Lost) -> int:
+        """Return the cost of removed units."""
+        return sum(self.price[key][len(units)] for key, units in lost.items())
+
+    @property
+    def lost_layers(self) -> Lost:
+        """The removed layers, in the order of choice."""
+        layers = {u.key for u in self.units if u.kind == "layer"}
+        return {key: units for key, units in self.lost.items() if key in layers}
+
+    @cached_property
+    def rest(self) -> Budget:
+        """The remaining budget for the other kinds, in the layers and with the experts that are kept."""
+        return self._without(self.lost)
+
+    def _without(self, lost: Lost) -> Budget:
+        """Return the budget of the kinds without a share after others are lost. Slots become cheaper."""
+        units, price, parameters = [], dict(self.price), dict(self.parameters)
+        for u in self.units:
+            if u.kind in ("layer", "experts") or unit_key("layer", u.layer) in lost:
+                continue
+            if removed := len(lost.get(u.inside, ())):
+                kept = replace(u, rows=u.rows - removed)
+                for table in (price, parameters):
+                    table[u.key] = [cost * kept.rows // u.rows for cost in table[u.key]]
+                units.append(kept)
+            else:
+                units.append(u)
+        target = max(0, self.target - self.cost_of(lost))
+        return Budget(units, price, target, frozenset(self.finer), equal=self.equal, parameters=parameters)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells budgets of the same units and possible widths apart."""
-        return (self.target,)
+        return self.target, str(self.lost)
 
-    def bypassing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Context in which what is removed as a whole takes no part in the model."""
-        return bypassed(model, self.removed)
+    # Views by block: the place of the block's neurons and KV groups among the units of their kind
+
+    def of_kind(self, kind: str) -> list[Units]:
+        """Return the units of a kind. There is one set of neurons and one of KV groups per block."""
+        return [u for u in self.units if u.kind == kind]
 
     @property
-    def kept_experts(self) -> list[int]:
-        """Number of experts of each block that are not removed as a whole."""
-        return [block.experts for block in self.units]
-
-    def of_kept_neurons(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Return values of all neurons, (E x N,) per block, without those of experts that are removed as a whole."""
-        return list(values)
-
-    def with_removed_neurons(self, masks: Sequence[Tensor]) -> list[Tensor]:
-        """Return keep masks of all neurons from those of kept experts: the inverse of `of_kept_neurons`."""
-        return list(masks)
+    def finer(self) -> tuple[str, ...]:
+        """Kinds in scope that have no share and are removed in a common order, from coarse to fine."""
+        return tuple(kind for kind in KINDS if kind in self.scope and kind not in self.share)
 
     @property
     def attention(self) -> bool:
         """Whether KV groups may be removed."""
-        return any(block.attention for block in self.units)
+        return "kv_groups" in self.scope
 
     @property
-    def protected(self) -> frozenset[int]:
-        """Blocks that keep everything."""
-        return frozenset(b for b, block in enumerate(self.units) if block.protected)
+    def width_multiple(self) -> int:
+        """Widths of FFNs that change become multiples of it."""
+        return max((u.step for u in self.units if u.kind == "neurons"), default=1)
 
     @property
-    def kept(self) -> list[int]:
-        """Blocks that are not removed as a whole."""
-        return [b for b in range(len(self.units)) if b not in self.removed]
+    def uniform(self) -> bool:
+        """Whether all blocks must have the same widths."""
+        return "neurons" in self.equal
 
     @cached_property
     def by_layer(self) -> list[list[int]]:
         """The blocks of each layer."""
-        blocks_by_layer = groupby(range(len(self.units)), key=lambda block: self.units[block].layer)
-        return [list(blocks) for _, blocks in blocks_by_layer]
+        blocks: dict[int, list[int]] = {}
+        for block, u in enumerate(self.of_kind("neurons")):
+            blocks.setdefault(u.layer, []).append(block)
+        return list(blocks.values())
 
     @property
-    def removable_layers(self) -> list[list[int]]:
-        """The blocks of each layer that may be removed as a whole: it has units and no protected block."""
-        return [
-            blocks for blocks in self.by_layer
-            if not any(self.units[b].protected for b in blocks) and self._has_units(blocks)
-        ]  # fmt: skip
+    def protected(self) -> frozenset[int]:
+        """Blocks that keep everything."""
+        return frozenset(b for b, u in enumerate(self.of_kind("neurons")) if u.stays)
 
-    def _has_units(self, blocks: Sequence[int]) -> bool:
-        return any(self.units[b].neurons + self.units[b].groups for b in blocks)
+    @cached_property
+    def removed(self) -> tuple[int, ...]:
+        """Blocks that are removed with their layers, in the order of choice."""
+        layers = [u.key for u in self.of_kind("layer")]
+        return tuple(b for key in self.lost_layers for b in self.by_layer[layers.index(key)])
+
+    @property
+    def kept(self) -> list[int]:
+        """Blocks that are not removed with their layers."""
+        return [b for b in range(len(self.of_kind("neurons"))) if b not in self.removed]
+
+    @cached_property
+    def removed_experts(self) -> dict[int, list[int]]:
+        """Experts that are removed, by block, in the order of their numbers."""
+        neurons = enumerate(self.of_kind("neurons"))
+        return {b: sorted(self.lost[u.inside]) for b, u in neurons if u.inside in self.lost}
+
+    def of_kept_experts(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return values of all neurons, (E x N,) per block, without those of removed experts."""
+        values = list(values)
+        for b, experts in self._kept_experts.items():
+            by_expert = values[b].view(self.of_kind("neurons")[b].rows, -1)
+            values[b] = by_expert[experts.to(by_expert.device)].flatten()
+        return values
+
+    def with_removed_experts(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return keep masks of all neurons from those of kept experts: the inverse of `of_kept_experts`."""
+        masks = list(masks)
+        for b, experts in self._kept_experts.items():
+            u = self.of_kind("neurons")[b]
+            whole = masks[b].new_zeros(u.rows, u.count)
+            whole[experts.to(whole.device)] = masks[b].view(len(experts), -1)
+            masks[b] = whole.flatten()
+        return masks
+
+    @cached_property
+    def _kept_experts(self) -> dict[int, Tensor]:
+        """Numbers of the kept experts, int64, of blocks that lose experts."""
+        rows = {b: u.rows for b, u in enumerate(self.of_kind("neurons"))}
+        return {
+            b: torch.tensor([e for e in range(rows[b]) if e not in removed])
+            for b, removed in self.removed_experts.items()
+        }
+
+    # Costs
 
     @property
     def total(self) -> int:
         """Cost of all units in scope. Biases of down and output projections belong to no unit."""
-        return self._in_scope([block.costs for block in self.units])
+        return self._in_scope(self.price)
 
     @property
     def total_parameters(self) -> int:
         """Number of parameters of all units in scope."""
-        return self._in_scope([block.parameters for block in self.units])
+        return self._in_scope(self.parameters)
 
-    def _in_scope(self, costs: Sequence[BlockCosts]) -> int:
-        """Return the cost of all units in scope, from the costs of all blocks."""
-        if self.block_share:
-            return sum(of_block.whole for of_block in costs)
-        return self._of_units(costs)
-
-    def _of_units(self, costs: Sequence[BlockCosts]) -> int:
-        """Return the cost of all neurons and of the KV groups in scope, from the costs of all blocks."""
-        total = sum(of_block.neurons[-1] for of_block in costs)
-        if self.attention:
-            total += sum(of_block.groups[-1] for of_block in costs)
-        return total
+    def _in_scope(self, price: Price) -> int:
+        """Return the cost of all units in scope that are in no coarser ones in scope."""
+        outer = [u for u in self.units if u.kind in self.scope]
+        if "layer" in self.scope:
+            outer = [u for u in outer if u.kind == "layer"]
+        keys = {u.key for u in outer}
+        return sum(price[u.key][-1] for u in outer if u.inside not in keys)
 
     @property
     def model(self) -> int:
         """Cost of the whole model."""
-        return sum(block.costs.whole for block in self.units) + self.outside
+        return sum(self.price[u.key][-1] for u in self.units if u.kind == "layer") + self.outside
 
     @property
     def sparsity(self) -> float:
         """Fraction of the scope's cost that is to be removed."""
-        return self.setting if isinstance(self.setting, float) else self.target / self.total
+        return self.setting if isinstance(self.setting, float) else (self.target + self.overshoot) / self.total
 
     @property
-    def cost_of_blocks(self) -> int:
-        """Cost of the blocks that are removed as a whole."""
-        return sum(self.units[b].costs.whole for b in self.removed)
+    def overshoot(self) -> int:
+        """Cost that a whole number of experts removes beyond the target, if nothing finer is in scope."""
+        return 0 if self.finer else max(0, self.cost_of(self.lost) - self.target)
 
     @property
     def removable(self) -> int:
-        """The largest removable cost, if every block keeps at least `width_multiple` neurons and one KV group.
+        """The largest removable cost: of limited kinds what is lost, of others all but the `least` units."""
+        if self.share:
+            most = self._lose(most=True)
+            return self.cost_of(most) + self._without(most).removable
+        return sum(cost_beyond(self.price[u.key], u.count - self.number_of_removable(u)) for u in self.units)
 
-        Protected blocks keep everything, and blocks in `removed` nothing.
-        """
-        kept = [self.units[b] for b in self.kept]
-        return self.cost_of_blocks + sum(block.removable(self.width_multiple) for block in kept)
+    def number_of_removable(self, u: Units) -> int:
+        """Return how many of these units may be removed."""
+        return max(0, u.count - u.least) if u.kind in self.scope and not u.stays else 0
 
     @property
     def unavoidable(self) -> int:
         """The smallest cost that can be removed if all blocks must have the same widths; 0 if they may differ.
 
         Blocks of different widths are cut to the narrowest one, rounded down to a multiple, and blocks with different
-        numbers of KV groups to the smallest number. Blocks in `removed` keep nothing.
+        numbers of KV groups to the smallest number.
         """
-        if not self.uniform:
+        kinds = [kind for kind in self.finer if kind in self.equal]
+        if not kinds:
             return 0
-        kept = [self.units[b].costs for b in self.kept]
-        cost = self.cost_of_blocks
-        cost += _cost_of_equal_numbers([of_block.neurons for of_block in kept], self.width_multiple)
-        if self.attention:
-            cost += _cost_of_equal_numbers([of_block.groups for of_block in kept], 1)
+        cost, rest = self.cost_of(self.lost_layers), self._without(self.lost_layers)
+        for kind in kinds:
+            units = [u for u in rest.of_kind(kind) if u.count]
+            if len({u.count for u in units}) > 1:
+                common = min(u.count for u in units) // units[0].step * units[0].step
+                cost += sum(cost_beyond(self.price[u.key], common) for u in units)
         return cost
 
     def removed_by(self, masks: Masks) -> int:
-        """Return the cost that masks remove. For a block that keeps nothing this is the whole block with its norms."""
-        return removed_cost([block.costs for block in self.units], masks)
+        """Return the cost that masks remove. For a layer that keeps nothing this is the whole layer with its norms."""
+        return self._removed(self.price, masks)
 
     def parameters_removed_by(self, masks: Masks) -> int:
         """Return the number of parameters that masks remove."""
-        return removed_cost([block.parameters for block in self.units], masks)
+        return self._removed(self.parameters, masks)
+
+    def _removed(self, price: Price, masks: Masks) -> int:
+        """Return the cost that masks remove, by a price."""
+        removed, is_kept = 0, masks.blocks
+        units = list(zip(self.of_kind("neurons"), self.of_kind("kv_groups"), strict=True))
+        for layer, blocks in zip(self.of_kind("layer"), self.by_layer, strict=True):
+            if not all(is_kept[b] for b in blocks):
+                removed += price[layer.key][-1]
+                continue
+            for b in blocks:
+                neurons, groups = units[b]
+                # Kept experts keep equally many neurons, and removed ones none.
+                by_expert = masks.ffn[b].view(neurons.rows, neurons.count)
+                kept = int(by_expert.any(1).sum()) or 1
+                if neurons.inside:
+                    removed += cost_beyond(price[neurons.inside], kept)
+                removed += cost_beyond(price[neurons.key], int(by_expert.sum()) // kept) * kept // neurons.rows
+                removed += cost_beyond(price[groups.key], int(masks.attention[b].sum()))
+        return removed
 
     @property
     def step(self) -> int:
-        """The smallest difference in cost between masks: `width_multiple` neurons or a KV group of a block.
+        """The smallest difference in cost between masks: one step of the finer kinds, in all blocks if they are equal.
 
-        If all blocks must have the same width, it is the sum of these over all blocks.
+        Without finer kinds it is the largest cost of a step of experts.
         """
-        multiple = self.width_multiple
-        step_costs = []
-        for block in self.units:
-            by_width = block.costs.neurons
-            first_step = block.neurons % multiple or multiple  # neurons that make the width a multiple
-            if first_step <= block.neurons:
-                step_costs.append(by_width[-1] - by_width[-1 - first_step])
-            if block.attention and block.groups:
-                step_costs.append(block.costs.groups[-1] - block.costs.groups[-2])
-        step_costs = [cost for cost in step_costs if cost > 0] or [1]
-        return sum(step_costs) if self.uniform else min(step_costs)
+        if not self.finer:
+            return max(1, self.largest_step)
+        costs = []
+        for u in self.units:
+            first = u.count % u.step or u.step  # units that make the width a multiple
+            if u.kind in self.finer and first <= u.count:
+                costs.append(cost_beyond(self.price[u.key], u.count - first))
+        costs = [cost for cost in costs if cost > 0] or [1]
+        return sum(costs) if self.uniform else min(costs)
 
     @property
     def largest_step(self) -> int:
-        """The largest cost of one step: `width_multiple` neurons, or a KV group if attention is in scope.
+        """The largest cost of one step of the finer kinds, in all blocks if they are equal.
 
-        If all blocks must have the same width, a step is removed in every block.
+        Without finer kinds it is that of a step of experts.
         """
-        combine = sum if self.uniform else max
-        kept = [self.units[b].costs for b in self.kept]
-        step = combine(_largest_difference(of_block.neurons, self.width_multiple) for of_block in kept)
-        if self.attention:
-            step = max(step, combine(_largest_difference(of_block.groups, 1) for of_block in kept))
-        return step
-
-    def blocks_that_fit(self, order: Sequence[int], target: int) -> tuple[int, ...]:
-        """Choose blocks to remove as a whole, by whole layers in the given order of blocks.
-
-        Layers are chosen as long as their total cost is at most `block_share` of the target, and at least one layer
-        with units is kept. Blocks of layers that may not be removed are ignored.
-        """
-        layer_of = {block: blocks for blocks in self.removable_layers for block in blocks}
-        # A layer is listed once, at the place of its first block.
-        layers = {layer_of[block][0]: layer_of[block] for block in order if block in layer_of}
-        total_costs = accumulate(sum(self.units[b].costs.whole for b in blocks) for blocks in layers.values())
-        limit = Fraction(str(self.block_share)) * target  # of the decimal number, because a float is not exact
-        layers_with_units = sum(self._has_units(blocks) for blocks in self.by_layer)
-        number = min(sum(cost <= limit for cost in total_costs), layers_with_units - 1)
-        return tuple(block for blocks in list(layers.values())[:number] for block in blocks)
-
-    @cached_property
-    def rest(self) -> Budget:
-        """The remaining budget for units of the blocks that are not removed as a whole."""
-        kept = [self.units[b] for b in self.kept]
-        target = self.target - self.cost_of_blocks
-        return replace(self, units=kept, target=target, removed=(), block_share=0.0, outside=0, setting=None)
+        if not self.finer:
+            steps = self._steps("experts", self.lost_layers)
+            return max((sum(self.price[u.key][len(units)] for u, units in step) for step in steps), default=1)
+        steps = []
+        for kind in self.finer:
+            tables = [(self.price[u.key], u.step) for u in self.rest.of_kind(kind)]
+            costs = [
+                max((more - less for less, more in zip(table, table[size:], strict=False)), default=0)
+                for table, size in tables
+            ]
+            steps.append(sum(costs) if kind in self.equal else max(costs, default=0))
+        return max(steps)
 
 
-def removed_cost(costs: Sequence[BlockCosts], masks: Masks) -> int:
-    """Return the cost that masks remove, from the costs of all blocks.
-
-    For a block that keeps nothing this is the whole block with its norms.
-    """
-    removed = 0
-    for of_block, neurons, groups, is_kept in zip(costs, masks.ffn, masks.attention, masks.blocks, strict=True):
-        if not is_kept:
-            removed += of_block.whole
-            continue
-        width = len(of_block.neurons) - 1
-        by_expert = neurons.view(-1, width or 1)  # kept experts keep equally many neurons, and removed ones none
-        experts, kept = len(by_expert) or 1, int(by_expert.any(1).sum()) or 1
-        removed += (experts - kept) * of_block.expert
-        removed += cost_beyond(of_block.neurons, int(neurons.sum()) // kept) * kept // experts
-        removed += cost_beyond(of_block.groups, int(groups.sum()))
-    return removed
-
-
-def _cost_of_equal_numbers(tables: Sequence[Sequence[int]], multiple: int) -> int:
-    """Return the cost of cutting blocks to their smallest number of units, rounded down to a multiple; 0 if equal."""
-    numbers = {len(table) - 1 for table in tables} - {0}  # a block may have no FFN or no attention
-    if len(numbers) < 2:
-        return 0
-    return sum(cost_beyond(table, min(numbers) // multiple * multiple) for table in tables)
-
-
-def _largest_difference(table: Sequence[int], size: int) -> int:
-    """Return the largest cost of `size` consecutive units, from a table of `BlockCosts`."""
-    return max((upper - lower for lower, upper in zip(table, table[size:], strict=False)), default=0)
+def _lost_by(steps: Iterable[Iterable[tuple[Units, tuple[int, ...]]]], lost: Lost) -> Lost:
+    """Return what is lost after further steps."""
+    lost = dict(lost)
+    for step in steps:
+        for u, units in step:
+            lost[u.key] = (*lost.get(u.key, ()), *units)
+    return lost

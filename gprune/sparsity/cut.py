@@ -7,8 +7,7 @@ model are removed in order of margin, smallest first, until their cost reaches t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch import Tensor
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import Block
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import BlockUnits, Budget, narrowest_width
-from gprune.sparsity.cost import cost_beyond
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.price import cost_beyond
+from gprune.units.structure import Units
 
 
 def slot_margins(margin: Tensor, experts: int) -> Tensor:
@@ -35,7 +35,7 @@ def keep_top(margins: Tensor, kept: int | Tensor) -> Tensor:
     return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, keep_in_order.expand_as(order))
 
 
-def keep_top_neurons(block: Block | BlockUnits, margin: Tensor, kept: int | Tensor) -> Tensor:
+def keep_top_neurons(block: Block, margin: Tensor, kept: int | Tensor) -> Tensor:
     """Return the keep mask, (E x N,) bool, of the `kept` neurons with the largest margins in each expert of a block."""
     return keep_top(margin.view(block.experts, -1), kept).flatten()
 
@@ -74,18 +74,78 @@ def _select_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
     return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, cost_before < target)
 
 
+class Steps:
+    """The steps in which units of one kind are removed, with index tensors that are computed once per budget.
+
+    Units are removed in order of (margin, index), `step` at a time. The first step makes the number a multiple of
+    `step`, and the last `least` units are never removed. The key of a step is its largest margin, so a step is never
+    removed before its last unit would be.
+    """
+
+    def __init__(self, units: Sequence[Units], budget: Budget, device: torch.device):
+        self.units = units
+        self.segments = Segments([u.count for u in units], device)
+        # For each set of units: how many are removed after each step.
+        removable = [(budget.number_of_removable(u), u.step) for u in units]
+        after = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n, step in removable]
+        sizes = torch.cat([removed.diff(prepend=removed.new_zeros(1)) for removed in after])
+        last = torch.cat([start + n - 1 for start, n in zip(self.segments.starts, after, strict=True)])
+        costs = torch.cat([_step_costs(budget.price[u.key], n) for u, n in zip(units, after, strict=True)])
+        self.total = int(costs.sum())  # cost of all steps
+        # One entry per step, (steps,): number of units it removes, index of the last of them in the output of
+        # `Segments.sort`, its cost, its set of units.
+        self.size = sizes.to(device, non_blocking=True)
+        self.last = last.to(device, non_blocking=True)
+        self.cost = costs.to(device, non_blocking=True)
+        self.owner = repeat_values(range(len(units)), [len(removed) for removed in after], device)
+
+    def sort(self, margins: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the keys of steps, and the order of units; see `Segments.sort`."""
+        slots = [slot_margins(m.detach().double(), u.rows) for m, u in zip(margins, self.units, strict=True)]
+        margins, order = self.segments.sort(slots)
+        return margins[self.last], order
+
+    def choose(self, keys: Tensor, finer: Sequence[tuple[Tensor, Steps]], target: int | Tensor) -> Tensor:
+        """Return which steps are removed, (steps,) bool, by their order with the (keys, steps) of finer kinds."""
+        all_keys = torch.cat([keys, *(of_kind for of_kind, _ in finer)])
+        all_costs = torch.cat([self.cost, *(steps.cost for _, steps in finer)])
+        chosen = _select_until(all_keys, all_costs, target)[: len(keys)]
+        if not finer:
+            return chosen
+        order = keys.argsort(stable=True)  # chosen steps come first
+        cost_in_order = self.cost[order]
+        cost_after = cost_in_order.cumsum(0)  # cost of each step and all steps before it
+        cost_before = cost_after - cost_in_order
+        # The last steps may exceed the target by much more than a finer one. Keep such units, last ones first, as long
+        # as finer ones can be removed instead.
+        exceeds = (cost_after > target) & (target - cost_before <= sum(steps.total for _, steps in finer))
+        return torch.empty_like(chosen).scatter_(0, order, chosen[order] & ~exceeds)
+
+    def removed(self, chosen: Tensor) -> Tensor:
+        """Return how many of each set of units the chosen steps remove, int64.
+
+        Steps of one set are removed in order: keys do not decrease, and ties are broken by position.
+        """
+        return self.size.new_zeros(len(self.units)).index_add_(0, self.owner, self.size * chosen)
+
+    def masks(self, margins: Sequence[Tensor], order: Tensor, removed: Tensor) -> list[Tensor]:
+        """Return keep masks from the order of units and the number of removed ones."""
+        keep_in_order = self.segments.place >= removed[self.segments.block]
+        masks = list(torch.empty_like(keep_in_order).scatter_(0, order, keep_in_order).split(self.segments.sizes))
+        for i, u in enumerate(self.units):
+            if u.rows > 1:  # each expert loses as many of its own
+                masks[i] = keep_top(margins[i].view(u.rows, -1), u.count - removed[i]).flatten()
+        return masks
+
+
 def _step_costs(table: Sequence[int], removed_after_step: Tensor) -> Tensor:
-    """Return the costs of a block's steps, (steps,) int64, from the number of units that are removed after each."""
+    """Return the costs of steps, (steps,) int64, from the number of units that are removed after each."""
     remaining = torch.tensor([table[-1 - removed] for removed in [0, *removed_after_step.tolist()]])
     return remaining[:-1] - remaining[1:]
 
 
 class Cut:
     """`keep_masks` for repeated calls with one budget, on the device of the margins and without synchronising.
-
-    A block's neurons (or slots of experts) are removed in *steps*, in order of (margin, index). The key of a step is
-    its largest margin, so a step is never removed before its last neuron would be. The first step makes the width a
-    multiple of `width_multiple`. The last `width_multiple` neurons are never removed. Costs are whole numbers.
 
     For example, two blocks with neurons of 3 parameters each, `width_multiple` 2, and 8 parameters to remove:
 
@@ -99,183 +159,100 @@ class Cut:
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.whole = budget
-        self.kept = budget.kept
-        self.budget = budget.rest  # of the blocks and experts that are not removed as a whole
-        self.slots = Segments([block.neurons for block in self.budget.units], device)
-        self.groups = Segments([block.groups for block in self.budget.units], device)
-        self._init_neuron_steps(device)
-        self._init_group_steps(device)
-
-    def _init_neuron_steps(self, device: torch.device) -> None:
-        """Compute the steps in which neurons are removed."""
-        width_multiple = self.budget.width_multiple
-        # Number of neurons (or slots) of each block that may be removed.
-        removable = [block.removable_neurons(width_multiple) for block in self.budget.units]
-        tables = [block.costs.neurons for block in self.budget.units]
-        # The cost of all removable neurons.
-        self.removable_cost = sum(t[-1] - t[-1 - n] for t, n in zip(tables, removable, strict=True))
-        # For each block: number of neurons that are removed after each step. The first step removes the remainder, so
-        # that all further widths are multiples of `width_multiple`.
-        removed_after_step = [
-            torch.arange(n % width_multiple or width_multiple, n + 1, width_multiple) if n else torch.arange(0)
-            for n in removable
-        ]
-        sizes = torch.cat([removed.diff(prepend=removed.new_zeros(1)) for removed in removed_after_step])
-        starts = self.slots.starts
-        last = torch.cat([start + n - 1 for start, n in zip(starts, removed_after_step, strict=True)])
-        step_costs = torch.cat([_step_costs(t, n) for t, n in zip(tables, removed_after_step, strict=True)])
-        # One entry per step, (steps,): number of neurons it removes, index of the last of them in the output of
-        # `Segments.sort`, its cost, its block.
-        self.step_size = sizes.to(device, non_blocking=True)
-        self.step_last = last.to(device, non_blocking=True)
-        self.step_cost = step_costs.to(device, non_blocking=True)
-        steps_per_block = [len(removed) for removed in removed_after_step]
-        self.step_block = repeat_values(range(len(steps_per_block)), steps_per_block, device)
-
-    def _init_group_steps(self, device: torch.device) -> None:
-        """Compute places and costs of removable KV groups, which are removed one at a time.
-
-        The KV group with the largest margin in a block is never removed.
-        """
-        removable = [block.removable_groups for block in self.budget.units]
-        starts = zip(self.groups.starts, removable, strict=True)
-        indices = torch.cat([torch.arange(start, start + n) for start, n in starts])
-        tables = zip([block.costs.groups for block in self.budget.units], removable, strict=True)
-        group_cost = torch.cat([_step_costs(table, torch.arange(1, n + 1)) for table, n in tables])
-        # One entry per removable group, (removable groups,): its index in the output of `Segments.sort`, its cost.
-        self.group_index = indices.to(device, non_blocking=True)
-        self.group_cost = group_cost.to(device)
+        self.budget, self.rest, self.kept = budget, budget.rest, budget.kept
+        # Kinds in scope without a share, from coarse to fine
+        self.steps = {kind: Steps(self.rest.of_kind(kind), self.rest, device) for kind in self.rest.finer}
 
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Return masks from margins; see `keep_masks`."""
-        of_kept_groups = None if group_margins is None else [group_margins[b] for b in self.kept]
-        neuron_margins = self.whole.of_kept_neurons(neuron_margins)
-        masks = self._masks([neuron_margins[b] for b in self.kept], of_kept_groups)
-        ffn, attention = list(masks.ffn), list(masks.attention)
-        for b, block in enumerate(self.whole.units):
-            if b not in self.kept:
-                ffn.insert(b, masks.ffn[0].new_zeros(block.all_neurons))
-                attention.insert(b, masks.attention[0].new_zeros(block.groups))
-        return Masks(self.whole.with_removed_neurons(ffn), attention)
+        margins = {"neurons": self.budget.of_kept_experts(neuron_margins), "kv_groups": group_margins}
+        in_kept = self.cut({kind: [margins[kind][b] for b in self.kept] for kind in self.steps})
+        masks = {}
+        for kind in margins:
+            rest = iter(in_kept.get(kind) or [
+                torch.ones(u.rows * u.count, dtype=torch.bool, device=neuron_margins[0].device)
+                for u in self.rest.of_kind(kind)
+            ])  # fmt: skip
+            masks[kind] = [
+                next(rest) if b in self.kept
+                else torch.zeros(u.rows * u.count, dtype=torch.bool, device=neuron_margins[0].device)
+                for b, u in enumerate(self.budget.of_kind(kind))
+            ]  # fmt: skip
+        return Masks(self.budget.with_removed_experts(masks["neurons"]), masks["kv_groups"])
 
-    def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
-        """Return masks of blocks that are not removed as a whole, from their margins."""
-        target = self.budget.target
-        units = self.budget.units
-        slots = [
-            slot_margins(m.detach().double(), block.experts) for m, block in zip(neuron_margins, units, strict=True)
-        ]
-        margins, order = self.slots.sort(slots)
-        keys = margins[self.step_last]
-        keep_groups = torch.ones_like(self.groups.block, dtype=torch.bool)
-        if self.budget.attention:
-            assert group_margins is not None
-            sorted_group_margins, group_order = self.groups.sort(group_margins)
-            removed_groups = self._select_groups(sorted_group_margins[self.group_index], keys)
-            keep_groups[group_order[self.group_index]] = ~removed_groups
-            target = target - (self.group_cost * removed_groups).sum()
-        removed_by_step = self.step_size * _select_until(keys, self.step_cost, target)
-        # Steps of one block are removed in order: keys do not decrease, and ties are broken by position.
-        removed = torch.zeros(len(slots), dtype=torch.long, device=keys.device)
-        removed.index_add_(0, self.step_block, removed_by_step)
-        keep_in_order = self.slots.place >= removed[self.slots.block]
-        ffn = list(torch.empty_like(keep_in_order).scatter_(0, order, keep_in_order).split(self.slots.sizes))
-        for b, block in enumerate(units):
-            if block.experts > 1:
-                ffn[b] = keep_top_neurons(block, neuron_margins[b], block.neurons - removed[b])
-        return Masks(ffn, list(keep_groups.split(self.groups.sizes)))
-
-    def _select_groups(self, group_keys: Tensor, step_keys: Tensor) -> Tensor:
-        """Return which removable KV groups are removed, by the common order of groups and steps of neurons."""
-        target = self.budget.target
-        all_keys = torch.cat([group_keys, step_keys])
-        all_costs = torch.cat([self.group_cost, self.step_cost])
-        selected = _select_until(all_keys, all_costs, target)[: len(group_keys)]
-        order = group_keys.argsort(stable=True)  # selected groups come first
-        cost_in_order = self.group_cost[order]
-        cost_after = cost_in_order.cumsum(0)  # cost of each group and all groups before it
-        cost_before = cost_after - cost_in_order
-        # The last groups may exceed the target by much more than a neuron. Keep such groups, last ones first, as long
-        # as neurons can be removed instead.
-        exceeds = (cost_after > target) & (target - cost_before <= self.removable_cost)
-        return torch.empty_like(selected).scatter_(0, order, selected[order] & ~exceeds)
+    def cut(self, margins: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+        """Return keep masks from margins, in the order of the rest's units of each kind."""
+        in_order = {kind: steps.sort(margins[kind]) for kind, steps in self.steps.items()}
+        removed, target, kinds = {}, self.rest.target, list(self.steps)
+        for place, (kind, steps) in enumerate(self.steps.items()):
+            keys, finer = in_order[kind][0], kinds[place + 1 :]
+            finer_steps = [(in_order[other][0], self.steps[other]) for other in finer]
+            chosen = steps.choose(keys, finer_steps, target)
+            removed[kind] = steps.removed(chosen)
+            if finer:
+                target = target - (steps.cost * chosen).sum()
+        if self.rest.uniform:
+            removed = equal_numbers(self.rest, removed)
+        return {
+            kind: steps.masks(margins[kind], in_order[kind][1], removed[kind]) for kind, steps in self.steps.items()
+        }
 
 
-class EqualWidthCut(Cut):
-    """Cut to the same widths for every block, the largest ones that meet the target.
+def equal_numbers(budget: Budget, removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return how many units of each kind all blocks lose if they keep equally many, the most that meet the target.
 
-    With attention in scope every block keeps as many KV groups as blocks of different widths would keep on average, and
-    the width of the FFN makes up the rest.
+    Of kinds before the finest one each block keeps as many as blocks of different widths would keep on average
+    (`removed` has how many these lose), and the finest kind makes up the rest.
     """
-
-    def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
-        """Return masks of blocks that are not removed as a whole, from their margins."""
-        units = self.budget.units
-        target = self.budget.target
-        device = neuron_margins[0].device
-        attention = [torch.ones(block.groups, dtype=torch.bool, device=device) for block in units]
-        if self.budget.attention:
-            of_different_widths = super()._masks(neuron_margins, group_margins)
-            groups = self._equal_groups(int(torch.cat(of_different_widths.attention).sum()))
-            # A block without KV groups has an empty mask.
-            attention = [keep_top(margins, groups) if len(margins) else margins.bool() for margins in group_margins]
-            target -= self._cost_beyond_groups(groups)
-        width = self._widest(target)
-        ffn = [
-            keep_top_neurons(block, margins, width) if len(margins) else margins.bool()
-            for margins, block in zip(neuron_margins, units, strict=True)
-        ]
-        return Masks(ffn, attention)
-
-    def _cost_beyond_width(self, width: int) -> int:
-        """Return the removed cost if the FFN of every block keeps `width` neurons (or slots)."""
-        return sum(cost_beyond(block.costs.neurons, width) for block in self.budget.units)
-
-    def _cost_beyond_groups(self, groups: int) -> int:
-        """Return the removed cost if every block keeps `groups` KV groups."""
-        return sum(cost_beyond(block.costs.groups, groups) for block in self.budget.units)
-
-    def _widest(self, target: int) -> int:
-        """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
-        multiple = self.budget.width_multiple
-        narrowest = narrowest_width(self.budget.units)
-        widest = max(block.neurons for block in self.budget.units)
-        widths = list(range(narrowest // multiple * multiple, 0, -multiple))
-        if narrowest == widest:
-            widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`
-        # Costs rise along the descending widths, so the first width that removes enough is the largest one.
-        index = bisect_left(widths, target, key=self._cost_beyond_width)
-        return widths[index] if index < len(widths) else 0
-
-    def _equal_groups(self, kept_groups: int) -> int:
-        """Return the number of KV groups that every block keeps, from their total number in blocks of other widths."""
-        width_multiple = self.budget.width_multiple
-        group_counts = [
-            block.groups for block in self.budget.units if block.groups
-        ]  # of blocks with prunable attention
-        max_groups = min(group_counts)
-        groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))
-
-        def remaining(kept: int) -> int:
-            """Return the cost that FFNs have to make up if every block keeps `kept` KV groups."""
-            return self.budget.target - self._cost_beyond_groups(kept)
-
-        # Remove more groups if the FFNs cannot make up the rest.
-        while groups > 1 and self._widest(remaining(groups)) < width_multiple:
-            groups -= 1
-        # Keep groups that exceed the target, as long as neurons can be removed instead. FFNs of different widths lose
-        # neurons in any case.
-        smallest_cost = self._cost_beyond_width(self._widest(0))
-        largest_cost = self._cost_beyond_width(width_multiple)
-        while remaining(groups) < smallest_cost and groups < max_groups and remaining(groups + 1) <= largest_cost:
-            groups += 1
-        return groups
+    *coarser, finest = budget.finer
+    target, kept = budget.target, {}
+    for kind in coarser:
+        kept[kind] = _equal_number(budget, kind, removed[kind], finest, target)
+        target -= _cost_beyond(budget, kind, kept[kind])
+    kept[finest] = _widest(budget, finest, target)
+    return {
+        kind: removed[kind].new_tensor([max(0, u.count - number) for u in budget.of_kind(kind)])
+        for kind, number in kept.items()
+    }
 
 
-def cut_of(budget: Budget, device: torch.device) -> Cut:
-    """Return the cut of a budget: to equal widths if all blocks must have the same widths (`uniform_width`)."""
-    return EqualWidthCut(budget, device) if budget.uniform else Cut(budget, device)
+def _cost_beyond(budget: Budget, kind: str, kept: int) -> int:
+    """Return the removed cost if every block keeps this number of units of a kind."""
+    return sum(cost_beyond(budget.price[u.key], kept) for u in budget.of_kind(kind))
+
+
+def _widest(budget: Budget, kind: str, target: int) -> int:
+    """Return the largest common number of units that removes at least the cost `target`; 0 if there is none."""
+    units = budget.of_kind(kind)
+    step, fewest, most = units[0].step, min(u.count for u in units if u.count), max(u.count for u in units)
+    numbers = list(range(fewest // step * step, 0, -step))
+    if fewest == most:
+        numbers.insert(0, most)  # an unchanged width need not be a multiple of `step`
+    # Costs rise along the descending numbers, so the first one that removes enough is the largest one.
+    index = bisect_left(numbers, target, key=lambda kept: _cost_beyond(budget, kind, kept))
+    return numbers[index] if index < len(numbers) else 0
+
+
+def _equal_number(budget: Budget, kind: str, removed: Tensor, finest: str, target: int) -> int:
+    """Return the number of units of a kind that every block keeps, from the numbers that blocks would lose."""
+    counts = [u.count for u in budget.of_kind(kind) if u.count]  # of blocks with such units
+    step = budget.of_kind(finest)[0].step
+    kept = max(1, min(round((sum(counts) - int(removed.sum())) / len(counts)), min(counts)))
+
+    def remaining(kept: int) -> int:
+        """Return the cost that the finest kind has to make up if every block keeps `kept` units."""
+        return target - _cost_beyond(budget, kind, kept)
+
+    # Remove more if the finest kind cannot make up the rest.
+    while kept > 1 and _widest(budget, finest, remaining(kept)) < step:
+        kept -= 1
+    # Keep units that exceed the target, as long as finer ones can be removed instead. Blocks of different widths lose
+    # some in any case.
+    smallest_cost = _cost_beyond(budget, finest, _widest(budget, finest, 0))
+    largest_cost = _cost_beyond(budget, finest, step)
+    while remaining(kept) < smallest_cost and kept < min(counts) and remaining(kept + 1) <= largest_cost:
+        kept += 1
+    return kept
 
 
 def keep_masks(
@@ -294,60 +271,43 @@ def keep_masks(
     Margins are (N,) or (E x N,) per block for neurons, and (G,) for KV groups if attention is in scope. Widths of
     blocks that lose neurons are multiples of `width_multiple`.
     """
-    return cut_of(budget, neuron_margins[0].device)(neuron_margins, group_margins)
+    return Cut(budget, neuron_margins[0].device)(neuron_margins, group_margins)
 
 
 def uniform_masks(budget: Budget) -> Masks:
     """Return masks that meet a budget with equally sparse blocks and arbitrary units, to estimate sizes."""
-    neuron_ranks = [fractional_ranks(torch.arange(block.neurons)).repeat(block.experts) for block in budget.units]
-    group_ranks = [fractional_ranks(torch.arange(block.groups)) for block in budget.units]
-    return keep_masks(budget, neuron_ranks, group_ranks)
+    neurons, groups = (
+        [fractional_ranks(torch.arange(u.count)).repeat(u.rows) for u in budget.of_kind(kind)]
+        for kind in ("neurons", "kv_groups")
+    )
+    return keep_masks(budget, neurons, groups)
 
 
-def cut_margin(
-    masks: Masks,
-    neuron_margins: Sequence[Tensor],
-    of_experts: Sequence[int] | None = None,
-    group_margins: Sequence[Tensor] = (),
-) -> Tensor:
-    """Return the margin at which the budget cuts the common order of units, (), with margins as for `keep_masks`.
+Removal = tuple[Tensor, Tensor]  # margins of units (or slots), and which of them are kept
 
-    It is the largest margin among removed neurons (or slots; `of_experts` has the number of experts of each block). If
-    no neuron is removed, because only KV groups cost something, it is the largest among removed KV groups; if none is
-    removed either, 0.
+
+def slots_of(budget: Budget, margins: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Removal]:
+    """Return the margins of the neurons (or slots) of each block and which are kept, without removed experts."""
+    rows = [u.rows - len(budget.lost.get(u.inside, ())) for u in budget.of_kind("neurons")]
+    pairs = zip(budget.of_kept_experts(margins), budget.of_kept_experts(masks), rows, strict=True)
+    # All experts keep the same number of neurons, and these have the largest margins.
+    return [(slot_margins(m, e), keep if e == 1 else keep.view(e, -1).sort(1).values[0]) for m, keep, e in pairs]
+
+
+def cut_margin(neurons: Sequence[Removal], groups: Sequence[Removal] = ()) -> Tensor:
+    """Return the margin at which the budget cuts the common order of units, ().
+
+    It is the largest margin among removed neurons (or slots). If no neuron is removed, because only KV groups cost
+    something, it is the largest among removed KV groups; if none is removed either, 0.
     """
-    experts = of_experts or [1] * len(masks.ffn)
-    neurons = [
-        (slot_margins(margin, e), _slot_mask(keep, e))
-        for margin, keep, e in zip(neuron_margins, masks.ffn, experts, strict=True)
-    ]
     largest = _largest_removed(neurons)
-    if group_margins:
-        largest_group = _largest_removed(list(zip(group_margins, masks.attention, strict=True)))
-        largest = torch.where(largest == -torch.inf, largest_group, largest)
+    if groups:
+        largest = torch.where(largest == -torch.inf, _largest_removed(groups), largest)
     return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
-def margin_of_cut(
-    budget: Budget, masks: Masks, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor]
-) -> Tensor:
-    """Return `cut_margin` of a budget's masks, without neurons of experts that are removed as a whole."""
-    kept = replace(masks, ffn=budget.of_kept_neurons(masks.ffn))
-    return cut_margin(kept, budget.of_kept_neurons(neuron_margins), budget.kept_experts, group_margins)
-
-
-def _slot_mask(keep: Tensor, experts: int) -> Tensor:
-    """Return the keep mask of slots in order of their margins, (E x N,) -> (N,), from the keep mask of neurons.
-
-    All experts keep the same number of neurons, and these have the largest margins. There are no removed experts.
-    """
-    if experts == 1:
-        return keep
-    return keep.view(experts, -1).sort(1).values[0]
-
-
-def _largest_removed(blocks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the largest margin among removed units, (), from (margins, keep mask) of blocks; -inf if none is removed.
+def _largest_removed(blocks: Sequence[Removal]) -> Tensor:
+    """Return the largest margin among removed units, (); -inf if none is removed.
 
     A block that keeps nothing was removed as a whole, independently of its margins, and is ignored.
     """

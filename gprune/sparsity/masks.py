@@ -66,8 +66,8 @@ class MaskFunction:
         if self.learned is not None:
             return self.learned
         masks, ranks = self.allocated(budget), self.modules.ranks
-        masks = replace(masks, ffn=budget.of_kept_neurons(masks.ffn))
-        ranks = replace(ranks, ffn=budget.of_kept_neurons(ranks.ffn), labels=budget.of_kept_neurons(ranks.labels))
+        masks = replace(masks, ffn=budget.of_kept_experts(masks.ffn))
+        ranks = replace(ranks, ffn=budget.of_kept_experts(ranks.ffn), labels=budget.of_kept_experts(ranks.labels))
         ffn, attention = module_thresholds(self.module_allocation, masks, ranks)
         # The last modules of a block may have only neurons that are removed as a whole.
         missing = [K - len(thresholds) for K, thresholds in zip(self.modules.ranks.modules, ffn, strict=True)]

@@ -1,12 +1,12 @@
 """The choice of whole blocks in scope.
 
 Blocks are removed by whole layers. They are chosen before sparsity is allocated, and make up at most
-`--sparsity.block_share` of the target (`Budget.removed`).
+`--sparsity.block_share` of the target (`Budget.lost`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,12 +14,18 @@ import torch
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.models.surgery import attention_by_layer, slice_model
-from gprune.sparsity.budget import Budget
+from gprune.sparsity.budget import Budget, rounds_of_layers
 
 
 def removed_layers(budget: Budget) -> list[int]:
     """Return the layers that are removed as a whole, in the order of choice."""
-    return list(dict.fromkeys(budget.units[block].layer for block in budget.removed))
+    neurons = budget.of_kind("neurons")
+    return list(dict.fromkeys(neurons[block].layer for block in budget.removed))
+
+
+def blocks_that_fit(budget: Budget, blocks: Iterable[int]) -> tuple[int, ...]:
+    """Return the blocks that are removed if layers are chosen in this order of blocks."""
+    return budget.ordered("layer", rounds_of_layers(budget.units, blocks)).removed
 
 
 def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
@@ -31,7 +37,7 @@ def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[in
     while True:
         candidates = [
             blocks for blocks in budget.by_layer
-            if blocks[0] not in chosen and blocks[0] in budget.blocks_that_fit([*chosen, blocks[0]], budget.target)
+            if blocks[0] not in chosen and blocks[0] in blocks_that_fit(budget, [*chosen, blocks[0]])
         ]  # fmt: skip
         if not candidates:
             return chosen
@@ -59,10 +65,10 @@ def check_attention_remains(plan: Any) -> None:
     if all(has_attention) or not any(has_attention):
         return
     layers = [blocks for blocks, has in zip(budget.by_layer, has_attention, strict=True) if has]
-    if any(blocks not in budget.removable_layers for blocks in layers):
+    if any(budget.of_kind("neurons")[b].stays for blocks in layers for b in blocks):
         return
     in_order = [block for blocks in layers for block in blocks]
-    if set(in_order) <= set(budget.blocks_that_fit(in_order, budget.target)):
+    if set(in_order) <= set(blocks_that_fit(budget, in_order)):
         numbers = [layer for layer, has in enumerate(has_attention) if has]
         raise UserError(
             f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "
@@ -77,7 +83,9 @@ def check_renumbering(plan: Any) -> None:
     The first layer that is not protected is removed from the model without weights; `slice_model` checks the others.
     """
     units = plan.budget.units
-    first = min(block.layer for block in units if not block.protected)
-    ffn = [torch.full((block.all_neurons,), block.layer != first) for block in units]
-    attention = [torch.full((block.groups,), block.layer != first) for block in units]
+    first = min(u.layer for u in units if u.kind == "layer" and not u.stays)
+    ffn, attention = (
+        [torch.full((u.rows * u.count,), u.layer != first) for u in plan.budget.of_kind(kind)]
+        for kind in ("neurons", "kv_groups")
+    )
     slice_model(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error

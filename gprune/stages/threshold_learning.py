@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.models.experts import without_experts
 from gprune.models.losses import final_hidden, next_token_losses
-from gprune.models.masks import Masks, gated
+from gprune.models.masks import Masks, bypassed, gated
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks, margin_of_cut
+from gprune.sparsity.cut import Cut, Removal, cut_margin, keep_masks, slots_of
 from gprune.sparsity.thresholds import Thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
@@ -122,7 +123,7 @@ class ThresholdLearning(FrozenLMStage):
         if budget is not None:
             return keep_masks(budget, *margins)
         if self._cut is None:
-            self._cut = cut_of(self.budget, self.ffn_thresholds[0].device)
+            self._cut = Cut(self.budget, self.ffn_thresholds[0].device)
         return self._cut(*margins)
 
     def refresh_gates(self) -> None:
@@ -149,16 +150,12 @@ class ThresholdLearning(FrozenLMStage):
         with torch.no_grad():
             neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
 
-        def shifted(
-            thresholds: nn.ParameterList, margins: list[Tensor], masks: list[Tensor], experts: list[int]
-        ) -> list[Tensor]:
+        def shifted(thresholds: nn.ParameterList, blocks: Sequence[Removal]) -> list[Tensor]:
             """Return the thresholds of each block, shifted by the margin of the block's cut."""
-            blocks = zip(thresholds, margins, masks, experts, strict=True)
-            return [t + cut_margin(Masks([keep], []), [margin], [e]).float() for t, margin, keep, e in blocks]
+            return [t + cut_margin([block]).float() for t, block in zip(thresholds, blocks, strict=True)]
 
-        of_kept, experts = self.budget.of_kept_neurons, self.budget.kept_experts
-        ffn = shifted(self.ffn_thresholds, of_kept(neuron_margins), of_kept(hard.ffn), experts)
-        return ffn, shifted(self.attention_thresholds, group_margins, hard.attention, [1] * len(experts))
+        ffn = shifted(self.ffn_thresholds, slots_of(self.budget, neuron_margins, hard.ffn))
+        return ffn, shifted(self.attention_thresholds, list(zip(group_margins, hard.attention, strict=True)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam, with a learning rate for thresholds and one for offsets."""
@@ -186,7 +183,8 @@ class ThresholdLearning(FrozenLMStage):
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
-        with self.budget.bypassing(self.lm), gates:
+        experts = without_experts(self.lm, self.budget.removed_experts)
+        with bypassed(self.lm, self.budget.removed), experts, gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
@@ -212,7 +210,7 @@ class ThresholdLearning(FrozenLMStage):
         compete with all neurons in either case.
         """
         ranks, uniform = self.ranks, self.budget.uniform
-        open_blocks = [b for b, block in enumerate(self.budget.units) if not block.protected]
+        open_blocks = [b for b in range(len(ranks.labels)) if b not in self.budget.protected]
         neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], uniform) for b in open_blocks]
         groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
         offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, uniform) for b in open_blocks if self.offsets]
@@ -238,7 +236,8 @@ class ThresholdLearning(FrozenLMStage):
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
-        shift = margin_of_cut(self.budget, hard, neuron_margins, group_margins)
+        groups = list(zip(group_margins, hard.attention, strict=True))
+        shift = cut_margin(slots_of(self.budget, neuron_margins, hard.ffn), groups)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 

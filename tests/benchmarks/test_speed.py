@@ -18,7 +18,7 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from gprune.runs import trainer
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
 from tests.world import make_tiny_llama
@@ -69,18 +69,18 @@ def test_an_implausible_table_is_measured_again_then_refused_and_not_stored(chan
 
 def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the_maximum():
     blocks = blocks_of(make_tiny_llama())
-    costs, outside = speed.costs_from_table(TABLE, blocks)
-    units = block_units(blocks, scope="attention+ffn", costs=costs)
-    neurons = costs[0].neurons
+    price, outside = speed.costs_from_table(TABLE, blocks)
+    options = {"scope": "attention+ffn", "price": price, "outside": outside}
+    neurons = price["neurons.0"]
     assert [neurons[n] for n in (1, 24, 48)] == [0, 10**9, 2 * 10**9]  # the measured widths
     assert neurons[36] == pytest.approx(15 * 10**8)  # linear between them
-    budget = Budget.of(units, "1.4x", outside=outside)
+    budget = budget_of(blocks, "1.4x", **options)
     assert budget.model == 14 * 10**9  # picoseconds of three blocks and the rest
     masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
     remaining = budget.model - budget.removed_by(masks)
     assert 0 <= budget.model / 1.4 - remaining < 10**9  # the cost of a KV group, the most expensive unit
     with pytest.raises(UserError, match=r"^--sparsity.target must be at most \d\.\d\dx.*; got 9x"):
-        Budget.of(units, "9x", outside=outside)
+        budget_of(blocks, "9x", **options)
 
 
 @pytest.mark.slow
@@ -116,17 +116,17 @@ def test_if_time_is_proportional_to_parameters_so_are_the_prices(make_model, mon
         monkeypatch.setattr(speed, "time_generation", lambda models: [1e-9 * m.num_parameters() for m in models])
         measured = speed.measure_table(model.to("meta"), torch.device("cpu"), torch.float32, True)
     assert speed.why_implausible(measured, blocks) == ""
-    costs, outside = speed.costs_from_table(measured, blocks)
+    price, outside = speed.costs_from_table(measured, blocks)
 
     def picoseconds(units, parameters):
         """Return the prices of keeping 0, 1, ..., all units; the first one is free, as no smaller width is timed."""
         return pytest.approx([1000 * parameters * max(0, n - 1) for n in range(units + 1)], abs=5)
 
-    for b, of_block in zip(blocks, costs, strict=True):
-        assert of_block.neurons == picoseconds(b.neurons, b.unit_cost("ffn"))
-        assert of_block.groups == picoseconds(b.kv_groups, b.unit_cost("attention"))
+    for b in blocks:
+        assert price[f"neurons.{b.index}"] == picoseconds(b.neurons, b.unit_cost("ffn"))
+        assert price[f"kv_groups.{b.index}"] == picoseconds(b.kv_groups, b.unit_cost("attention"))
     layers = len(decoder_layers(model))
-    model_cost = sum(of_block.whole for of_block in costs) + outside
+    model_cost = sum(table[-1] for key, table in price.items() if key.startswith("layer.")) + outside
     assert model_cost == pytest.approx(1e12 * (layers * measured["neurons"][-1][1] + measured["rest"]), rel=1e-6)
 
 

@@ -14,8 +14,8 @@ from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_widt
 from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
-from gprune.sparsity.budget import Budget, block_units
-from gprune.sparsity.cost import BlockCosts
+from gprune.sparsity.budget import budget_of
+from gprune.sparsity.price import price_of
 from tests.calibration.test_collector import batches
 from tests.world import collect, hooks_of, make_tiny_llama
 
@@ -125,7 +125,7 @@ def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(stre
     assert (errors[0] == 0).all()
     assert errors[1, 0] > errors[1, LEVELS // 2] >= 0
     statistics = replace(statistics, errors=errors)
-    budget = Budget.of(block_units(blocks, scope="ffn"), 1 / 3)
+    budget = budget_of(blocks, 1 / 3, scope="ffn")
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=strength)
     widths = [int(keep.sum()) for keep in masks.ffn]
     assert sum(widths) == 2 * 48
@@ -164,8 +164,8 @@ def test_reconstruction_equals_its_formula_in_plain_loops(strength, protected, m
     blocks, costs = blocks_of(model), [3, 1, 2]
     steps = torch.rand(3, LEVELS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     errors = convex_errors((0.1 + steps).sort(1, descending=True).values)
-    tables = [BlockCosts.by_unit(cost, 1, 999, neurons=48, groups=2) for cost in costs]
-    budget = Budget.of(block_units(blocks, scope="ffn", protect=protected, costs=tables), 0.4)
+    price, _ = price_of(([(cost, 1, 999) for cost in costs], 0), blocks)
+    budget = budget_of(blocks, 0.4, scope="ffn", protect=protected, price=price)
     options = {} if strength is None else {"strength": strength}
     margins, _ = ALLOCATION["reconstruction"](scores, replace(statistics, errors=errors), blocks, budget, **options)
     strength = 0.75 if strength is None else strength

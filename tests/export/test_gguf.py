@@ -318,10 +318,13 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(
     byte_tokenizer().save_pretrained(tmp_path / "model")
     flags = [f"--model.name={tmp_path / 'model'}", "--export=gguf", f"--export.type={gguf_type}"]
     plan = make_plan(parse([*flags, "--sparsity.width_multiple=32", "--sparsity.scope=attention+ffn"]))
-    costs, outside = plan.pricing.costs_in("bytes")
+    price, outside = plan.pricing.price_in("bytes")
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
     num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS_PER_BYTE * num_bytes
+    assert (
+        sum(table[-1] for key, table in price.items() if key.startswith("layer.")) + outside
+        == HALF_BITS_PER_BYTE * num_bytes
+    )
 
 
 def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monkeypatch, world):

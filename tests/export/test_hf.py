@@ -23,7 +23,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import slice_model, widths
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from tests.tiny_run import WORDS, environment, tiny_tokenizer
 from tests.world import TYPES, make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks, tiny_of
@@ -125,7 +125,7 @@ def test_experts_with_a_single_token_reload_with_the_same_bits(tmp_path):
     ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     margins = [torch.rand(b.neurons * b.experts, generator=generator) for b in blocks_of(model)]
-    small = slice_model(model, keep_masks(Budget.of(block_units(blocks_of(model), scope="ffn"), 0.3), margins))
+    small = slice_model(model, keep_masks(budget_of(blocks_of(model), 0.3, scope="ffn"), margins))
     folder = hf.save_pruned(small, None, tmp_path / "model")
     assert hf.check_reload(misaligned(small, 2), folder, ids) == 0.0
 

@@ -28,7 +28,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import Material, recoveries_of
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
@@ -88,7 +88,7 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any)
     ffn_ranks = [random_ranks(len(block_labels)) for block_labels in labels]
     group_ranks = [random_ranks(b.kv_groups) for b in blocks]
     ranks = ModuleRanks(ffn_ranks, labels, group_ranks)
-    budget = Budget.of(block_units(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
+    budget = budget_of(blocks, 0.4, scope="attention+ffn" if attention else "ffn")
     start = start_thresholds(keep_masks(budget, ffn_ranks, group_ranks), ranks)
     stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | settings)
     train(stage, DataLoader(place.batches(steps), batch_size=None))

@@ -36,7 +36,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.report import sentences
 from gprune.report.sentences import first_look
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -138,7 +138,7 @@ def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, w
 
 
 def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finished, dense):
-    units = Budget(block_units(blocks_of(dense), scope="ffn"), 0)
+    units = budget_of(blocks_of(dense), scope="ffn")
     removed = units.removed_by(finished.masks)
     assert 0 <= removed - units.total / 2 < units.largest_step
     assert finished.summary["sparsity_of_scope"] == removed / units.total
@@ -233,10 +233,9 @@ def run_with_option(world, tmp_path_factory, shared_cache):
 def check_budget(result, dense, slack=1):
     """Assert that a run removes its target and less than `slack` neurons more, and that the model has lost as much."""
     sparsity = result.config.sparsity
-    block_share = sparsity.block_share if "blocks" in sparsity.scope else 0.0
-    units = Budget(block_units(blocks_of(dense), scope=sparsity.scope), 0, block_share=block_share)
+    units = budget_of(blocks_of(dense), scope=sparsity.scope)
     surplus = units.removed_by(result.masks) - sparsity.target * units.total
-    assert 0 <= surplus < slack * max(block.costs.neurons[1] for block in units.units)
+    assert 0 <= surplus < slack * max(units.price[u.key][1] for u in units.of_kind("neurons"))
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
     has_bias = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
     added_by_recovery = sum(has_bias) * dense.config.hidden_size

@@ -27,7 +27,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from tests import tiny_run
 from tests.tiny_run import WORDS, World
 
@@ -136,7 +136,7 @@ def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, rise, tm
     blocks = blocks_of(AutoModelForCausalLM.from_pretrained(trained.model))
     statistics = pool_statistics(results["mean"].statistics.values())
     scores = score_units("wanda_sp", blocks, statistics, seed=0)
-    budget, neuron_cost = Budget.of(block_units(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
+    budget, neuron_cost = budget_of(blocks, "+20%", scope="ffn"), blocks[0].unit_cost("ffn")
     rises = {}  # by the number of removed neurons
     for cut in range(1, 3 * tiny_run.NEURONS - 2):
         rises[cut] = rise(allocate("uniform", scores, statistics, blocks, budget.removing(cut * neuron_cost)))

@@ -21,8 +21,8 @@ from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
-from gprune.sparsity.budget import block_units
-from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
+from gprune.sparsity.budget import budget_of
+from gprune.sparsity.experts import router_needs
 from tests.registries import restored
 from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, some_masks
 
@@ -200,9 +200,7 @@ def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
     idle = {block.index: (statistics.ffn[block.index].routing[0] == 0).nonzero()[:, 0].tolist() for block in blocks}
     idle = {index: experts for index, experts in idle.items() if experts}
     number = sum(map(len, idle.values()))
-    rules = [RouterRule.of(block, model.config) for block in blocks]
-    units = block_units(blocks, scope="experts")
-    budget = ExpertBudget.of(units, (number - 0.5) / 24, rules=rules, share=1.0, equal=False)
+    budget = budget_of(blocks, (number - 0.5) / 24, scope="experts", uniform_experts=False, config=model.config)
     with restored(EXPERT_IMPORTANCE):
         gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
         scores = score_units("magnitude", blocks, statistics)
@@ -302,10 +300,10 @@ def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are
 def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_the_reason():
     model = mixture("mixtral", num_experts_per_tok=8)
     (block, *_) = mixtures(model)
-    assert RouterRule.of(block, model.config).why_not == "its router chooses all 8 experts"
+    assert router_needs(block, model.config)[2] == "its router chooses all 8 experts"
     vars(model.config)["num_experts_per_tok"] = None  # the class would refuse it
     reason = "its configuration does not tell how many experts a token needs"
-    assert RouterRule.of(block, model.config).why_not == reason
+    assert router_needs(block, model.config)[2] == reason
 
 
 def test_gradients_pass_routers_without_the_removed_experts():

@@ -26,7 +26,7 @@ from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import budget_of
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from tests import tiny_run
 from tests.world import collect
@@ -103,7 +103,7 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(sh
     for of_layer, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in of_layer)
         assert sum(block.cost for block in of_layer) == sum(p.numel() for p in layer.parameters())
-    budget = Budget.of(block_units(blocks, scope="ffn", protect=[-1]), 0.3)
+    budget = budget_of(blocks, 0.3, scope="ffn", protect=[-1])
     assert budget.protected == {4, 5}
 
 
@@ -144,7 +144,7 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
     blocks = blocks_of(shared_expert_model)
     layer = blocks[0].cost + blocks[1].cost
     share = (layer + 1) / sum(block.cost for block in blocks)
-    budget = Budget.of(block_units(blocks, scope="ffn"), share, block_share=1.0)
+    budget = budget_of(blocks, share, scope="ffn+blocks", block_share=1.0)
     candidates = []
 
     def loss(removed: list[int]) -> float:
@@ -169,7 +169,7 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
         (False, True),
         (False, False),
     }
-    budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.3)
+    budget = budget_of(blocks, 0.3, scope="attention+ffn")
     settings = SimpleNamespace(sparsity=SimpleNamespace(scope="attention+ffn"))
     described = describe_unpruned(SimpleNamespace(budget=budget, skeleton=model, cfg=settings))
     assert re.search(r"\d of \d layers, without units that can be removed", described)

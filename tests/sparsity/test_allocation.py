@@ -19,7 +19,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks, bypassed
 from gprune.models.surgery import slice_model
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
-from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.whole_blocks import check_attention_remains, choose_blocks
 from tests import tiny_run
@@ -54,7 +54,7 @@ def measured(model, tokens):
 
 
 def half_budget(model) -> Budget:
-    return Budget.of(block_units(blocks_of(model), scope="attention+ffn"), 0.5)
+    return budget_of(blocks_of(model), 0.5, scope="attention+ffn")
 
 
 def margins_of(name: str, with_outliers, scores: Scores | None = None, **options):
@@ -88,7 +88,7 @@ def test_uniform_removes_equally_many_neurons_from_a_block_with_dead_neurons(sha
     model, _, statistics, scores = with_outliers
     dead = replace(scores, ffn=[scores.ffn[0].clone(), *scores.ffn[1:]])
     dead.ffn[0][5:25] = 0.0
-    budget = Budget.of(block_units(blocks_of(model), scope="ffn"), share)
+    budget = budget_of(blocks_of(model), share, scope="ffn")
     masks = allocate("uniform", dead, statistics, blocks_of(model), budget)
     removed = [int((~m).sum()) for m in masks.ffn]
     assert max(removed) - min(removed) <= 1
@@ -152,9 +152,9 @@ def test_owl_margins_are_ranks_minus_a_sparsity_that_falls_with_the_share_of_out
 
 @pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
 def test_owl_without_differences_between_blocks_equals_uniform(options, with_outliers):
-    units = block_units(blocks_of(with_outliers[0]), scope="attention+ffn")
+    budget = budget_of(blocks_of(with_outliers[0]), 0.4, scope="attention+ffn")
     owl, uniform = (
-        keep_masks(Budget.of(units, 0.4), *margins_of(name, with_outliers, **rule_options))
+        keep_masks(budget, *margins_of(name, with_outliers, **rule_options))
         for name, rule_options in (("owl", options), ("uniform", {}))
     )
     assert owl == uniform
@@ -179,8 +179,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
     allocation("mine")(lambda scores, statistics, blocks, budget: (scores.ffn, scores.attention))
     model, _, statistics, scores = with_outliers
-    units = block_units(blocks_of(model), scope="attention+ffn")
-    budget = Budget.of(units, 0.6, block_share=0.9).without([2])
+    budget = budget_of(blocks_of(model), 0.6, scope="attention+ffn+blocks", block_share=0.9).without([2])
     masks = allocate(name, scores, statistics, blocks_of(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
     shallow = slice_model(model, Masks(*keep))
@@ -188,14 +187,13 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
         replace(all_blocks, **{field: values[:2] for field, values in vars(all_blocks).items()})
         for all_blocks in (scores, statistics)
     )
-    remaining_units = block_units(blocks_of(shallow), scope="attention+ffn")
-    rest = Budget(remaining_units, budget.target - units[2].costs.whole)
+    rest = budget_of(blocks_of(shallow), scope="attention+ffn").removing(budget.target - blocks_of(model)[2].cost)
     expected = allocate(name, scores_of_others, statistics_of_others, blocks_of(shallow), rest)
     assert masks.blocks == [True, True, False]
     assert Masks(masks.ffn[:2], masks.attention[:2]) == expected
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert removed == budget.removed_by(masks)
-    assert 0 <= removed - budget.target < units[0].costs.neurons[1]
+    assert 0 <= removed - budget.target < blocks_of(model)[0].unit_cost("ffn")
 
 
 # --- registered allocations
@@ -226,7 +224,7 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
     """Blocks are removed as long as one fits into their share of the target. The reference removes decoder layers."""
     model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     blocks = blocks_of(model)
-    budget = Budget.of(block_units(blocks, scope="ffn", protect=protect), 0.45, block_share=share)
+    budget = budget_of(blocks, 0.45, block_share=share, scope="ffn+blocks" if share else "ffn", protect=protect)
 
     def loss(lm) -> float:
         return float(lm(ids, labels=ids).loss)
@@ -260,6 +258,6 @@ def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(
         model = example("qwen3_next")
     kinds = ["full_attention" if layer in attention_layers else "linear_attention" for layer in range(3)]
     model.config.layer_types = kinds
-    budget = Budget.of(block_units(blocks_of(model), scope="ffn", protect=protect), target, block_share=1.0)
+    budget = budget_of(blocks_of(model), target, block_share=1.0, scope="ffn+blocks", protect=protect)
     with outcome:
         check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))

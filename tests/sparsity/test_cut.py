@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,14 @@ from hypothesis import strategies as st
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import BlockUnits, Budget, block_units, default_width_multiple
-from gprune.sparsity.cost import BlockCosts
-from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
-from tests.world import make_tiny_llama
+from gprune.sparsity.budget import Budget, budget_of, default_width_multiple
+from gprune.sparsity.cut import cut_margin, keep_masks, slots_of, uniform_masks
+from tests.world import PlainBlock, make_tiny_llama
 
 
-def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> list[BlockUnits]:
-    """Blocks from the costs of a neuron and of a KV group, and their numbers. With `group`, attention is in scope.
+def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> dict[str, Any]:
+    """Arguments of `budget_of`, from the costs of a neuron and of a KV group, and their numbers. With `group`,
+    attention is in scope.
 
     Args:
         neuron: cost of a neuron in each block.
@@ -32,12 +33,14 @@ def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(),
         experts: number of experts of each block; empty: 1 each.
         protected: indices of protected blocks.
     """
-    units, depth = [], len(neuron)
-    for b, *numbers in zip(range(depth), neuron, group or [1] * depth, strict=True):
-        costs = BlockCosts.by_unit(*numbers, whole, neurons=neurons[b], groups=groups[b] if groups else 1)
-        of_block = BlockUnits(costs, costs, layer=b, attention=group is not None, protected=b in protected)
-        units.append(replace(of_block, experts=experts[b]) if experts else of_block)
-    return units
+    depth = len(neuron)
+    lists = neurons, groups or [1] * depth, neuron, group or [1] * depth, [whole] * depth, [0] * depth
+    blocks = [PlainBlock(b, *of_block) for b, of_block in enumerate(zip(*lists, experts or [1] * depth, strict=True))]
+    return {"blocks": blocks, "scope": "attention+ffn" if group else "ffn", "protect": sorted(protected)}
+
+
+def removing(units: dict[str, Any], target: int, width_multiple: int = 1, **options) -> Budget:
+    return replace(budget_of(**units, width_multiple=width_multiple, **options), target=target)
 
 
 FFN_OF_7B = 3 * 4096 * 11008 * 32  # parameters
@@ -51,7 +54,7 @@ FFN_OF_7B = 3 * 4096 * 11008 * 32  # parameters
      (FFN_OF_7B, 0.3, math.ceil(Fraction(3, 10) * FFN_OF_7B))],
 )  # fmt: skip
 def test_the_target_is_the_exact_ceiling_of_the_share(neurons, sparsity, target):
-    assert Budget.of(units_of([1], [neurons]), sparsity).target == target
+    assert budget_of(**units_of([1], [neurons]), setting=sparsity).target == target
 
 
 PROTECTED = {"protected": (0, 2)}
@@ -70,17 +73,17 @@ PROTECTED = {"protected": (0, 2)}
 def test_impossible_budgets_are_refused_with_the_maximum(units, width_multiple, removable_of_total):
     removable, total = removable_of_total
     maximum = removable / total
-    assert Budget.of(units, maximum - 1e-6, width_multiple).target == removable
-    protected = sum(block.protected for block in units)
+    assert budget_of(**units, setting=maximum - 1e-6, width_multiple=width_multiple).target == removable
+    protected = len(units["protect"])
     kept = f"{width_multiple} neurons and a KV group, and {protected} blocks keep everything"
     message = f"^--sparsity.target must be at most {maximum:.4f}, because .* keeps {kept}; got 0.99"
     with pytest.raises(UserError, match=message):
-        Budget.of(units, 0.99, width_multiple)
+        budget_of(**units, setting=0.99, width_multiple=width_multiple)
 
 
 def test_a_width_multiple_above_the_narrowest_block_is_refused():
     with pytest.raises(UserError, match=r"--sparsity\.width_multiple must be 1 to 10 neurons; got"):
-        Budget.of(units_of([1, 1], [30, 10]), 0.1, 11)
+        budget_of(**units_of([1, 1], [30, 10]), setting=0.1, width_multiple=11)
 
 
 @pytest.mark.parametrize(
@@ -93,21 +96,21 @@ def test_a_width_multiple_above_the_narrowest_block_is_refused():
 def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_never_refused(neurons, experts, multiple):
     """A width of 0 is that of a block without an FFN."""
     units = units_of([3] * len(neurons), neurons, experts=experts)
-    assert default_width_multiple(units) == multiple
+    assert default_width_multiple(units["blocks"]) == multiple
     if neurons != [1]:  # the last neuron cannot be removed
-        assert Budget.of(units, 0.5, multiple).width_multiple == multiple
+        assert budget_of(**units, setting=0.5, width_multiple=multiple).width_multiple == multiple
 
 
 @pytest.mark.parametrize("index", [3, -4, 99])
 def test_protecting_a_missing_block_is_refused(index, tiny_model):
     with pytest.raises(UserError, match=rf"--sparsity\.protect must name layers from -3 to 2, .*; got {index}"):
-        block_units(blocks_of(tiny_model), scope="ffn", protect=[0, index])
+        budget_of(blocks_of(tiny_model), protect=[0, index])
 
 
 def test_protected_blocks_can_be_negative_indices(tiny_model):
     blocks = blocks_of(tiny_model)
-    assert Budget(block_units(blocks, scope="ffn", protect=[0, -1, 2, -3]), 0).protected == {0, 2}
-    assert Budget(block_units(blocks, scope="ffn"), 0).protected == frozenset()
+    assert budget_of(blocks, protect=[0, -1, 2, -3]).protected == {0, 2}
+    assert budget_of(blocks, scope="ffn").protected == frozenset()
 
 
 # --- masks
@@ -137,14 +140,14 @@ def problems(draw):
     return units_of(neuron, neurons, group, groups, protected=protected), width_multiple, draw(sparsities)
 
 
-def neuron_costs(units: list[BlockUnits]) -> list[int]:
+def neuron_costs(units: dict[str, Any]) -> list[int]:
     """Costs of a neuron of each block."""
-    return [block.costs.neurons[1] for block in units]
+    return [block.neuron for block in units["blocks"]]
 
 
-def removable_neurons(units: list[BlockUnits], width_multiple: int) -> int:
-    open_blocks = [block for block in units if not block.protected]
-    return sum(block.costs.neurons[1] * (block.neurons - width_multiple) for block in open_blocks)
+def removable_neurons(units: dict[str, Any], width_multiple: int) -> int:
+    open_blocks = [block for block in units["blocks"] if block.index not in units["protect"]]
+    return sum(block.neuron * (block.neurons - width_multiple) for block in open_blocks)
 
 
 def solve(problem, data):
@@ -154,14 +157,15 @@ def solve(problem, data):
     """
     units, width_multiple, sparsity = problem
     try:
-        budget = Budget.of(units, sparsity, width_multiple)
+        budget = budget_of(**units, setting=sparsity, width_multiple=width_multiple)
     except UserError:
-        open_blocks = [block for block in units if block.attention and not block.protected]
-        groups = sum(block.costs.groups[1] * (block.groups - 1) for block in open_blocks)
-        assert Fraction(str(sparsity)) * Budget(units, 0).total > removable_neurons(units, width_multiple) + groups
+        open_blocks = [block for block in units["blocks"] if block.index not in units["protect"]]
+        groups = sum(block.group * (block.kv_groups - 1) for block in open_blocks)
+        groups *= "attention" in units["scope"]
+        assert Fraction(str(sparsity)) * removing(units, 0).total > removable_neurons(units, width_multiple) + groups
         assume(False)
-    neuron = draw_margins(data, [block.neurons for block in units])
-    group = draw_margins(data, [block.groups for block in units]) if budget.attention else None
+    neuron = draw_margins(data, [block.neurons for block in units["blocks"]])
+    group = draw_margins(data, [block.kv_groups for block in units["blocks"]]) if budget.attention else None
     return keep_masks(budget, neuron, group), neuron, group, budget
 
 
@@ -169,7 +173,7 @@ def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
     """Masks by the documented rule (see `keep_masks`), one step at a time, on Python lists."""
     ordered = [sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i)) for m in neuron]
     steps = []  # (margin, kind, block, position, members, cost)
-    open_blocks = [b for b, block in enumerate(units) if not block.protected]
+    open_blocks = [b for b in range(len(units["blocks"])) if b not in units["protect"]]
     for b in open_blocks:
         order = ordered[b]
         removable = order[: len(order) - width_multiple]
@@ -186,7 +190,7 @@ def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
         for b in open_blocks:
             m = group[b]
             order = sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i))[:-1]
-            groups += [(float(m[i]), 0, b, position, [i], units[b].costs.groups[1]) for position, i in enumerate(order)]
+            groups += [(float(m[i]), 0, b, position, [i], units["blocks"][b].group) for position, i in enumerate(order)]
     removed_groups, removed = [], 0
     for unit in sorted([*steps, *groups], key=lambda u: u[:4]):
         if removed < target:
@@ -198,8 +202,8 @@ def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
     while removed_groups and total > target and cost_of_neurons >= target - (total - removed_groups[-1][5]):
         total -= removed_groups.pop()[5]  # restore the last group if neurons can replace it
     masks = Masks(
-        [torch.ones(block.neurons, dtype=torch.bool) for block in units],
-        [torch.ones(block.groups, dtype=torch.bool) for block in units],
+        [torch.ones(block.neurons, dtype=torch.bool) for block in units["blocks"]],
+        [torch.ones(block.kv_groups, dtype=torch.bool) for block in units["blocks"]],
     )
     for unit in removed_groups:
         masks.attention[unit[2]][unit[4]] = False
@@ -216,7 +220,7 @@ def test_masks_equal_the_documented_rule_and_exceed_the_budget_by_less_than_a_st
     units, width_multiple, _ = problem
     masks, neuron, group, budget = solve(problem, data)
     assert masks == reference_masks(units, neuron, group, budget.target, width_multiple)
-    group_costs = [block.costs.groups[1] for block in units]
+    group_costs = [block.group for block in units["blocks"]]
     pairs = [*zip(neuron_costs(units), masks.ffn, strict=True), *zip(group_costs, masks.attention, strict=True)]
     removed = sum(cost * int((~mask).sum()) for cost, mask in pairs)
     assert budget.removed_by(masks) == removed
@@ -246,7 +250,7 @@ EXAMPLE = ([torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0.3, 0.8, 0.4
     ],
 )  # fmt: skip
 def test_masks_equal_examples_computed_by_hand(units, target, width_multiple, margins, removed, removed_groups):
-    masks = keep_masks(Budget(units, target, width_multiple), *margins)
+    masks = keep_masks(removing(units, target, width_multiple), *margins)
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == removed
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.attention] == removed_groups
 
@@ -254,7 +258,7 @@ def test_masks_equal_examples_computed_by_hand(units, target, width_multiple, ma
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
     margin = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=dtype).requires_grad_()
-    assert keep_masks(Budget(units_of([1], [4]), 2), [margin]).ffn[0].tolist() == [True, False, True, False]
+    assert keep_masks(removing(units_of([1], [4]), 2), [margin]).ffn[0].tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -267,13 +271,16 @@ def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
     ],
 )
 def test_cut_margin_is_the_highest_margin_of_removed_neurons_and_0_without_any(keep, margins, experts, expected):
-    masks = Masks([torch.tensor(k).bool() for k in keep], [])
-    assert cut_margin(masks, [torch.tensor(m) for m in margins], experts) == expected
+    experts = experts or [1] * len(margins)
+    neurons = [len(m) // e for m, e in zip(margins, experts, strict=True)]
+    budget = budget_of(**units_of([1] * len(neurons), neurons, experts=experts))
+    masks = [torch.tensor(k).bool() for k in keep]
+    assert cut_margin(slots_of(budget, [torch.tensor(m) for m in margins], masks)) == expected
 
 
 def equal_widths_budget(scope: str, sparsity: float, width_multiple: int) -> Budget:
-    units = block_units(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope=scope)
-    return Budget.of(units, sparsity, width_multiple, uniform=True)
+    blocks = blocks_of(make_tiny_llama(num_key_value_heads=4))
+    return budget_of(blocks, sparsity, width_multiple, scope=scope, uniform=True)
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -290,7 +297,7 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
     assert budget.removed_by(masks) >= target
     if width < 48:  # one step wider would not meet the budget
         step = width % multiple or multiple
-        assert budget.removed_by(masks) - step * sum(neuron_costs(budget.units)) < target
+        assert budget.removed_by(masks) - step * 3 * budget.price["neurons.0"][1] < target
     assert kept_groups == 4 or attention
     # The units with the largest margins are kept.
     for margin, mask in zip([*neurons, *groups], [*masks.ffn, *masks.attention], strict=True):
@@ -306,7 +313,7 @@ def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, removed_fi
     lowest_margins[:] = [m - 100 for m in lowest_margins]
     budget = equal_widths_budget("attention+ffn", sparsity, 1)
     masks = keep_masks(budget, neurons, groups)
-    assert 0 <= budget.removed_by(masks) - budget.target < sum(neuron_costs(budget.units))
+    assert 0 <= budget.removed_by(masks) - budget.target < 3 * budget.price["neurons.0"][1]
 
 
 @pytest.mark.parametrize("experts", [1, 2])
@@ -319,20 +326,23 @@ def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(re
     kept = [b for b in range(4) if b not in removed]
     protected = {1} if len(removed) == 2 and not uniform else set()
 
-    def units_for(depth: int, protected: set[int]) -> list[BlockUnits]:
+    def units_for(depth: int, protected: set[int]) -> dict[str, Any]:
         # 48 neurons of cost 6 and 4 KV groups of cost 90 per block
         lists = ([number] * depth for number in (6, 48, 90, 4))
         return units_of(*lists, experts=(experts,) * depth, whole=700, protected=protected)
 
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
-    budget = Budget.of(units_for(4, protected), 0.62, multiple, uniform=uniform, block_share=0.85).without(removed)
+    units = units_for(4, protected)
+    units["scope"] += "+blocks"
+    budget = budget_of(**units, setting=0.62, width_multiple=multiple, uniform=uniform, block_share=0.85)
+    budget = budget.without(removed)
     assert (budget.target, budget.removed) == (1736, removed)  # 62 % of 4 x 700
     masks, step = keep_masks(budget, *margins), multiple * 6 * (len(kept) if uniform else 1)
     assert masks.blocks == [b in kept for b in range(4)]
     assert 0 <= budget.removed_by(masks) - budget.target < step
     shallow_units = units_for(len(kept), set(map(kept.index, protected)))
     shallow_margins = ([kind[b] for b in kept] for kind in margins)
-    rest = Budget(shallow_units, budget.target - 700 * len(removed), multiple, uniform)
+    rest = removing(shallow_units, budget.target - 700 * len(removed), multiple, uniform=uniform)
     expected = keep_masks(rest, *shallow_margins)
     assert Masks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == expected
     # With another target, as many blocks are removed, in the chosen order, as fit into their share of it.
@@ -344,7 +354,7 @@ def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(re
 
 def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
     """In a model that was pruned before, the common width is at most that of the narrowest block."""
-    masks = keep_masks(Budget(units_of([6, 6], [10, 7]), 1, uniform=True), [torch.arange(10.0), torch.arange(7.0)])
+    masks = keep_masks(removing(units_of([6, 6], [10, 7]), 1, uniform=True), [torch.arange(10.0), torch.arange(7.0)])
     assert [int(m.sum()) for m in masks.ffn] == [7, 7]
 
 
@@ -353,7 +363,8 @@ def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
 def test_every_budget_of_a_quality_target_can_be_removed_and_leaves_a_layer(block_share, protected):
     """Four layers of 48 neurons of cost 6; a whole layer costs 700."""
     units = units_of([6] * 4, [48] * 4, whole=700, protected=protected)
-    largest = Budget.of(units, "+5%", block_share=block_share).without((3, 0, 2, 1))
+    units["scope"] += "+blocks"
+    largest = budget_of(**units, setting="+5%", block_share=block_share).without((3, 0, 2, 1))
     for target in (*range(1, largest.target, 13), largest.target):
         budget = largest.removing(target)
         masks = uniform_masks(budget)
@@ -378,14 +389,14 @@ def test_equal_widths_of_unequal_blocks_need_a_target_that_the_common_width_does
     margins = [[torch.arange(float(n)) for n in kind] for kind in (neurons, groups)]
     message = f"^--sparsity.target must be at least {smallest:.4f}, because --sparsity.uniform_width .*; got 0.05.$"
     with pytest.raises(UserError, match=message):
-        Budget.of(units, 0.05, uniform=True)
+        budget_of(**units, setting=0.05, uniform=True)
     for sparsity in (smallest, 0.5, 0.7):
-        budget = Budget.of(units, sparsity, uniform=True)
+        budget = budget_of(**units, setting=sparsity, uniform=True)
         masks = keep_masks(budget, *margins)
         assert 0 <= budget.removed_by(masks) - budget.target < sum(neuron_costs(units))
         assert len({int(keep.sum()) for keep in masks.ffn}) == 1
     # A search for a quality asks for smaller targets too.
-    smallest_budget = Budget.of(units, "+5%", uniform=True).removing(1)
+    smallest_budget = budget_of(**units, setting="+5%", uniform=True).removing(1)
     removed = smallest_budget.removed_by(keep_masks(smallest_budget, *margins))
     assert smallest_budget.target == removed < 0.334 * smallest_budget.total
 
@@ -393,7 +404,7 @@ def test_equal_widths_of_unequal_blocks_need_a_target_that_the_common_width_does
 def test_equal_groups_are_kept_if_the_narrowest_ffns_make_up_exactly_the_rest():
     """Blocks of different widths would keep 5 groups, so 2 each; with 3 each, one neuron each reaches the target."""
     units = units_of([1, 1], [5, 5], group=[6, 6], groups=[4, 4])
-    budget = Budget(units, 20, uniform=True)
+    budget = removing(units, 20, uniform=True)
     margins = [torch.arange(5.0) + 10] * 2, [torch.arange(4.0)] * 2  # groups are removed first
     masks = keep_masks(budget, *margins)
     assert [int(m.sum()) for m in [*masks.ffn, *masks.attention]] == [1, 1, 3, 3]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gprune.errors import UserError
 from gprune.importance.scores import Scores
-from gprune.sparsity.budget import BlockUnits
-from gprune.sparsity.cost import BlockCosts
+from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
+from gprune.sparsity.experts import rounds_of_experts
+from tests.world import PlainBlock
 
 E, N = 8, 16  # experts, and neurons of each
 NEURON, ROUTER = 3, 5  # cost of a neuron of one expert, and of a row of the router
@@ -23,35 +23,32 @@ EXPERT = N * NEURON + ROUTER
 def budget(
     target: float | str = 0.5, *, scope: str = "ffn+experts", blocks: int = 2, dense: int = 0, groups: int = 1,
     least: int = 2, share: float = 1.0, equal: bool = True, protect: tuple[int, ...] = (), multiple: int = 1,
-    block_share: float = 0.0,
-) -> ExpertBudget:  # fmt: skip
+    block_share: float = 0.25,
+) -> Budget:  # fmt: skip
     """Return a budget for layers with experts, and behind them `dense` layers with an FFN of 2 N neurons.
 
     Args:
         groups, least: groups of experts of each router, and the number of experts that each group needs.
         share, equal: largest share of the target that experts may have; whether all layers lose equally many.
     """
-    mixture = BlockCosts.by_unit(E * NEURON, 7, E * EXPERT + 20, EXPERT, neurons=N, groups=2, experts=E)
-    plain = BlockCosts.by_unit(NEURON, 7, 2 * N * NEURON + 20, neurons=2 * N, groups=2)
-    units = [
-        BlockUnits(
-            costs, costs, layer, experts, attention="attention" in scope, protected=layer in protect, ffn="ffn" in scope
-        )
-        for layer, (costs, experts) in enumerate([(mixture, E)] * blocks + [(plain, 1)] * dense)
-    ]  # fmt: skip
-    rules = [RouterRule(E, groups, least)] * blocks + [RouterRule()] * dense
-    return ExpertBudget.of(
-        units, target, multiple, rules=rules, share=share, equal=equal, block_share=block_share, outside=1000
-    )
+    mixture = {"neuron": E * NEURON, "group": 7, "whole": E * EXPERT + 20, "expert": EXPERT, "experts": E}
+    plain = {"neuron": NEURON, "group": 7, "whole": 2 * N * NEURON + 20}
+    all_blocks = [PlainBlock(b, N, 2, **mixture) for b in range(blocks)]
+    all_blocks += [PlainBlock(b, 2 * N, 2, **plain) for b in range(blocks, blocks + dense)]
+    options = {"scope": scope, "expert_share": share, "uniform_experts": equal, "block_share": block_share}
+    everything = budget_of(all_blocks, width_multiple=multiple, protect=protect, outside=1000, **options)
+    units = [replace(u, least=groups * least, step=groups) if u.kind == "experts" else u for u in everything.units]
+    rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
+    return replace(everything, units=units).ordered("experts", rounds).meeting(target)
 
 
 def scores(*of_blocks: list[float]) -> Scores:
     return Scores([], [], [], [torch.tensor(of_block, dtype=torch.float64) for of_block in of_blocks])
 
 
-def random_margins(of_budget: ExpertBudget, seed: int = 0) -> list[Tensor]:
+def random_margins(of_budget: Budget, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(block.experts * block.neurons, generator=generator).double() for block in of_budget.units]
+    return [torch.rand(u.rows * u.count, generator=generator).double() for u in of_budget.of_kind("neurons")]
 
 
 def kept(mask: Tensor) -> list[int]:
@@ -66,11 +63,11 @@ def test_experts_alone_are_rounded_up_to_the_same_number_in_every_layer():
     alone = budget(0.3, scope="experts").ranked_by(scores(DOWN, UP))
     assert alone.total == 2 * E * EXPERT
     assert alone.removed_experts == {0: [5, 6, 7], 1: [0, 1, 2]}  # 0.3 of 8 is 2.4
-    assert alone.target == 2 * 3 * EXPERT
+    assert alone.target + alone.overshoot == 2 * 3 * EXPERT
     assert alone.overshoot == 2 * 3 * EXPERT - -(-3 * alone.total // 10)
     masks = keep_masks(alone, random_margins(alone))
     assert [kept(mask) for mask in masks.ffn] == [[N] * 5 + [0] * 3, [0] * 3 + [N] * 5]
-    assert alone.removed_by(masks) == alone.target
+    assert alone.removed_by(masks) == alone.target + alone.overshoot
 
 
 def test_what_experts_leave_of_the_target_is_removed_as_neurons_of_the_others():
@@ -116,14 +113,14 @@ def test_a_target_below_top_k_is_refused_with_the_limit(scope):
         budget(0.99, scope=scope)
     least = budget(0.75, scope="experts")
     assert least.removed_experts == {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3, 4, 5]}
-    assert least.removable == least.target
+    assert least.removable == least.target + least.overshoot
 
 
 def test_a_global_ranking_compares_scores_relative_to_their_layer():
     ranked = budget(0.25, scope="experts", equal=False)
     ranked = ranked.ranked_by(scores([100.0] * 7 + [1], [0.1, 0.2, 0.3, 1, 1, 1, 1, 1]))
     assert ranked.removed_experts == {0: [7], 1: [0, 1, 2]}
-    assert ranked.target == 4 * EXPERT
+    assert ranked.target + ranked.overshoot == 4 * EXPERT
     few = budget(0.75, scope="experts", equal=False).ranked_by(scores([1.0] * 8, [0.5] * 8))
     assert {b: len(experts) for b, experts in few.removed_experts.items()} == {0: 6, 1: 6}  # never below top-k
 
@@ -158,7 +155,7 @@ def test_other_targets_of_the_same_run_use_the_scores_and_are_rounded_up_to_whol
     alone = budget(0.3, scope="experts").ranked_by(scores(DOWN, UP))
     for other in (alone.at(0.6), alone.removing(2 * 4 * EXPERT + 1), alone.ranked_by(scores(DOWN, UP)).at(0.6)):
         assert other.removed_experts == {0: [3, 4, 5, 6, 7], 1: [0, 1, 2, 3, 4]}
-        assert other.target == 2 * 5 * EXPERT
+        assert other.target + other.overshoot == 2 * 5 * EXPERT
     searched = budget("+5%", scope="experts")
     assert searched.target == 2 * 6 * EXPERT  # the largest possible budget
 

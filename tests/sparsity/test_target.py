@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -19,12 +20,12 @@ from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
 from gprune.sparsity.allocation import allocate, checked_masks
-from gprune.sparsity.budget import BlockUnits, Budget, block_units
-from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs
+from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.price import COST, Price, parameter_costs, price_of
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
 from tests.registries import restored
-from tests.world import collect, make_tiny_llama
+from tests.world import PlainBlock, collect, make_tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -67,19 +68,19 @@ def scored():
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=True)
 
 
-def costs_in(model, name: str, **weights) -> tuple[list[BlockCosts], int]:
-    """Costs of blocks, and of everything outside of them, by the cost `name` or with these `weights` of parameters."""
+def costs_in(model, name: str, **weights) -> tuple[Price, int]:
+    """Price of units, and of everything outside of them, by the cost `name` or with these `weights` of parameters."""
     blocks = blocks_of(model)
     costs = parameter_costs(model, blocks, **weights) if weights else COST[name](model, blocks)
-    return costs_of_blocks(costs, blocks)
+    return price_of(costs, blocks)
 
 
-def budget_of(model, costs: tuple[list[BlockCosts], int], value, *, scope: str = "attention+ffn", **options) -> Budget:
-    of_blocks, outside = costs
-    return Budget.of(block_units(blocks_of(model), scope=scope, costs=of_blocks), value, outside=outside, **options)
+def priced(model, costs: tuple[Price, int], value, *, scope: str = "attention+ffn", **options) -> Budget:
+    price, outside = costs
+    return budget_of(blocks_of(model), value, scope=scope, price=price, outside=outside, **options)
 
 
-def irregular_costs(model) -> tuple[list[BlockCosts], int]:
+def irregular_costs(model) -> tuple[Price, int]:
     """Costs that increase with the width in irregular steps, some of which are zero."""
     generator = torch.Generator().manual_seed(3)
 
@@ -87,8 +88,12 @@ def irregular_costs(model) -> tuple[list[BlockCosts], int]:
         return [0, *torch.randint(0, 90, (units,), generator=generator).cumsum(0).tolist()]
 
     blocks = blocks_of(model)
-    tables = [table(b.neurons) for b in blocks], [table(b.kv_groups) for b in blocks]
-    return [BlockCosts(n, g, n[-1] + g[-1] + 7) for n, g in zip(*tables, strict=True)], 500
+    price = {f"neurons.{b.index}": table(b.neurons) for b in blocks}
+    price |= {f"kv_groups.{b.index}": table(b.kv_groups) for b in blocks}
+    of_layers = {
+        f"layer.{b}": [0, price[f"neurons.{b}"][-1] + price[f"kv_groups.{b}"][-1] + 7] for b in range(len(blocks))
+    }
+    return price | of_layers, 500
 
 
 @pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
@@ -103,7 +108,7 @@ def test_allocations_meet_targets_in_each_cost_within_a_step(value, cost, equal_
     size = {"weight": lambda p: HALF_BITS_PER_BYTE * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
     costs = irregular_costs(model) if cost == "curved" else costs_in(model, cost, **size)
     for multiple in (1, 8):
-        budget = budget_of(model, costs, value, width_multiple=multiple, uniform=equal_widths)
+        budget = priced(model, costs, value, width_multiple=multiple, uniform=equal_widths)
         masks = allocate(rule, scores, statistics, blocks, budget)
         checked_masks(COST, rule, masks, budget)  # raises unless masks exceed the target by less than a step
         small = slice_model(model, masks)
@@ -125,12 +130,14 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
     neurons = data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=3))
     tables = [[0, *torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))).cumsum(0).tolist()]
               for n in neurons]  # fmt: skip
-    costs = [BlockCosts(table, [0, 0], table[-1]) for table in tables]
-    units = [BlockUnits(of_block, of_block, layer=b) for b, of_block in enumerate(costs)]
-    max_target = Budget(units, 0).removable
+    price = {f"kv_groups.{b}": [0, 0] for b in range(len(tables))}
+    for b, table in enumerate(tables):
+        price |= {f"neurons.{b}": table, f"layer.{b}": [0, table[-1]]}
+    everything = budget_of([PlainBlock(b, n) for b, n in enumerate(neurons)], price=price)
+    max_target = everything.removable
     target = data.draw(st.integers(1, max_target)) if max_target else 0
     margins = [torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=n, max_size=n))).double() for n in neurons]
-    budget = Budget(units, target)
+    budget = replace(everything, target=target)
     masks = keep_masks(budget, margins)
     order = sorted((float(m[i]), b, i) for b, m in enumerate(margins) for i in range(len(m)))
     removed, spent = [[] for _ in neurons], 0  # indices of each block, cost
@@ -157,7 +164,7 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
 def test_impossible_targets_are_refused_with_the_limit(value, cost, message, tiny_model):
     costs = costs_in(tiny_model, cost, **({"weight": lambda p: 2 * HALF_BITS_PER_BYTE} if cost == "bytes" else {}))
     with pytest.raises(UserError, match=f"^--sparsity.target .*{message}"):
-        budget_of(tiny_model, costs, value, scope="ffn")
+        priced(tiny_model, costs, value, scope="ffn")
 
 
 def test_a_registered_cost_is_counted_by_the_budget(scored):
@@ -168,7 +175,7 @@ def test_a_registered_cost_is_counted_by_the_budget(scored):
         def groups_alone(model, blocks):
             return [(0, 1, b.kv_groups) for b in blocks], 0  # (neuron, KV group, whole block), rest of the model
 
-        budget = budget_of(model, costs_in(model, "groups_alone"), "50%")
+        budget = priced(model, costs_in(model, "groups_alone"), "50%")
         masks = keep_masks(budget, [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3)
         assert [int(m.sum()) for m in masks.attention] == [2, 2, 2]
         assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"

@@ -14,12 +14,12 @@ from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks, gated, masked
 from gprune.partition.modules import ModuleRanks, within_module_ranks
-from gprune.sparsity.budget import BlockUnits, Budget, block_units
-from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
+from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.price import COST, price_of
 from gprune.sparsity.thresholds import ModuleSparsity, masks_from_thresholds, start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning, soft_gate
-from tests.world import hooks_of, make_tiny, make_tiny_llama
+from tests.world import PlainBlock, hooks_of, make_tiny, make_tiny_llama
 
 K = 4
 
@@ -62,11 +62,12 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
 def test_initial_thresholds_reproduce_the_base_masks(pattern, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
     scores, group_scores, ranks = random_problem(neurons, groups, seed=0, pattern=pattern)
-    costs = [BlockCosts.by_unit(7, 90, 0, neurons=n, groups=g) for n, g in zip(neurons, groups, strict=True)]
-    units = [BlockUnits(of_block, of_block, layer=b, attention=attention) for b, of_block in enumerate(costs)]
+    sizes = enumerate(zip(neurons, groups, strict=True))
+    blocks = [PlainBlock(b, n, g, neuron=7, group=90, whole=0) for b, (n, g) in sizes]
+    scope = "attention+ffn" if attention else "ffn"
     # Each block keeps `width_multiple` neurons, so that a sparsity of 0.9 may be impossible.
-    maximum = sum(7 * (n - width_multiple) for n in neurons) / Budget(units, 0).total
-    budget = Budget.of(units, min(sparsity, round(maximum - 0.01, 3)), width_multiple)
+    maximum = sum(7 * (n - width_multiple) for n in neurons) / budget_of(blocks, scope=scope).total
+    budget = budget_of(blocks, min(sparsity, round(maximum - 0.01, 3)), width_multiple, scope=scope)
     base = base_masks(budget, scores, group_scores)
     thresholds = start_thresholds(base, ranks)
     assert masks_from_thresholds(ranks, thresholds, budget) == base
@@ -106,10 +107,8 @@ def make_stage(
         **options: arguments of `ThresholdLearning`.
     """
     blocks = blocks_of(model)
-    units = block_units(blocks, scope=scope)
     scores, group_scores, ranks = random_problem([b.all_neurons for b in blocks], [b.kv_groups for b in blocks], seed)
-    block_share = 0.9 if "blocks" in scope else 0.0
-    budget = Budget.of(units, sparsity, width_multiple, uniform=uniform, block_share=block_share)
+    budget = budget_of(blocks, sparsity, width_multiple, scope=scope, uniform=uniform, block_share=0.9)
     budget = budget.without(removed_blocks)
     start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
     options = {"centred": False, "offset_learning_rate": lr, "offset_limit": 9.0} | options
@@ -189,7 +188,7 @@ def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_a
     masks = stage.masks()
     assert masks != first
     excess = stage.budget.removed_by(masks) - stage.budget.target
-    assert 0 <= excess < width_multiple * stage.budget.units[0].costs.neurons[1]
+    assert 0 <= excess < width_multiple * stage.budget.price["neurons.0"][1]
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
     assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("removed_blocks", ()))
     trainable = [scope != "ffn" and stays for stays in masks.blocks]
@@ -358,9 +357,9 @@ def test_recentring_moves_the_cut_to_margin_zero_without_changing_masks(scope, u
 def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
     """With the cost `kv_cache` no neuron is removed, so the cut is that of KV groups."""
     blocks = blocks_of(tiny_model)
-    costs, _ = costs_of_blocks(COST["kv_cache"](tiny_model, blocks), blocks)
+    price, _ = price_of(COST["kv_cache"](tiny_model, blocks), blocks)
     template = make_stage(tiny_model, scope="attention+ffn")
-    budget = Budget.of(block_units(blocks, scope="attention+ffn", costs=costs), 0.3)
+    budget = budget_of(blocks, 0.3, scope="attention+ffn", price=price)
     stage = ThresholdLearning(tiny_model, template.ranks, template.thresholds, budget)
     with torch.no_grad():
         for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
@@ -418,8 +417,8 @@ def test_soft_gate_equals_the_formula_in_numpy(dtype):
 
 # --- what is stored of learning, and masks for other budgets
 
-COSTS = BlockCosts.by_unit(2, 9, 100, neurons=12, groups=2)
-BUDGET = Budget([BlockUnits(COSTS, COSTS, layer=b) for b in range(2)], target=20)  # ten of 24 neurons
+BLOCKS = [PlainBlock(b, 12, 2, neuron=2, group=9, whole=100) for b in range(2)]
+BUDGET = budget_of(BLOCKS).removing(20)  # ten of 24 neurons
 
 
 def random_numbers(*sizes: int) -> list[torch.Tensor]:
