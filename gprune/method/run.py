@@ -269,7 +269,7 @@ def open_run(
         matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
-        if (steps := folder.manifest["steps"]) and not folder.finished:
+        if (steps := folder.manifest.get("steps")) and not folder.finished:  # only rank 0 has a manifest
             log.info("Resuming the run, which has finished the steps %s", ", ".join(steps))
         if not folder.finished:
             _record_precision(folder, plan)
