@@ -220,6 +220,18 @@ def test_ones_own_text_takes_the_roles_that_earlier_flags_and_files_name(flags, 
     assert config_from_mapping(cfg.resolved()).settings() == cfg.settings()  # as when a run is resumed
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--corpora.text 5", "--corpora.text must be a valid list; got 5."),
+     ("--corpora.evaluate stories --corpora.text a.txt", "--corpora.evaluate must be a valid list; got 'stories'."),
+     ("--corpora.evaluate 5 --corpora.text a.txt", "--corpora.evaluate must be a valid list; got 5.")],
+)  # fmt: skip
+def test_ones_own_text_of_a_wrong_type_is_refused_by_name(flags, message):
+    with pytest.raises(UserError) as error:
+        parse(flags.split())
+    assert str(error.value) == message
+
+
 def test_ones_own_text_is_short_for_other_flags_and_set_in_python_too():
     by_flag = parse(["--corpora.text=a.txt"])
     assigned = RunConfig()

@@ -271,15 +271,18 @@ def name_or_list(names: list[str] | None) -> list[str] | str | None:
     return names[0] if names is not None and len(names) == 1 else names
 
 
-TEXT_ROLES = ("score", "drift", "learn", "recover")
+ROLES = ("score", "drift", "learn", "recover", "evaluate")  # settings of `CorporaConfig` that name corpora
 
 
-def roles_of_text(text: list[str], evaluate: list[str]) -> dict[str, list[str]]:
-    """Return the settings of `CorporaConfig` that `--corpora.text` stands for, by name.
+def roles_of_text(text: Any, evaluate: Any) -> dict[str, list[str]]:
+    """Return the settings that `--corpora.text` stands for, by name; empty without a text, or if a type is wrong.
 
     `evaluate` are the corpora of `--corpora.evaluate` until then, which stay as text that the run does not use.
     """
-    return dict.fromkeys(TEXT_ROLES, text) | {"evaluate": [*text, *(name for name in evaluate if name not in text)]}
+    text = _one_name_to_list(text)
+    if not text or not isinstance(text, list) or not isinstance(evaluate, list):
+        return {}
+    return dict.fromkeys(ROLES, text) | {"evaluate": [*text, *(name for name in evaluate if name not in text)]}
 
 
 class CorporaConfig(Group, prefix="corpora."):
@@ -318,17 +321,19 @@ class CorporaConfig(Group, prefix="corpora."):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "text" and self.text:
-            for role, corpora in roles_of_text(self.text, self.evaluate).items():
+        if name == "text":
+            self._take_roles()
+
+    def _take_roles(self, *, without: Collection[str] = ()) -> None:
+        """Set the roles that `text` stands for, without some of them."""
+        for role, corpora in roles_of_text(self.text, self.evaluate).items():
+            if role not in without:
                 setattr(self, role, corpora)
 
     def model_post_init(self, _: Any) -> None:
         """Set what `text` stands for and is not given. Raise UserError if a role has no corpora, or a corpus twice."""
-        given = set(self.model_fields_set)
-        for role, corpora in (roles_of_text(self.text, self.evaluate) if self.text else {}).items():
-            if role not in given:
-                setattr(self, role, corpora)
-        for role in ("score", "drift", "learn", "recover", "evaluate"):
+        self._take_roles(without=set(self.model_fields_set))
+        for role in ROLES:
             names = self.scored if role == "score" else getattr(self, role)
             if not names:
                 raise UserError(f"--corpora.{role} must name at least one corpus; got an empty list.")

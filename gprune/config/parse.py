@@ -88,9 +88,8 @@ def overlay(settings: dict[str, Any] | Namespace, update: Mapping[str, Any], whe
 
     A mapping replaces all options, and a single option is added: `sparsity.options.spread` keeps the others.
     """
-    dotted = sorted(
-        _to_dotted_names(update, where), key=lambda setting: setting[0] != TEXT
-    )  # before what it stands for
+    # The text comes before the roles that it stands for, so that these override it.
+    dotted = sorted(_to_dotted_names(update, where), key=lambda setting: setting[0] != TEXT)
     names = [name for name, _ in dotted]
     for name, value in dotted:
         if names.count(name) > 1:
@@ -102,16 +101,11 @@ def overlay(settings: dict[str, Any] | Namespace, update: Mapping[str, Any], whe
             GROUPS[key].check_name(setting, where)
             key = f"{key}.{setting}"
         settings[key] = _with_option(settings.get(key), option, value) if option else value
-        if key == TEXT and value:
-            _set_roles(settings, [value] if isinstance(value, str) else value)
-
-
-def _set_roles(settings: dict[str, Any] | Namespace, text: list[str]) -> None:
-    """Set the roles of `--corpora.text`, in place of corpora that are named before, and after it in the order."""
-    roles = roles_of_text(text, settings.get("corpora.evaluate", CorporaConfig().evaluate))
-    for role, corpora in roles.items():
-        settings.pop(f"corpora.{role}", None)
-        settings[f"corpora.{role}"] = corpora
+        if key == TEXT:
+            roles = roles_of_text(value, settings.get("corpora.evaluate", CorporaConfig().evaluate))
+            for role, corpora in roles.items():
+                settings.pop(f"corpora.{role}", None)  # which an earlier update named, and comes after the text now
+                settings[f"corpora.{role}"] = corpora
 
 
 def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:

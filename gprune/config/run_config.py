@@ -15,6 +15,7 @@ from gprune.config.groups import (
     IF_CHANGED,
     MULTI_CORPUS_METRICS,
     NEVER,
+    ROLES,
     CorporaConfig,
     Group,
     ModelConfig,
@@ -328,7 +329,9 @@ class RunConfig(Group):
     @property
     def repeat(self) -> bool | str:
         """Whether training uses text of small corpora several times: `--distill.repeat`, with its default."""
-        return self.distill.repeat if self.distill.repeat is not None else "auto" if self.corpora.text else False
+        if self.distill.repeat is not None:
+            return self.distill.repeat
+        return "auto" if self.corpora.text else False
 
     @property
     def fresh_tokens(self) -> int:
@@ -430,7 +433,7 @@ class RunConfig(Group):
         """
         for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
-        for role in ("score", "drift", "learn", "recover", "evaluate"):
+        for role in ROLES:
             names: dict[str, str] = {}  # identity of a corpus -> its first name
             for name in getattr(self.corpora, role) or ():
                 if (first_name := names.setdefault(identity(name), name)) != name:

@@ -273,7 +273,7 @@ def _read(path: Path) -> Iterator[str]:
 
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         if "text" not in frame:
-            _text_of(dict.fromkeys(frame), str(path))  # raises
+            raise _without_text(str(path), f"the keys {', '.join(frame)}")
         yield from frame["text"]
     elif suffix == ".txt":
         with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
@@ -292,7 +292,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     with ParquetFile(path) as file:
         if "text" not in file.schema_arrow.names:
-            _text_of(dict.fromkeys(file.schema_arrow.names), str(path))  # raises
+            raise _without_text(str(path), f"the keys {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(columns=["text"]):
             for text in batch["text"].to_pylist():
                 if text is not None:
@@ -326,15 +326,18 @@ def _conversation_of(messages: object, location: str) -> Conversation:
     return conversation
 
 
+def _without_text(location: str, got: str) -> UserError:
+    """Return the error for a row, or a table, without text."""
+    return UserError(
+        f"{location}: The row must be an object with a string 'text' or, in a .jsonl file, with 'messages'; got {got}."
+    )
+
+
 def _text_of(row: object, location: str) -> str:
     """Return the field `text` of a row. UserError, which begins with `location`, if there is none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        keys = ", ".join(map(str, row)) if isinstance(row, dict) and "text" not in row else ""
-        got = f"the keys {keys}" if keys else f"{row!r:.100}"
-        raise UserError(
-            f"{location}: The row must be an object with a string 'text' or, in a .jsonl file, with 'messages'; got "
-            f"{got}."
-        )
+        has_other_keys = isinstance(row, dict) and "text" not in row
+        raise _without_text(location, f"the keys {', '.join(row)}" if has_other_keys and row else f"{row!r:.100}")
     text.encode()  # raises ValueError for an unpaired surrogate
     return text

@@ -25,7 +25,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.cut import keep_top_neurons
-from gprune.sparsity.price import Price, unit_key
+from gprune.sparsity.price import Price, price_of_tables
 from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
@@ -106,13 +106,8 @@ def costs_from_table(table: Table, blocks: Sequence[Block]) -> tuple[Price, int]
     _, seconds_per_layer = table["neurons"][-1]
     fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(all_units) // len(layers))
     whole = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
-    price = {}
-    for block, of_neurons, of_groups, of_whole in zip(blocks, neuron_costs, group_costs, whole, strict=True):
-        price[unit_key("neurons", block.index)] = of_neurons
-        price[unit_key("kv_groups", block.index)] = of_groups
-        layer = unit_key("layer", block.layer_index)
-        price[layer] = [0, price.get(layer, [0])[-1] + of_whole]
-    return price, round(PICOSECONDS * table["rest"])
+    tables = [{"neurons": n, "kv_groups": g} for n, g in zip(neuron_costs, group_costs, strict=True)]
+    return price_of_tables(tables, whole, blocks), round(PICOSECONDS * table["rest"])
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:

@@ -112,10 +112,16 @@ def budget_of(
     parameters, _ = price_of((costs_of_blocks(blocks), 0), blocks)
     units = units_in(blocks, protect=protect, width_multiple=width_multiple, config=config)
     kinds = {"ffn": "neurons", "attention": "kv_groups", "experts": "experts", "blocks": "layer"}
-    everything = Budget.of(
-        units, price or parameters, scope=[kinds[part] for part in scope.split("+")], uniform=uniform,
-        block_share=block_share, expert_share=expert_share, uniform_experts=uniform_experts, parameters=parameters,
-        outside=outside,
+    in_scope = frozenset(kinds[part] for part in scope.split("+"))
+    shares = {"layer": block_share, "experts": expert_share}
+    # Until they are chosen, layers and experts are removed in the order of their numbers.
+    rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
+    rounds |= rounds_of_layers(units, (block.index for block in blocks))
+    equal = [*(["neurons", "kv_groups"] if uniform else []), *(["experts"] if uniform_experts else [])]
+    everything = Budget(
+        units, price or parameters, scope=in_scope,
+        share={kind: share for kind, share in shares.items() if kind in in_scope}, equal=frozenset(equal),
+        rounds=rounds, parameters=parameters, outside=outside,
     )  # fmt: skip
     return everything if setting is None else everything.meeting(setting)
 
@@ -140,22 +146,6 @@ class Budget:
     outside: int = 0  # cost of everything outside of layers
     setting: float | str | None = None  # `--sparsity.target`, before it was rounded up to `target`
 
-    @classmethod
-    def of(
-        cls, units: Sequence[Units], price: Price, *, scope: Collection[str] = ("neurons",), uniform: bool = False,
-        block_share: float = 0.25, expert_share: float = 1.0, uniform_experts: bool = True, **fields: Any,
-    ) -> Budget:  # fmt: skip
-        """Return the budget of units that removes nothing yet. Layers and experts are in the order of their numbers."""
-        share = {
-            kind: of_kind for kind, of_kind in (("layer", block_share), ("experts", expert_share)) if kind in scope
-        }
-        equal = {"neurons", "kv_groups"} if uniform else set()
-        if uniform_experts:
-            equal.add("experts")
-        rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
-        rounds |= rounds_of_layers(units, range(sum(u.kind == "neurons" for u in units)))
-        return cls(units, price, 0, frozenset(scope), share, equal=frozenset(equal), rounds=rounds, **fields)
-
     # Targets
 
     def meeting(self, setting: float | str, flag: str = "--sparsity.target") -> Budget:
@@ -163,10 +153,9 @@ class Budget:
 
         For a target whose cost is searched for, this is the largest possible budget.
         """
-        multiple = max((u.step for u in self.units if u.kind == "neurons"), default=1)
-        narrowest = min(u.count for u in self.units if u.kind == "neurons" and u.count)
-        if multiple > narrowest:
-            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {multiple}.")
+        narrowest = min(u.count for u in self.of_kind("neurons") if u.count)
+        if self.width_multiple > narrowest:
+            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {self.width_multiple}.")
         goal = Target.of(setting)
         if goal.is_searched:
             largest = self.removing(self.total)
@@ -210,15 +199,13 @@ class Budget:
     def least(self) -> str:
         """What every block keeps in any case, in words. The most demanding router is described."""
         said = []
-        routers = [u for u in self.units if u.kind == "experts"]
         if "experts" in self.scope:
-            router = max(routers, key=lambda u: u.least)
+            router = max(self.of_kind("experts"), key=lambda u: u.least)
             said.append(f"each router needs {router.least} of {router.count} experts")
             if router.step > 1:
                 said.append(f"{router.least // router.step} in each of {router.step} groups")
         if self.finer:
-            multiple = max(u.step for u in self.units if u.kind == "neurons")
-            said.append(f"each block keeps {multiple} neurons and a KV group")
+            said.append(f"each block keeps {self.width_multiple} neurons and a KV group")
         return ", ".join(said)
 
     def without(self, blocks: Iterable[int]) -> Budget:
@@ -294,7 +281,7 @@ class Budget:
     @property
     def lost_layers(self) -> Lost:
         """The removed layers, in the order of choice."""
-        layers = {u.key for u in self.units if u.kind == "layer"}
+        layers = {u.key for u in self.of_kind("layer")}
         return {key: units for key, units in self.lost.items() if key in layers}
 
     @cached_property
@@ -429,7 +416,7 @@ class Budget:
     @property
     def model(self) -> int:
         """Cost of the whole model."""
-        return sum(self.price[u.key][-1] for u in self.units if u.kind == "layer") + self.outside
+        return sum(self.price[u.key][-1] for u in self.of_kind("layer")) + self.outside
 
     @property
     def sparsity(self) -> float:

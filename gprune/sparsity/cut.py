@@ -167,17 +167,18 @@ class Cut:
         """Return masks from margins; see `keep_masks`."""
         margins = {"neurons": self.budget.of_kept_experts(neuron_margins), "kv_groups": group_margins}
         in_kept = self.cut({kind: [margins[kind][b] for b in self.kept] for kind in self.steps})
+
+        def all_equal(u: Units, is_kept: bool) -> Tensor:
+            """Return the mask of units that are all kept, or all removed."""
+            return torch.full((u.rows * u.count,), is_kept, device=neuron_margins[0].device)
+
         masks = {}
         for kind in margins:
-            rest = iter(in_kept.get(kind) or [
-                torch.ones(u.rows * u.count, dtype=torch.bool, device=neuron_margins[0].device)
-                for u in self.rest.of_kind(kind)
-            ])  # fmt: skip
+            of_kept = in_kept.get(kind) or [all_equal(u, True) for u in self.rest.of_kind(kind)]
+            by_block = dict(zip(self.kept, of_kept, strict=True))
             masks[kind] = [
-                next(rest) if b in self.kept
-                else torch.zeros(u.rows * u.count, dtype=torch.bool, device=neuron_margins[0].device)
-                for b, u in enumerate(self.budget.of_kind(kind))
-            ]  # fmt: skip
+                by_block[b] if b in by_block else all_equal(u, False) for b, u in enumerate(self.budget.of_kind(kind))
+            ]
         return Masks(self.budget.with_removed_experts(masks["neurons"]), masks["kv_groups"])
 
     def cut(self, margins: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:

@@ -34,16 +34,27 @@ def unit_key(kind: str, number: int) -> str:
 def price_of(costs: Costs, blocks: Sequence[Any]) -> tuple[dict[str, Sequence[int]], int]:
     """Convert the result of a registered function to a price of the model, and the cost of the rest."""
     by_block, rest = costs
-    price: dict[str, Sequence[int]] = {}
+    tables, wholes = [], []
     for block, of_block in zip(blocks, by_block, strict=True):
         neuron, group, whole, *of_expert = map(_whole_number, of_block)
         (expert,) = of_expert or [neuron * block.neurons // block.experts]
-        price[unit_key("neurons", block.index)] = _table(neuron, block.neurons)
-        price[unit_key("kv_groups", block.index)] = _table(group, block.kv_groups)
-        price[unit_key("experts", block.index)] = _table(expert, block.experts)
+        counts = {"neurons": (neuron, block.neurons), "kv_groups": (group, block.kv_groups)}
+        counts["experts"] = expert, block.experts
+        tables.append({kind: _table(cost, units) for kind, (cost, units) in counts.items()})
+        wholes.append(whole)
+    return price_of_tables(tables, wholes, blocks), _whole_number(rest)
+
+
+def price_of_tables(
+    tables: Sequence[Mapping[str, Sequence[int]]], wholes: Sequence[int], blocks: Sequence[Any]
+) -> dict[str, Sequence[int]]:
+    """Return the price of a model from the tables of each block by kind of unit, and the cost of each whole block."""
+    price: dict[str, Sequence[int]] = {}
+    for block, of_block, whole in zip(blocks, tables, wholes, strict=True):
+        price |= {unit_key(kind, block.index): table for kind, table in of_block.items()}
         layer = unit_key("layer", block.layer_index)
         price[layer] = [0, price.get(layer, [0])[-1] + whole]
-    return price, _whole_number(rest)
+    return price
 
 
 def _table(cost: int, units: int) -> Sequence[int]:

@@ -52,7 +52,8 @@ def find_record(row: Row) -> Found:
         return Found(row, problem=f"{place} cannot be read" if row.file.exists() else "")
     if row.commit is not None:  # its settings are those of the record
         return Found(row, record)
-    for name, (recorded, wanted) in changed_flags(record["settings"], row.identity).items():
+    if changed := changed_flags(record["settings"], row.identity):
+        name, (recorded, wanted) = next(iter(changed.items()))
         return Found(row, problem=f"{place} was made with --{name} {recorded}, and the row has {wanted}")
     recorded_code, code = record["settings"].get("code", {}), row.config.code
     relation = "same" if recorded_code == code else compare_code(recorded_code, code)
@@ -60,8 +61,8 @@ def find_record(row: Row) -> Found:
         return Found(row, problem=f"{place} was made by other code ({', '.join(changed_code(recorded_code, code))})")
     problem = ""
     tasks = read_json(row.tasks_file) if row.tasks else None
-    differences = {} if tasks is None else differing_values(tasks["tasks"], row.tasks)
-    for name, (recorded, wanted) in differences.items():
+    if tasks is not None and (changed := differing_values(tasks["tasks"], row.tasks)):
+        name, (recorded, wanted) = next(iter(changed.items()))
         problem = f"Row '{row.name}', seed {row.seed}: {row.tasks_file} has tasks with {name} {recorded}, not {wanted}"
     return Found(row, record, problem, is_checked=relation == "same")
 
