@@ -21,7 +21,7 @@ from gprune.errors import UserError
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json, read_tensors, write_tensors
 from tests import tiny_run
-from tests.method.kill_and_resume import digests
+from tests.method.test_kill_and_resume import digests
 
 
 @pytest.fixture(scope="module")

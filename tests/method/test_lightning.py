@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 from pathlib import Path
@@ -234,39 +233,6 @@ def test_a_run_from_the_command_line_uses_callbacks_and_loggers_by_class_path(wo
     assert logged(run / "csv", "lr-AdamW/pg1") or logged(run / "csv", "lr-AdamW")
     assert len(list((run / "checkpoints").rglob("*.ckpt"))) == 2
     assert list(run.rglob("events.out.tfevents.*"))
-
-
-@pytest.mark.parametrize("stage_class", [ThresholdLearning, DistillationStage])
-def test_an_early_stopped_run_that_is_killed_resumes_to_identical_results(stage_class, world, tmp_path, monkeypatch):
-    """The fourth training step raises an exception. This is between the first validation and the one that stops."""
-
-    class KilledError(Exception):
-        pass
-
-    def run(name):
-        saving = ModelCheckpoint(monitor="development/perplexity")
-        more = (*LEARNS, "--run.checkpoint_minutes=0")
-        callbacks = [EarlyStopping(**NEVER_BETTER | {"patience": 2}), saving]
-        return prune(parse(flags(world, tmp_path, *more, name=name)), callbacks=callbacks), saving
-
-    expected, expected_checkpoint = run("uninterrupted")
-    training_step, steps = stage_class.training_step, itertools.count(1)
-
-    def training_step_or_kill(self, *args):
-        if next(steps) == 4:
-            raise KilledError
-        return training_step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage_class, "training_step", training_step_or_kill)
-        with pytest.raises(KilledError):
-            run("killed")
-    resumed, checkpoint = run("killed")
-    assert resumed.summary["stopped"] == expected.summary["stopped"]
-    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in expected.records]
-    assert float(checkpoint.best_model_score) == float(expected_checkpoint.best_model_score)
-    pairs = zip(resumed.thresholds[0], expected.thresholds[0], strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_a_fast_dev_run_trains_on_one_batch_and_calibrates_on_all_windows(world, tmp_path):

@@ -1,4 +1,6 @@
-"""Whole runs of the command line on a tiny model: the run folder, resuming, and every option."""
+"""Whole runs of the command line on a tiny model: options, text, and dry runs. What holds for every run is tested in
+`test_configurations`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,15 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from scipy.stats import rankdata
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import gprune.method.inputs
 import gprune.storage.files
@@ -31,21 +29,12 @@ from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.method.evaluate import leaks
 from gprune.method.plan import make_plan
-from gprune.method.run import open_run
 from gprune.models.blocks import blocks_of
-from gprune.models.masks import masked
 from gprune.report import sentences
 from gprune.report.sentences import first_look
-from gprune.sparsity.budget import budget_of
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
-
-FIELDS = {
-    "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
-    "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "precision", "float32_matmul_precision",
-    "content_hash", "corpora",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,119 +58,6 @@ def digests(folder, *patterns):
 RESULTS = ("masks.safetensors", "thresholds.safetensors", "assignment.safetensors", "modules.safetensors")
 
 
-@contextmanager
-def counted_forwards():
-    """Yield a list that receives the number of tokens of each forward pass of any language model."""
-    tokens = []
-
-    def hook(module, args, kwargs, output):
-        if isinstance(module, PreTrainedModel) and "input_ids" in kwargs:
-            tokens.append(kwargs["input_ids"].numel())
-
-    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
-    try:
-        yield tokens
-    finally:
-        handle.remove()
-
-
-def test_a_run_folder_is_complete(finished):
-    path = finished.path
-    tensors = [f"{name}.safetensors" for name in ("assignment", "thresholds", "masks")]
-    for name in ("config.yaml", "manifest.json", "metrics.json", *tensors):
-        assert (path / name).is_file(), name
-    assert len(list((path / "statistics").glob("*.safetensors"))) == 3
-    assert (path / "model/config.json").is_file()
-    names = [file.name for file in path.rglob("*")]
-    assert not [name for name in names if name.endswith(".tmp") or (name.startswith(".") and name != ".lock")]
-
-
-def test_the_manifest_has_versions_costs_of_all_steps_and_the_checks_of_the_export(finished):
-    manifest = json.loads((finished.path / "manifest.json").read_text())
-    assert manifest["environment"]["packages"]["torch"]
-    assert {"calibrate", "assignment", "thresholds", "save_and_check", "evaluate"} <= set(manifest["steps"])
-    assert all(step["peak_memory_mib"] > 0 and step["seconds"] >= 0 for step in manifest["steps"].values())
-    assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
-    assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
-
-
-def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finished):
-    """So another user can read the files of a run with the usual umask."""
-    umask = os.umask(0o022)  # reads the umask by setting another one
-    os.umask(umask)
-    run_files, cached = (
-        [file for file in folder.rglob("*") if file.is_file()]
-        for folder in (finished.path, Path(os.environ["GPRUNE_CACHE"]))
-    )
-    assert {file.stat().st_mode & 0o777 for file in (*run_files, *cached)} == {0o666 & ~umask}
-
-
-def test_config_yaml_has_all_defaults_and_parses_to_the_same_configuration(finished):
-    content = yaml.safe_load((finished.path / "config.yaml").read_text())
-    assert content["sparsity"]["learning_rate"] == 0.1  # a default, written out
-    assert gprune.config.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
-
-
-def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, world):
-    records = json.loads((finished.path / "metrics.json").read_text())["records"]
-    assert all(set(r) >= FIELDS for r in records)
-    rows = [(r["stage"], r["corpus"]) for r in records]
-    corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
-    assert set(rows) == {(s, c) for s in ("dense", "pruned") for c in corpora}
-    assert len(rows) == len(set(rows))
-    for r in records:
-        assert r["seen"] == (r["corpus"] == corpora[0])
-        assert r["split"] == "test"
-        assert r["tokens"] == 2 * 31  # two windows of 32 tokens, whose first token is not predicted
-        assert r["perplexity"] == pytest.approx(torch.tensor(r["nll"]).double().exp().item(), rel=1e-6)
-        assert r["sparsity"] == (0.0 if r["stage"] == "dense" else 0.5)
-
-
-def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finished, dense):
-    units = budget_of(blocks_of(dense), scope="ffn")
-    removed = units.removed_by(finished.masks)
-    assert 0 <= removed - units.total / 2 < units.largest_step
-    assert finished.summary["sparsity_of_scope"] == removed / units.total
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, finished.model))
-    assert before - after == removed
-    assert finished.summary["sparsity_of_model"] == pytest.approx(removed / before)
-
-
-def test_load_run_returns_the_same_result_as_prune(finished, token_batch, tmp_path):
-    returned = gprune.prune(finished.config)  # every step is finished and only loaded
-    loaded = gprune.load_run(finished.path)
-    assert loaded.masks == returned.masks
-    assert all(torch.equal(a, b) for a, b in zip(loaded.modules.labels, returned.modules.labels, strict=True))
-    assert loaded.modules.rows() == returned.modules.rows()
-    for loaded_thresholds, returned_thresholds in zip(loaded.thresholds, returned.thresholds, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(loaded_thresholds, returned_thresholds, strict=True))
-    assert loaded.records == returned.records
-    assert loaded.summary == returned.summary
-    assert loaded.config == returned.config
-    assert set(loaded.statistics) == set(returned.statistics)
-    with torch.inference_mode():
-        assert torch.equal(loaded.model(token_batch).logits, returned.model(token_batch).logits)
-    loaded.model.save_pretrained(tmp_path / "loaded")
-    returned.model.save_pretrained(tmp_path / "returned")
-    for path in (tmp_path / "loaded").iterdir():
-        assert path.read_bytes() == (tmp_path / "returned" / path.name).read_bytes(), path.name
-
-
-def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_table(finished, world, capsys):
-    before = digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*")
-    capsys.readouterr()
-    with counted_forwards() as forwards:
-        restarted = world.run(finished.path.parent)
-    assert not forwards
-    assert digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*") == before
-    assert restarted.masks == finished.masks
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert {"dense", "pruned"} <= set(out.split())
-    assert f"Removed 50.00% of ffn, {finished.summary['sparsity_of_model']:.2%} of the model" in out
-    assert str(finished.path / "model") in out
-
-
 def test_the_same_seed_gives_identical_results_and_another_seed_other_masks(finished, world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     same_seed = world.run(tmp_path, name="same-seed")
@@ -200,53 +76,17 @@ OPTIONS = {
     "equal": "--sparsity.allocation=equal",
     "uniform": "--sparsity.allocation=uniform",
     "global": "--sparsity.allocation=global",
-    "started": "--sparsity.start=global",
-    "protected": "--sparsity.protect=[0]",
-    "attention_both": "--sparsity.learn=both --sparsity.scope=attention+ffn",
-    "blocks": "--sparsity.scope=attention+ffn+blocks --sparsity.block_share=0.8 --sparsity.protect=[0]",
     "bias": "--recovery=bias",
     "least_squares": "--recovery=least_squares",
-    "width_multiple": "--sparsity.width_multiple=4 --sparsity.learn=offsets",
-    "uniform_width": "--sparsity.uniform_width=true",
-    "initial_not_centred": "--partition.method=initial --sparsity.centred=false --sparsity.target=0.333",
     "development": "--evaluation.split=development",
-    "kl_on_fresh_text": "--sparsity.loss=kl --corpora.learn_samples=7",
 }
-
-
-def run_once(world, runs, flags_of):
-    """Return a cached function from a name to the result of the run with the flags of that name."""
-
-    @functools.cache
-    def run(name):
-        return world.run(runs, *flags_of(name), name=name)
-
-    return run
 
 
 @pytest.fixture(scope="module")
 def run_with_option(world, tmp_path_factory, shared_cache):
     """Return a function from a name in `OPTIONS` to the result of the run with this option, which is run once."""
-    return run_once(world, tmp_path_factory.mktemp("switched"), lambda name: OPTIONS[name].split())
-
-
-def check_budget(result, dense, slack=1):
-    """Assert that a run removes its target and less than `slack` neurons more, and that the model has lost as much."""
-    sparsity = result.config.sparsity
-    units = budget_of(blocks_of(dense), scope=sparsity.scope)
-    surplus = units.removed_by(result.masks) - sparsity.target * units.total
-    assert 0 <= surplus < slack * max(units.price[u.key][1] for u in units.of_kind("neurons"))
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    has_bias = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
-    added_by_recovery = sum(has_bias) * dense.config.hidden_size
-    assert before - after == units.removed_by(result.masks) - added_by_recovery
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_meets_the_budget(name, run_with_option, dense):
-    # Neurons that can be removed only together: four by the width multiple, or one in each of the three blocks.
-    slack = {"width_multiple": 4, "uniform_width": 3}.get(name, 1)
-    check_budget(run_with_option(name), dense, slack)
+    runs = tmp_path_factory.mktemp("switched")
+    return functools.cache(lambda name: world.run(runs, *OPTIONS[name].split(), name=name))
 
 
 def test_control_partitions_have_the_module_sizes_of_the_refined_partition(run_with_option, finished):
@@ -291,84 +131,6 @@ def test_learning_starts_from_the_base_masks_that_are_allocated_by_sparsity_star
         assert {r["allocation"] for r in learned.records} == {None, "learned"}
 
 
-def test_a_protected_block_keeps_all_neurons(run_with_option):
-    """Half of the 480 neurons stay: 160 in the protected block, and 80 in the other two."""
-    masks = run_with_option("protected").masks
-    assert bool(masks.ffn[0].all())
-    assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
-
-
-def test_with_attention_in_scope_masks_remove_kv_groups_and_learned_offsets_are_loaded(run_with_option, world):
-    result = run_with_option("attention_both")
-    assert not all(bool(m.all()) for m in result.masks.attention)
-    assert all(bool(m.any()) for m in (*result.masks.attention, *result.masks.ffn))
-    restarted = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
-    assert restarted.masks == result.masks  # from the stored thresholds and offsets
-
-
-@pytest.mark.slow
-def test_a_whole_block_is_removed_and_its_thresholds_stay_finite(run_with_option):
-    result = run_with_option("blocks")
-    removed = [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept]
-    assert removed in ([1], [2])  # block 0 is protected
-    assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
-    # A point of the sparsity curve may keep the block, so its thresholds must not be those of modules whose neurons are
-    # all removed. These are logits of 1 - 0.25 / neurons, and no module has fewer than 32 neurons.
-    thresholds = load_file(result.path / "thresholds.safetensors")
-    assert abs(thresholds[f"ffn.{removed[0]}"]).max() < 3 < torch.logit(torch.tensor(31.75 / 32))
-
-
-@pytest.mark.slow
-def test_the_choice_of_blocks_uses_the_planned_tokens_and_is_not_repeated_on_resuming(run_with_option, world):
-    result = run_with_option("blocks")
-    cost = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
-    # Two candidate blocks, and a window of 32 tokens of each of three corpora.
-    assert cost["forward_tokens"] == make_plan(result.config).tokens[2][0] == 2 * 3 * 32
-    assert result.summary["forward_tokens"] <= make_plan(result.config).forward_tokens
-    for file in ("metrics.json", "thresholds.safetensors"):
-        (result.path / file).unlink()
-    resumed = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
-    assert resumed.masks == result.masks
-    assert json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"] == cost
-
-
-@pytest.mark.slow
-def test_a_removed_block_is_missing_in_the_exported_model(run_with_option, dense, token_batch):
-    result = run_with_option("blocks")
-    with masked(dense, result.masks), torch.inference_mode():
-        expected = dense(token_batch).logits
-    assert torch.allclose(expected, result.model(token_batch).logits, atol=1e-4)
-    exported = AutoModelForCausalLM.from_pretrained(result.path / "model", trust_remote_code=True)
-    assert exported.config.num_hidden_layers == 2
-    assert torch.allclose(expected, exported(token_batch).logits, atol=1e-4)
-
-
-def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_option):
-    """All blocks have one shape, so transformers loads the folder without `trust_remote_code`, as the card says."""
-    result = run_with_option("uniform_width")
-    assert {int(m.sum()) for m in result.masks.ffn} == {80}
-    config = json.loads((result.path / "model" / "config.json").read_text())
-    assert (config["model_type"], config["intermediate_size"]) == ("llama", 80)
-    assert "auto_map" not in config
-    assert not list((result.path / "model").glob("*.py"))
-    cards = [(run.path / "model/README.md").read_text() for run in (result, run_with_option("equal"))]
-    assert [card.count("trust_remote_code=True") for card in cards] == [0, 2]
-
-
-@pytest.mark.parametrize("recovery", ["bias", "least_squares"])
-def test_a_run_measures_the_dense_the_pruned_and_the_recovered_model(recovery, run_with_option, finished):
-    result = run_with_option(recovery)
-    stages = dict.fromkeys((r["stage"], r["recovery"]) for r in result.records)
-    assert list(stages) == [("dense", "none"), ("pruned", "none"), ("recovered", recovery)]
-    assert result.masks == finished.masks  # recovery comes after the masks
-    without = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
-    for r in result.records:
-        if r["stage"] == "recovered":
-            assert r["nll"] != without["pruned", r["corpus"]]
-        else:
-            assert r["nll"] == without[r["stage"], r["corpus"]]
-
-
 def test_the_pruned_model_is_not_measured_without_the_flag_and_in_its_place_if_it_is_asked_for_later(
     world, tmp_path, run_with_option
 ):
@@ -408,7 +170,7 @@ def test_the_last_lines_say_what_was_removed_what_it_cost_and_what_recovery_gave
 
 def test_ones_own_text_prunes_trains_and_is_reported_beside_text_that_the_run_did_not_use(world, tmp_path, capsys):
     own = world.corpora["gamma"]
-    flags = [f"--corpora.text={own}", "--recovery=distill", "--distill.tokens=100000"]
+    flags = [f"--corpora.text={own}", "--recovery=distill", "--distill.tokens=100000", "--distill.batch_size=64"]
     result = world.run(tmp_path / "runs", *flags)
     seen = {Path(r["corpus"]).stem: r["seen"] for r in result.records}
     assert seen == {"gamma": True, "alpha": False, "delta": False, "epsilon": False}
@@ -432,100 +194,7 @@ def test_on_the_default_text_a_run_names_a_command_that_compares_methods(tmp_pat
     assert first_look(default).startswith("Compare with the base metric: gprune prune --gprune false; gprune report ")
 
 
-def test_with_one_drift_corpus_drift_is_zero_and_no_module_is_switched(world, tmp_path, dense):
-    alpha = world.names("alpha")
-    flags = ("--recovery=least_squares", f"--corpora.recover={alpha}")
-    result = world.run(tmp_path, f"--corpora.drift={alpha}", *flags)
-    check_budget(result, dense)
-    assert not any(row["switched"] for row in result.modules.rows())
-    assert all(bool((d.drift == 0).all()) for d in result.modules.drift)
-
-
-# Published methods as flags.
-PRESETS = {
-    "FLAP": (
-        "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--sparsity.scope=attention+ffn",
-    ),
-    "Wanda-sp": ("--importance=wanda_sp", "--sparsity.scope=attention+ffn"),
-    "LLM-Pruner": ("--importance=taylor", "--sparsity.scope=attention+ffn", "--sparsity.protect=[0]"),
-    "OWL": ("--sparsity.allocation=owl",),
-    "ShortGPT": ("--sparsity.scope=ffn+blocks", "--sparsity.block_choice=influence", "--sparsity.block_share=1"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def preset(world, tmp_path_factory, shared_cache):
-    """Return a function from a name in `PRESETS` to the result of its run, which is run once."""
-    return run_once(world, tmp_path_factory.mktemp("presets"), lambda name: ["--gprune=false", *PRESETS[name]])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_meet_the_budget_and_compute_the_masked_model(name, preset, dense, token_batch):
-    result = preset(name)
-    check_budget(result, dense)
-    assert result.modules is None
-    recoveries = {"none", "bias"} if name == "FLAP" else {"none"}
-    rows = {(r["stage"], r["recovery"]) for r in result.records}
-    stages = {"none": "pruned", "bias": "recovered"}
-    assert rows == {("dense", "none"), *((stages[recovery], recovery) for recovery in recoveries)}
-    with masked(dense, result.masks), torch.inference_mode():
-        difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
-    assert (difference <= 1e-4) == (name != "FLAP")  # FLAP adds biases to compensate for removed units
-
-
-def test_flap_adds_a_bias_to_every_projection_that_lost_inputs(preset):
-    result = preset("FLAP")
-    for block, neurons, groups in zip(blocks_of(result.model), result.masks.ffn, result.masks.attention, strict=True):
-        assert (block.down.bias is not None) == (not neurons.all())
-        assert (block.output.bias is not None) == (not groups.all())
-    assert not all(bool(m.all()) for m in result.masks.ffn)
-
-
 # --- one calibration pass for many runs -------------------------------------------------------------------------
-
-
-def calibration_tokens(result):
-    """Return the numbers of (forward, forward and backward) tokens that a run used for calibration."""
-    step = json.loads((result.path / "manifest.json").read_text())["steps"].get("calibrate", {})
-    return step.get("forward_tokens", 0), step.get("forward_backward_tokens", 0)
-
-
-@pytest.mark.slow
-def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    flags = ("--importance=taylor", "--export=none")
-    calibrated, learned = 3 * 4 * 32, 2 * 4 * 32  # corpora, windows, tokens
-    result = world.run(tmp_path, *flags)
-    plan = make_plan(result.config)
-    assert calibration_tokens(result) == (0, calibrated)
-    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
-    # The bound does not count calibration twice.
-    assert 0 <= plan.forward_tokens - result.summary["forward_tokens"] < calibrated
-    # A run without modules needs one corpus, and finds its statistics in the cache. The plan assumes an empty cache.
-    cached = world.run(tmp_path, *flags, "--gprune=false", "--sparsity.target=0.4", name="cached")
-    plan_of_cached = make_plan(cached.config)
-    assert cached.summary["forward_backward_tokens"] == 0
-    assert plan_of_cached.forward_backward_tokens == calibrated // 3
-    assert cached.summary["forward_tokens"] <= plan_of_cached.forward_tokens
-
-
-@pytest.mark.slow
-def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(world, tmp_path, dense):
-    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares"]
-    result = world.run(tmp_path, *flags)
-    check_budget(result, dense)
-    plan = make_plan(result.config)
-    # Errors of blocks are measured on four windows of each drift corpus.
-    windows = 4 * len(result.config.corpora.drift)
-    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
-    assert result.summary["forward_tokens"] <= plan.forward_tokens
-    widths = [int(keep.sum()) for keep in result.masks.ffn]
-    assert len({*widths}) > 1
-    assert sum(widths) == result.masks.ffn[0].numel() * len(widths) // 2
-    assert {path.stem for path in result.path.glob("errors_*")} == {"errors_modules"}
-    (result.path / "metrics.json").unlink()
-    assert world.run(tmp_path, *flags).masks == result.masks
 
 
 def test_drift_and_leaks_are_measured_and_logged_once_by_a_run_that_is_resumed(world, tmp_path, monkeypatch, capsys):
@@ -562,7 +231,7 @@ def test_records_of_reconstruction_have_the_ridge_of_its_errors_without_least_sq
 
 @pytest.mark.slow
 def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world, tmp_path, monkeypatch):
-    """The tokens of the dense model are counted in each case. The expected KL is computed here from logits."""
+    """The tokens of the dense model are counted in each case."""
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
     tokens = 2 * 3 * 2 * 32  # of the dense and the pruned model: corpora, windows, tokens
@@ -570,21 +239,10 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
     for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
         monkeypatch.setattr("gprune.method.plan.MAX_FORECAST_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
-        assert (
-            json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == tokens
-        )
+        manifest = json.loads((runs[-1].path / "manifest.json").read_text())
+        assert manifest["steps"]["evaluate"]["forward_tokens"] == tokens
         assert runs[-1].summary["forward_tokens"] <= make_plan(runs[-1].config).forward_tokens
         assert runs[-1].records == runs[0].records
-    dense = AutoModelForCausalLM.from_pretrained(world.model)
-    with open_run(runs[0].config) as run:
-        text = {w.corpus: w.tokens for w in run.text.test}
-    for record in runs[0].records:
-        assert ("kl" in record) == (record["stage"] != "dense")
-        if "kl" in record:
-            logits = [m(text[record["corpus"]]).logits[:, :-1].double() for m in (dense, runs[0].model)]
-            log_dense, log_pruned = (z.log_softmax(-1) for z in logits)
-            window_kl = (log_dense.exp() * (log_dense - log_pruned)).sum((1, 2))
-            assert record["window_kl"] == pytest.approx(window_kl.tolist(), rel=1e-4)
 
 
 def test_prune_refuses_a_dry_run_configuration(tmp_path):
@@ -633,23 +291,6 @@ def test_a_dry_run_accepts_gpus_that_this_machine_lacks_and_no_invalid_accelerat
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus)) == 0
     assert re.search(r"GiB of each GPU in the step \w+\n", capsys.readouterr().out)
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus, "--trainer.accelerator=abacus")) == 2
-
-
-def test_dry_run_bounds_the_tokens_of_the_run(finished):
-    """Training uses four windows of 32 tokens of each of two corpora."""
-    plan = make_plan(finished.config)
-    assert finished.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 4 * 32
-    assert finished.summary["forward_tokens"] <= plan.forward_tokens
-
-
-def test_dry_run_bounds_the_tokens_of_a_run_with_kl_and_counts_the_forward_pass_of_the_teacher(run_with_option):
-    """Training uses seven windows of 32 tokens of each of two corpora."""
-    result = run_with_option("kl_on_fresh_text")
-    plan = make_plan(result.config)
-    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
-    assert result.summary["forward_tokens"] <= plan.forward_tokens
-    flags = ["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"]
-    assert plan.forward_tokens == make_plan(gprune.config.parse(flags)).forward_tokens + 2 * 7 * 32
 
 
 @pytest.mark.parametrize("importance", ["wanda_sp", "magnitude"])

@@ -12,7 +12,6 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gprune import report
@@ -228,17 +227,7 @@ def test_thresholds_are_learned_where_the_base_masks_reach_the_target(trained, r
     assert 0 < result.summary["forward_backward_tokens"] <= plan.forward_backward_tokens
 
 
-class Killed(BaseException):
-    """Simulates a killed process: no code catches it."""
-
-
-def test_a_killed_search_resumes_with_the_same_bits_and_its_result_is_trained_once(
-    trained, rise, tmp_path, monkeypatch
-):
-    """The run is killed before it recovers the fifth model. The other run finds the dense model in the cache too."""
-    flags = with_target("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536")
-    fills_the_cache = with_target("+50%", "--gprune=false", "--recovery=least_squares")
-    trained.run(tmp_path, *fills_the_cache, name="fills-the-cache")
+def test_the_result_of_a_search_is_trained_once_and_measured_again(trained, rise, tmp_path, monkeypatch):
     stages, fit = [], L.Trainer.fit
 
     def fit_and_record(trainer, stage, *args, **kwargs):
@@ -246,35 +235,13 @@ def test_a_killed_search_resumes_with_the_same_bits_and_its_result_is_trained_on
         return fit(trainer, stage, *args, **kwargs)
 
     monkeypatch.setattr(L.Trainer, "fit", fit_and_record)
-    whole = trained.run(tmp_path, *flags, name="whole")
+    result = trained.run(tmp_path, *with_target("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536"))
     assert stages.count("DistillationStage") == 1
-    calls, original = [], quality.prune_and_recover
-
-    def prune_and_kill(*args, **kwargs):
-        calls.append(kwargs)
-        if len(calls) > 4:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(quality, "prune_and_recover", prune_and_kill)
-        with pytest.raises(Killed):
-            trained.run(tmp_path, *flags, name="killed")
-    resumed = trained.run(tmp_path, *flags, name="killed")
-    names = [path.relative_to(whole.path) for path in sorted(whole.path.rglob("*.safetensors"))]
-    assert "recovery/DistillationStage.safetensors" in map(str, names)
-    for name in names:
-        one, other = (load_file(result.path / name) for result in (whole, resumed))
-        assert all(torch.equal(tensor, other.pop(key)) for key, tensor in one.items()), name
-        assert not other
-    assert resumed.records == whole.records
-    assert resumed.summary == whole.summary, "with the numbers of tokens"
-    numbers = numbers_of(whole)
+    numbers = numbers_of(result)
     assert numbers["development"][0] <= 0.1
-    assert numbers["trained"][0] == pytest.approx(mean(rise(whole.model)), abs=1e-4)
-    manifest = json.loads((whole.path / "manifest.json").read_text())
-    learned = manifest["learned_tokens"]
-    assert learned == {"thresholds": learned["thresholds"], "recovery/DistillationStage": 1536}
+    assert numbers["trained"][0] == pytest.approx(mean(rise(result.model)), abs=1e-4)
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    assert manifest["learned_tokens"]["recovery/DistillationStage"] == 1536
 
 
 def test_a_quality_target_uses_more_development_text_by_default_and_all_of_a_small_corpus(trained, tmp_path):

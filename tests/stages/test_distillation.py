@@ -360,20 +360,6 @@ def run_killed_at(step: int, world, runs, *flags) -> None:
             tiny_run.main(world.args(runs, *flags))
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_distillation_resumed_after_kills_has_the_same_bits(accumulate, uninterrupted, world, tmp_path):
-    flags = (*FLAGS, *ALONE, f"--distill.accumulate={accumulate}", EVERY_STEP)
-    whole = uninterrupted if accumulate == 1 else world.run(tmp_path, *flags, name="whole")
-    for step in (6, 3):  # of nine batches
-        run_killed_at(step, world, tmp_path, *flags)
-    # The sessions trained on 5 and 2 batches. Accumulation resumes at the first batch of a step.
-    assert steps_of(world, tmp_path, *flags) == list(range(7 if accumulate == 1 else 6, 9))
-    resumed = load_run(tmp_path / "run")
-    assert_same_tensors(learned_of(whole.path), learned_of(resumed.path))
-    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in whole.records]
-    assert not list(resumed.path.rglob("*.ckpt"))  # removed after the stage
-
-
 def test_a_checkpoint_is_kept_until_the_learned_weights_are_written(world, tmp_path, monkeypatch):
     flags = (*FLAGS, *ALONE, EVERY_STEP)
     write_tensors = folder.write_tensors
