@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +36,7 @@ def run(args: Sequence[str], prog: str = "gprune prune") -> str:
     """Prune with the given flags and return the text to print: the results on rank 0, or the plan of a dry run."""
     cfg = parse(args, prog)
     log_to_stdout()
-    if ignored := describe_ignored_flags(cfg, given_flags(args)):
-        log.warning("Ignored flags: %s", ignored)
+    cfg.check_used(given_flags(args))
     check_early(cfg)
     if not cfg.dry_run:  # logged before the imports, which take seconds
         what = cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target, ", ".join(cfg.train_corpora)
@@ -99,15 +98,3 @@ def check_early(cfg: RunConfig) -> None:
 
         if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
             raise UserError("--trainer.accelerator must be cpu or auto if PyTorch finds no GPU; got gpu.")
-
-
-def describe_ignored_flags(cfg: RunConfig, names: Iterable[str]) -> str:
-    """Return a line with the flags that a run with these settings ignores, and the reasons.
-
-    The line is empty if no flag is known to be ignored.
-    """
-    unread, flags_by_reason = cfg.unread, {}
-    for name in sorted(names):
-        if reason := unread.get(name.partition(".")[0]) or unread.get(name):
-            flags_by_reason.setdefault(reason, []).append(f"--{name}")
-    return "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in flags_by_reason.items())

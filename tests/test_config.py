@@ -7,7 +7,6 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ import yaml
 
 import gprune
 from gprune.benchmarks.settings import Benchmarks
-from gprune.cli import describe_ignored_flags, run
+from gprune.cli import run
 from gprune.config import RunConfig, config_from_mapping, parse
-from gprune.config.groups import REPLACEMENTS, CorporaConfig, Reads, SparsityConfig
+from gprune.config.groups import REPLACEMENTS, CorporaConfig, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS, given_flags
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
@@ -464,16 +463,6 @@ def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes()
     assert len({str(settings_with(**export)) for export in exports_of_different_size}) == 4
 
 
-# --- flags that some values of a choice read ------------------------------------------------------------------------
-
-
-def test_all_flags_that_some_values_read_exist():
-    markers = [marker for group in (RunConfig, *GROUPS.values()) for field in group.model_fields.values()
-               for marker in field.metadata if isinstance(marker, Reads)]  # fmt: skip
-    read = set().union(*(marker.unread(()) for marker in markers))
-    assert {"ridge", "distill", "sparsity.start", "partition"} < read <= FLAG_TYPES.keys() | GROUPS.keys()
-
-
 def test_seconds_and_bytes_are_currencies_like_others():
     seconds, file_size = (
         config_from_mapping({"sparsity.target": 0.3, "sparsity.cost": name}) for name in ("seconds", "bytes")
@@ -482,14 +471,20 @@ def test_seconds_and_bytes_are_currencies_like_others():
     assert file_size.settings()["export"] == {"dtype": None}
 
 
+# --- flags that the chosen method does not use ----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ("--distill.rank=8", "--distill.rank (--distill.targets all)"),
-        ("--export=none --export.dtype=float16", "--export.dtype (--export none)"),
+        ("--export=none --export.dtype=float16", "--export.dtype (--export.format none)"),
         ("--export=none --export.dtype=float16 --sparsity.target=400KiB", ""),
         ("--gprune=false --sparsity.epochs=1 --partition.steps=3 --recovery=none --distill.kl=1 --ridge=1",
          "--distill.kl, --ridge (--recovery none); --partition.steps, --sparsity.epochs (--gprune false)"),
+        ("--gprune=false --corpora.drift=[wiki] --corpora.learn=[web]",
+         "--corpora.drift, --corpora.learn (--gprune false)"),
+        ("--gprune=false --corpora.drift=[wiki] --sparsity.scope=ffn+blocks", ""),
         ("--reliability.switch=false --reliability.metric=random --sparsity.allocation=owl --sparsity.loss=kl",
          "--reliability.metric (--reliability.switch false); --sparsity.loss (--sparsity.allocation owl)"),
         ("--recovery=[bias,distill] --ridge=1 --distill.tokens=8000", "--ridge (--recovery bias+distill)"),
@@ -498,20 +493,32 @@ def test_seconds_and_bytes_are_currencies_like_others():
          "--sparsity.learning_rate (--sparsity.learn offsets)"),
         ("--sparsity.offset_limit=9 --partition.method=initial --partition.steps=9 --partition.drift_weight=2",
          "--partition.steps (--partition.method initial); --sparsity.offset_limit (--sparsity.learn thresholds)"),
+        ("--sparsity.block_share=0.5 --sparsity.expert_metric=random",
+         "--sparsity.block_share, --sparsity.expert_metric (--sparsity.scope ffn)"),
         ("--sparsity.allocation=reconstruction --recovery=none --ridge=1", ""),
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),
     ],
 )  # fmt: skip
-def test_flags_without_effect_are_listed_with_the_reason(flags, expected, tmp_path):
-    (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # flags from a file are not listed
+def test_given_flags_that_the_method_does_not_use_are_refused_with_the_reason_unless_allowed(flags, expected, tmp_path):
+    (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # settings of files are not refused
     args = [f"--config={tmp_path / 'a.yaml'}", *flags.split()]
-    assert describe_ignored_flags(parse(args), given_flags(args)) == expected
-
-
-def test_the_log_names_flags_without_effect(tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr("gprune.cli.log", SimpleNamespace(warning=lambda text, *values: lines.append(text % values)))
-    args = ["--distill.rank=8", "--corpora.evaluate=[none-such]"]  # refused after the line, before anything is loaded
+    if not expected:
+        return parse(args).check_used(given_flags(args))
+    with pytest.raises(UserError) as error:
+        run([*args, "--corpora.evaluate=[none-such]"])  # nothing is loaded before
+    assert str(error.value) == f"The run does not use {expected}. Remove these flags, or add --allow_unused true."
     with pytest.raises(UserError, match="none-such"):
-        run(args)
-    assert lines == ["Ignored flags: --distill.rank (--distill.targets all)"]
+        run([*args, "--corpora.evaluate=[none-such]", "--allow_unused=true"])
+
+
+def test_a_row_that_sets_what_its_method_does_not_use_is_refused_and_settings_of_all_rows_are_not(tmp_path):
+    (tmp_path / "list.yaml").write_text(
+        "common: {sparsity.epochs: 2, gprune: false}\nrows: {a: {}, b: {partition: {steps: 3}}, c: {gprune: true}}\n"
+    )
+    a, b, c = Listing.read(tmp_path / "list.yaml").rows
+    a.check()
+    c.check()
+    with pytest.raises(UserError, match=r"^Row 'b': The run does not use --partition\.steps \(--gprune false\)"):
+        b.check()
+    assert "--allow_unused=true" in a.command
+    assert "--allow_unused" not in c.command

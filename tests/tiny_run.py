@@ -103,7 +103,8 @@ class World:
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
             "--evaluation.curve=[0.25]", "--evaluation.prompts=[]", "--logging.mode=disabled",
             "--trainer.accelerator=cpu", "--trainer.precision=32-true",  # the same bits on every processor
-            f"--run.dir={runs}", f"--run.name={name}", *([] if has_target else ["--sparsity.target=0.5"]), *more,
+            f"--run.dir={runs}", f"--run.name={name}", "--allow_unused=true",
+            *([] if has_target else ["--sparsity.target=0.5"]), *more,
         ]  # fmt: skip
 
     def run(self, runs: Path, *more: str, name: str = "run") -> PruningResult:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,7 +37,6 @@ from gprune.checks import (
 )
 from gprune.errors import UserError, closest_name
 from gprune.importance.metrics import IMPORTANCE
-from gprune.registry import Registry
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.target import Target, TargetSetting
 
@@ -65,25 +64,6 @@ WidthMultiple = Annotated[AtLeast1 | None, WrapValidator(_parse_multiple), Plain
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 
 
-class Reads:
-    """Marker of a setting that chooses a feature: the flags, or groups of flags, that only some of its values read.
-
-    The values are those of a registry, whose entries may have the attribute `reads`, or keys of a mapping.
-    """
-
-    def __init__(self, by_value: Mapping[Any, Collection[str]] | Registry[Any]):
-        self.by_value = by_value
-
-    def unread(self, values: Collection[Any]) -> set[str]:
-        """Return the flags that other values read, and these do not."""
-        by_value = {name: self._flags(name) for name in self.by_value}
-        return set().union(*by_value.values()).difference(*(by_value.get(name, ()) for name in values))
-
-    def _flags(self, name: Any) -> Collection[str]:
-        entry = self.by_value[name]
-        return getattr(entry, "reads", ()) if isinstance(self.by_value, Registry) else entry
-
-
 class Identity(Enum):
     """Marker of a setting, or a group, that does not always identify a run. Without a marker it does."""
 
@@ -96,21 +76,6 @@ SCOPES = (  # values of --sparsity.scope, with their parts in this order
     "ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks", "experts", "ffn+experts", "attention+ffn+experts",
     "experts+blocks", "ffn+experts+blocks", "attention+ffn+experts+blocks",
 )  # fmt: skip
-FLAGS_OF_PARTS = {  # flags that only scopes with a part read
-    "ffn": ("importance", "ridge", "sparsity.width_multiple", "sparsity.uniform_width"),
-    "experts": ("sparsity.expert_metric", "sparsity.expert_share", "sparsity.uniform_experts"),
-    "blocks": ("sparsity.block_share", "sparsity.block_choice"),
-}
-FLAGS_OF_SCOPES = {
-    scope: [flag for part, flags in FLAGS_OF_PARTS.items() if part in scope for flag in flags] for scope in SCOPES
-}
-REFINEMENT_FLAGS = tuple(
-    f"partition.{name}" for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight")
-)
-SWITCHING_FLAGS = tuple(
-    f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile")
-)
-OFFSET_FLAGS = ("sparsity.offset_learning_rate", "sparsity.offset_limit")
 
 REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were removed -> what to use instead
     "seed": "--run.seed",
@@ -351,10 +316,7 @@ class PartitionConfig(Group, prefix="partition."):
 
     num_modules: AtLeast1 = 8
     """K, the initial number of modules per block. Modules of fewer than max(32, N / 4K) of the N neurons are merged."""
-    method: Annotated[
-        Literal["refined", "initial", "random", "drift_only"],
-        Reads(dict.fromkeys(("refined", "random", "drift_only"), REFINEMENT_FLAGS)),
-    ] = "refined"
+    method: Literal["refined", "initial", "random", "drift_only"] = "refined"
     """How modules are found. refined: k-means, then differentiable refinement. Ablations: initial (k-means alone),
     random (refined sizes, random members), drift_only (refined sizes, members by drift alone)."""
     embedding_dim: AtLeast1 = 8
@@ -378,7 +340,7 @@ class PartitionConfig(Group, prefix="partition."):
 class ReliabilityConfig(Group, prefix="reliability."):
     """Which modules are ranked by another metric because the base metric is unreliable there."""
 
-    switch: Annotated[bool, Reads({True: SWITCHING_FLAGS})] = True
+    switch: bool = True
     """Rank sensitive, weakly activated modules by --reliability.metric. False: every module keeps the base metric."""
     everywhere: bool = False
     """Switch all modules, reliable or not (a control)."""
@@ -423,7 +385,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     cost: Annotated[Text | None, IF_CHANGED] = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
     bytes (of the export), seconds (on this machine), or the name of a registered cost."""
-    scope: Annotated[Literal[SCOPES], BeforeValidator(_sort_scope), Reads(FLAGS_OF_SCOPES)] = "ffn"
+    scope: Annotated[Literal[SCOPES], BeforeValidator(_sort_scope)] = "ffn"
     """What may be removed. ffn: FFN neurons. attention: KV groups too. experts: whole experts of mixtures, alone (with
     --gprune false) or too. blocks: whole blocks too. They share one budget."""
     block_share: Annotated[float, Field(gt=0, le=1), NEVER] = 0.25
@@ -442,7 +404,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     uniform_experts: Annotated[bool, NEVER] = True
     """Remove the same number of experts in every layer, chosen per layer, so that the result can be a stock model.
     False: rank the experts of all layers together, by scores relative to the mean of their layer."""
-    allocation: Annotated[Text, Reads(ALLOCATION)] = "learned"
+    allocation: Text = "learned"
     """How sparsity is allocated: learned, equal, uniform, global, owl or reconstruction. learned: one threshold
     per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and
     each module loses what the base metric ranks lowest in its block: uniform (the same sparsity in every block), global
@@ -465,16 +427,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have
     fewer heads). Allocations to blocks other than uniform are refused."""
-    learn: Annotated[
-        Literal["thresholds", "offsets", "both"],
-        Reads(
-            {
-                "thresholds": ("sparsity.learning_rate",),
-                "offsets": OFFSET_FLAGS,
-                "both": ("sparsity.learning_rate", *OFFSET_FLAGS),
-            }
-        ),
-    ] = "thresholds"
+    learn: Literal["thresholds", "offsets", "both"] = "thresholds"
     """Learned parameters. thresholds: one number per module. offsets: one number per neuron, which shifts its rank;
     modules then matter for initialization only. both: thresholds and offsets."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr
@@ -20,7 +21,6 @@ from gprune.config.groups import (
     Group,
     ModelConfig,
     PartitionConfig,
-    Reads,
     ReliabilityConfig,
     SparsityConfig,
     name_or_list,
@@ -38,7 +38,7 @@ from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
 from gprune.registry import Registry, Stage, check_stage, stages_of
-from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
+from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.price import COST
 from gprune.sparsity.target import Target
 from gprune.user_code import code_of, code_of_module
@@ -47,6 +47,10 @@ from gprune.user_code import code_of, code_of_module
 # three default corpora is 8.8 points with 2 windows of each (median of random choices), 3.3 with 4, 2.1 with 8, and 1.7
 # with 16. The smallest of these corpora has 8 windows of development text.
 QUALITY_SAMPLES = 8
+LEARNING_FLAGS = (
+    "corpora.learn corpora.learn_samples evaluation.curve sparsity.learn sparsity.loss sparsity.epochs "
+    "sparsity.centred sparsity.learning_rate sparsity.offset_learning_rate sparsity.offset_limit"
+)
 IDENTITY_OF_PARTS = {  # settings that identify a run only if a part of the scope uses them
     "blocks": ("block_share", "block_choice"),
     "experts": ("expert_metric", "expert_share", "uniform_experts"),
@@ -56,10 +60,7 @@ IDENTITY_OF_PARTS = {  # settings that identify a run only if a part of the scop
 class ExportConfig(Group, prefix="export.", plain_setting="format"):
     """Export of the pruned model."""
 
-    format: Annotated[
-        Literal["hf", "gguf", "nemotron-nas", "none"],
-        Reads({"hf": ("export.dtype",), "gguf": ("export.dtype", "export.type"), "nemotron-nas": ("export.dtype",)}),
-    ] = "hf"
+    format: Literal["hf", "gguf", "nemotron-nas", "none"] = "hf"
     """Format of the model. hf: a Hugging Face folder, which is reloaded and compared. gguf: a GGUF file too
     (--export.type is its quantization). nemotron-nas: a DeciLM folder too, for serving engines (docs/export.md). none:
     masks and numbers only. Short form: `--export gguf`."""
@@ -96,7 +97,7 @@ class RunConfig(Group):
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
-    recovery: Annotated[Text, BeforeValidator(_join_chain), Reads(RECOVERY)] = "least_squares+distill"
+    recovery: Annotated[Text, BeforeValidator(_join_chain)] = "least_squares+distill"
     """Recovery of the pruned model: one method, or a chain such as [least_squares,distill]. none: as in the paper.
     bias: the mean output of removed units is added to biases. least_squares: output projections are fitted again to
     the dense model's activations. distill: weights are trained to predict like the dense model, see --distill. Or the
@@ -110,7 +111,7 @@ class RunConfig(Group):
     """Module of --import with your own stages: its `learner`, `refiner` or `calibrator`, a LightningModule class or a
     functools.partial of one with arguments. Default: the built-in stages."""
     _given_stages: dict[str, Stage] = PrivateAttr({})  # those of `gprune.prune`, by kind
-    gprune: Annotated[bool, Reads({True: ("partition", "reliability", "corpora.drift", *LEARNING_FLAGS)})] = True
+    gprune: bool = True
     """False: prune by the base metric only, with --sparsity.start instead of --sparsity.allocation learned."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     logging: Annotated[LoggingConfig, NEVER] = Field(default_factory=LoggingConfig)
@@ -119,6 +120,8 @@ class RunConfig(Group):
     export: Annotated[ExportConfig, BeforeValidator(_from_format), NEVER] = Field(default_factory=ExportConfig)
     dry_run: Annotated[bool, NEVER] = False
     """Print the widths, and the number of parameters, bytes and tokens and the memory needed. Nothing is run."""
+    allow_unused: Annotated[bool, NEVER] = False
+    """Accept flags that the chosen method does not use, as in sweeps over methods. By default they are refused."""
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""
@@ -211,26 +214,50 @@ class RunConfig(Group):
             *([(EXPERT_IMPORTANCE, self.sparsity.expert_metric)] if "experts" in self.sparsity.scope else []),
         ]  # fmt: skip
 
-    @property
-    def unread(self) -> dict[str, str]:
-        """Flags and groups of flags that the run does not read, with the flag that is the reason."""
-        read = set()
-        if self.corpora.score is None or self.sparsity.chooses_blocks_by_loss:
-            read.add("corpora.drift")
-        if self.sparsity.currency == "bytes":
-            read.add("export.dtype")
-        if self.measures_errors:
-            read.add("ridge")
-        entries, unread = self.entries, {}
-        for group in (self, *(value for _, value in self if isinstance(value, Group))):
-            for name, field in type(group).model_fields.items():
-                for marker in (marker for marker in field.metadata if isinstance(marker, Reads)):
-                    value = getattr(group, name)
-                    named = [entry for registry, entry in entries if registry is marker.by_value]
-                    flag = group.prefix.rstrip(".") if name == group.plain_setting else f"{group.prefix}{name}"
-                    reason = f"--{flag} {str(value).lower() if isinstance(value, bool) else value}"
-                    unread = dict.fromkeys(marker.unread(named or [value]) - read, reason) | unread
-        return unread
+    def unused(self, names: Iterable[str]) -> str:
+        """Return those of the given flags that the run does not use, with the choices that are the reasons."""
+        s, recoveries = self.sparsity, set(self.recovery.split("+"))  # a user's own recovery may use any flag
+        drift_is_used = self.gprune or self.corpora.score is None or s.chooses_blocks_by_loss
+        rules = [  # flags and groups, the choice that decides whether the run uses them, and whether it does
+            (f"partition reliability {LEARNING_FLAGS}", "gprune", self.gprune),
+            ("corpora.drift", "gprune", drift_is_used),
+            ("sparsity.start", "sparsity.allocation", self.base_allocation != s.allocation),
+            (LEARNING_FLAGS, "sparsity.allocation", self.learns),
+            ("sparsity.learning_rate", "sparsity.learn", s.learn != "offsets"),
+            ("sparsity.offset_learning_rate sparsity.offset_limit", "sparsity.learn", s.learn != "thresholds"),
+            ("importance sparsity.width_multiple sparsity.uniform_width", "sparsity.scope", "ffn" in s.scope),
+            ("sparsity.expert_metric sparsity.expert_share sparsity.uniform_experts", "sparsity.scope",
+             "experts" in s.scope),
+            ("sparsity.block_share sparsity.block_choice", "sparsity.scope", "blocks" in s.scope),
+            ("partition.steps partition.learning_rate partition.consistency_weight partition.balance_weight "
+             "partition.entropy_weight", "partition.method", self.partition.method != "initial"),
+            ("reliability.everywhere reliability.metric reliability.sensitivity_quantile reliability.score_quantile",
+             "reliability.switch", self.reliability.switch),
+            ("ridge", "sparsity.scope", "ffn" in s.scope or self.measures_errors),
+            ("ridge", "recovery", bool(recoveries - {"none", "bias", "distill"}) or self.measures_errors),
+            ("distill", "recovery", bool(recoveries - {"none", "bias", "least_squares"})),
+            ("corpora.recover", "recovery", recoveries != {"none"}),
+            ("distill.rank", "distill.targets", self.distill.targets == "lora"),
+            ("export.dtype", "export.format", self.export.format != "none" or s.currency == "bytes"),
+            ("export.type", "export.format", self.export.format == "gguf"),
+        ]  # fmt: skip
+        choices: dict[str, str] = {}
+        for flags, choice, is_used in rules:
+            if not is_used:
+                choices = dict.fromkeys(flags.split(), choice) | choices
+        given: dict[str, list[str]] = {}  # reason -> flags
+        for name in sorted(set(names)):
+            if choice := choices.get(name.partition(".")[0]) or choices.get(name):
+                group, _, setting = choice.rpartition(".")
+                value = getattr(getattr(self, group) if group else self, setting)
+                given.setdefault(f"--{choice} {str(value).lower()}", []).append(f"--{name}")
+        return "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in given.items())
+
+    def check_used(self, names: Iterable[str], where: str = "") -> None:
+        """Raise UserError for given flags that the run does not use, unless `allow_unused` is set."""
+        if not self.allow_unused and (unused := self.unused(names)):
+            place = f"{where}: " if where else ""
+            raise UserError(f"{place}The run does not use {unused}. Remove these flags, or add --allow_unused true.")
 
     def with_stages(self, **stages: Stage | None) -> RunConfig:
         """Return a copy with stages given from Python, by kind: some of `refiner`, `learner` and `calibrator`.
@@ -287,7 +314,8 @@ class RunConfig(Group):
     @property
     def learns(self) -> bool:
         """Whether thresholds or offsets are learned."""
-        return self.gprune and ALLOCATION[self.sparsity.allocation].learned
+        allocation = self.sparsity.allocation
+        return self.gprune and allocation in ALLOCATION and ALLOCATION[allocation].learned
 
     @property
     def backward_flag(self) -> str:
@@ -384,12 +412,13 @@ class RunConfig(Group):
 
         The list of a role that the run does not use is empty: `drift` if it only names the corpora of `score`.
         """
-        unread = self.unread
-        roles = {role: getattr(self.corpora, role) for role in ("drift", "learn", "recover")}
-        used = {role: [] if f"corpora.{role}" in unread else corpora for role, corpora in roles.items()}
-        if not self.gprune and not self.sparsity.chooses_blocks_by_loss:
-            used["drift"] = []
-        return {"score": self.corpora.scored} | used
+        c, chain = self.corpora, [RECOVERY[name] for name in self.recovery.split("+") if name in RECOVERY]
+        return {
+            "score": c.scored,
+            "drift": c.drift if self.gprune or self.sparsity.chooses_blocks_by_loss else [],
+            "learn": c.learn if self.learns else [],
+            "recover": c.recover if any(entry.needs or entry.learns for entry in chain) else [],
+        }
 
     @property
     def development_corpora(self) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from gprune.checks import AtLeast1, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, Text, UpTo4096
-from gprune.config.groups import IF_CHANGED, NEVER, Group, Reads
+from gprune.config.groups import IF_CHANGED, NEVER, Group
 from gprune.errors import UserError
 from gprune.user_code import code_at
 
@@ -22,7 +22,7 @@ RELATIVE_RATE = 1.6e-3
 class DistillConfig(Group, prefix="distill."):
     """Distillation of the dense model into the pruned one, for recoveries that include distill."""
 
-    targets: Annotated[Literal["mlp", "all", "lora"], Reads({"lora": ("distill.rank",)})] = "all"
+    targets: Literal["mlp", "all", "lora"] = "all"
     """Which weights are trained. mlp: those of the FFN. all: all weights of the decoder layers. lora: LoRA adapters,
     merged at the end (needs peft)."""
     tokens: AtLeast1 = 12_288

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.checks import Text, validation_message
-from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, read_settings
+from gprune.config import CONSENT, RunConfig, config_from_mapping, flatten, read_flags, read_settings
 from gprune.config.elsewhere import PRUNING_SETTINGS, made_elsewhere, with_made_elsewhere, without_pruning
 from gprune.config.parse import GROUPS, as_flag, overlay
 from gprune.errors import UserError
@@ -126,6 +126,7 @@ class Row:
     masks: bool = True  # whether to store masks; a model made elsewhere has none
     made_elsewhere: str | None = None  # the model that is measured instead of being pruned by gprune
     commit: str | None = None  # that made the record of a row that cannot be run any more
+    given: tuple[str, ...] = ()  # dotted names of the settings of the row itself, without those of files and the list
 
     @cached_property
     def config(self) -> RunConfig:
@@ -166,8 +167,11 @@ class Row:
         return benchmarks_of(self.tasks, trust_remote_code=self.config.model.trust_remote_code)
 
     def check(self) -> None:
-        """Raise UserError for a name that is not registered, and for settings that contradict each other."""
-        config_from_mapping(self._applied_settings, where=f"Row '{self.name}'")
+        """Raise UserError for an unknown name, and for settings that contradict each other or are not used."""
+        where = f"Row '{self.name}'"
+        cfg = config_from_mapping(self._applied_settings, where=where)
+        if self.made_elsewhere is None:
+            cfg.check_used(self.given, where)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -178,7 +182,10 @@ class Row:
     @property
     def command(self) -> str:
         """The shell command that runs this row alone, without its tasks and without a record."""
-        flags = [as_flag(*setting) for setting in self._applied_settings.items()]
+        settings = self._applied_settings
+        if self.config.unused(settings):  # a setting of all rows need not be used by each of them
+            settings = settings | {"allow_unused": True}
+        flags = [as_flag(*setting) for setting in settings.items()]
         if self.made_elsewhere is None:
             return shlex.join([*prune_command(), *flags])
         models = f"{self.made_elsewhere!r}, {self.config.model.name!r}"
@@ -301,7 +308,7 @@ def _read_row(
         name, seed, settings, study=path.stem, records=Path(records or default_folder),
         owner=(path.stem, name), flags=dict(flags), tasks=content.tasks,
         masks=(content.masks or not is_experiment) and row.made_elsewhere is None,
-        made_elsewhere=row.made_elsewhere,
+        made_elsewhere=row.made_elsewhere, given=tuple(flatten(row.settings)),
     )  # fmt: skip
     if row.commit is None:
         return result
