@@ -122,7 +122,7 @@ def flags_of(size: Size, folder: Path) -> list[str]:
     return [
         f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}",
         "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.recover=[python_docs]",
-        "--corpora.evaluate=[python_docs]", "--logging.mode=disabled",
+        "--corpora.evaluate=[python_docs]", "--logging.mode=disabled", "--allow_unused=true",
         f"--corpora.num_samples={size.windows}", f"--corpora.seq_len={size.length}", "--sparsity.target=0.5",
         "--evaluation.num_samples=2", f"--evaluation.seq_len={size.length}", f"--run.dir={folder / 'runs'}",
     ]  # fmt: skip

@@ -43,7 +43,7 @@ def test_shipped_configurations_without_modules_score_on_all_corpora(config):
     assert cfg.method == "base"
     assert cfg.base_corpora == ["wiki", "web", "python_code"]
     assert cfg.roles["learn"] == []
-    assert "corpora.drift" not in cfg.unread
+    assert cfg.unused(["corpora.drift"]) == ""
 
 
 def test_a_run_without_modules_keeps_the_units_with_the_highest_scores_of_all_corpora(world, tmp_path):
