@@ -72,13 +72,6 @@ def test_help_has_examples_and_the_main_flags_and_help_all_has_the_complete_text
                     assert f" --{flag} " not in options
 
 
-def test_gprune_prune_reads_the_flags_of_train_py_and_reports_errors_under_its_name(capsys):
-    assert command.main(["prune", "--config", "smoke", "--model.name=nothing"]) == 2
-    assert re.match("gprune prune: --model.name.*'nothing'", capsys.readouterr().err)
-    assert command.main(["prune", "--colour", "red"]) == 2
-    assert capsys.readouterr().err.startswith("gprune prune: --colour: Unknown setting 'colour'")
-
-
 @pytest.mark.parametrize("name", WITH_PARSERS)
 def test_help_of_a_command_has_examples_and_every_default(name, capsys):
     module, about = command.COMMANDS[name]
@@ -91,42 +84,6 @@ def test_help_of_a_command_has_examples_and_every_default(name, capsys):
         assert action.help
         if action.default not in (None, False, argparse.SUPPRESS):
             assert "(default: " in action.help, action.option_strings
-
-
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        *(([name, "x", "--colour", "red"],
-           f" {name}: Cannot read the command line: unrecognized arguments: --colour red. See --help.")
-          for name in WITH_PARSERS),
-        ([], ": Cannot read the command line: the following arguments are required: command. See --help."),
-        (["exprot"], ": Cannot read the command line: argument COMMAND: invalid choice: 'exprot' (choose from "
-                     "'prune', 'report', 'export', 'evaluate', 'study'). See --help."),
-    ],
-)  # fmt: skip
-def test_an_unknown_command_or_flag_is_refused_in_one_line(args, line, capsys):
-    assert command.main(args) == 2
-    # Python 3.13.1 and later print the choices without quotes.
-    unquoted = line.replace(
-        "'prune', 'report', 'export', 'evaluate', 'study'", "prune, report, export, evaluate, study"
-    )
-    assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{unquoted}\n"}
-
-
-@pytest.mark.parametrize(
-    ("command_line", "end"),
-    [
-        ("report a --outptu x", "--outptu x. Did you mean --output? See --help."),
-        ("evaluate m --task piqa", "--task piqa. Did you mean --tasks? See --help."),
-        ("report a --seeds 0 x", '"seeds" element 2: Expected a whole number. Got value: x. See --help.'),
-        ("prune --sparsity.target", "--sparsity.target: expected one argument. A value that begins with - needs =, "
-         "such as --run.name=-x. See --help."),
-    ],
-)  # fmt: skip
-def test_an_invalid_command_line_is_refused_in_one_line_with_the_remedy(command_line, end, capsys):
-    assert command.main(command_line.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(end)
 
 
 @pytest.mark.slow

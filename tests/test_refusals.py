@@ -1,17 +1,17 @@
-"""Settings and flags that are refused, with the beginning or a part of the message.
-
-Flags of a whole run with a tiny Llama: `method/test_bad_input.py`.
-"""
+"""What is refused, as tables of commands and parts of the message: exit code 2, one line, and nothing is written."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
+import torch
 from transformers import GPT2Config
 
 from experiments.architectures import default_config
+from gprune.__main__ import main as gprune_main
 from gprune.config import config_from_mapping
 from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
@@ -89,6 +89,236 @@ def test_invalid_or_incompatible_settings_are_refused_with_the_reason(settings, 
     with pytest.raises(UserError, match="^" + re.escape(f"Row 'x': {message}")) as error:
         config_from_mapping(settings, where="Row 'x'")
     assert "\n" not in str(error.value)
+
+
+# --- commands
+
+TRAIN = [  # flags of a tiny run, parts of the message
+    ("--corpora.score=wikki", "'wikki'", "wiki"),
+    ("--corpora.score=/nowhere/a.txt", "/nowhere/a.txt", "no such file"),
+    ("--corpora.score=~nobodyhere/a.txt", "~nobodyhere/a.txt", "no such file"),
+    ("--corpora.score={tmp}/empty.txt", "no text"),
+    ("--corpora.learn_samples=100000", "alpha.txt", "must have 100000 windows"),
+    ("--evaluation.num_samples=100000", "alpha.txt", "must have 100000 windows"),
+    ("--evaluation.num_samples=100000 --dry_run=true", "alpha.txt", "must have 100000 windows"),
+    ("--recovery=distill --distill.tokens=960000", "--distill.repeat true"),
+    ("--corpora.text={tmp}/short.txt --recovery=distill --distill.tokens=960000",
+     "must have 8,192 tokens to train on; got 6,"),
+    ("--model.name=smollm3", "model.name", "'smollm3'", "smollm2-135m"),
+    ("--model.name=/nowhere/model", "model.name", "/nowhere/model"),
+    ("--model.name=~nobodyhere/model", "model.name", "~nobodyhere/model"),
+    ("--sparsity.target=half", "sparsity.target", "half"),
+    ("--sparsity.target=0.999", "sparsity.target", "0.999", "at most"),
+    ("--sparsity.target", "sparsity.target: expected one argument. A value that begins with - needs =", "--help"),
+    ("--sparsity=3", "sparsity", "3"),
+    ("--nonsense=1", "nonsense", "model, "),
+    ("--sparsity.width_multiple=161", "sparsity.width_multiple", "160", "161"),
+    ("--sparsity.allocation=depth", "allocation depth was removed", "Use --sparsity.scope ffn+blocks"),
+    ("--sparsity.protect=[0,3]", "sparsity.protect", "from -3 to 2", "got 3"),
+    ("--sparsity.protect=[0,-1]", "sparsity.target", "2 blocks keep everything", "at most 0.33"),
+    ("--reliability.everywhere=true --reliability.switch=false", "reliability.everywhere", "reliability.switch"),
+    ("--evaluation.controls=[base]", "evaluation.controls", "--evaluation.before_recovery", "first_look.yaml"),
+    ("--trainer.strategy=nonsense", "trainer", "'nonsense'"),
+    ("--trainer.accelerator=abacus", "trainer", "'abacus'"),
+    ("--run.name=/tmp/elsewhere", "run.name"),
+    ("--run.name=..", "run.name"),
+    ("--run.dir={tmp}/empty.txt", "{tmp}/empty.txt", "--run.dir"),  # a file in place of a folder
+    ("--run.dir=/proc/nowhere", "/proc/nowhere", "--run.dir"),  # a folder that cannot be written
+    ("--sparsity.target=+0%", "sparsity.target", "got '+0%'"),
+    ("--sparsity.target=-5%", "sparsity.target", "got '-5%'"),
+    ("--sparsity.target=+5", "sparsity.target", "got 5"),
+    ("--sparsity.target=+1e9%", "sparsity.target", "got '+1e9%'"),
+    ("--sparsity.target=+1001%", "sparsity.target", "got '+1001%'"),
+    ("--sparsity.target=+5% --sparsity.target=1.4x", "sparsity.target", "got both +5% and 1.4x"),
+    ("--sparsity.target=[+5%,1.4x]", "sparsity.target", "got ['+5%', '1.4x']"),
+    ("--sparsity.target=+5% --evaluation.development_samples=1", "two or more --evaluation.development_samples"),
+    ("--trainer.val_check_interval=99", "val_check_interval must be 2 or less, the batches in an epoch"),
+    ("--trainer.val_check_interval=1.5", "--trainer.val_check_interval must be a number of batches, or a share"),
+    ("--trainer.val_check_interval=0", "--trainer.val_check_interval must be more than 0"),
+]  # fmt: skip
+CALLBACKS = [  # class path, arguments, a part of the message
+    ("lightning.pytorch.callbacks.EarlyStoping", {}, "'EarlyStoping'. The closest name is 'EarlyStopping'."),
+    ("made_up_package.Thing", {}, "module 'made_up_package' is not imported. Add --import made_up_package."),
+    ("mpl_toolkits.evil.A", {}, "module 'mpl_toolkits.evil' is not imported. Add --import mpl_toolkits.evil."),
+    ("unittest.__main__.A", {}, "module 'unittest.__main__' is not imported"),
+    ("numpy.f2py.__main__.A", {}, "module 'numpy.f2py.__main__' is not imported"),
+    ("torch.nn.Linear", {}, "torch.nn.Linear must be a subclass of lightning.pytorch.Callback"),
+    ("EarlyStopping", {}, "EarlyStopping: init_args.monitor must be given."),
+    ("EarlyStopping", {"monitor": "x", "patience": "many"}, "init_args.patience must be a valid integer"),
+    ("EarlyStopping", {"monitor": "x", "patient": 1}, "init_args.patient must not be given (no such argument)"),
+    ("EarlyStopping", {"monitor": "x", "mode": "up"}, "MisconfigurationException: `mode` can be min, max, got up"),
+    ("Timer", {"interval": "minute"}, "Timer"),
+    ("RichProgressBar", {}, "found `RichProgressBar` in callbacks list"),
+]  # fmt: skip
+COMMANDS = [  # words after `gprune`, parts of the message
+    ("", "the following arguments are required: command. See --help."),
+    ("exprot", "invalid choice: 'exprot' (choose from ", "study"),
+    *((f"{name} x --colour red", f"{name}: Cannot read the command line: unrecognized arguments: --colour red. See --")
+      for name in ("report", "export", "evaluate", "study")),
+    ("report a --outptu x", "--outptu x. Did you mean --output? See --help."),
+    ("evaluate m --task piqa", "--task piqa. Did you mean --tasks? See --help."),
+    ("report a --seeds 0 x", '"seeds" element 2: Expected a whole number. Got value: x. See --help.'),
+    ("prune --sparsity.target", "--sparsity.target: expected one argument. A value that begins with - needs ="),
+    ("prune --config smoke --model.name=nothing", "gprune prune: --model.name", "'nothing'"),
+    ("prune --colour red", "gprune prune: --colour: Unknown setting 'colour'"),
+    ("evaluate", "required: model"),
+    ("evaluate {run} --tasks ,", "--tasks must have at least 1 item"),
+    ("evaluate {run} --limit 0", "--limit must be 1 or more"),
+    ("evaluate {run} --dtype int8", "--dtype must be 'float32', 'bfloat16' or 'float16'; got 'int8'."),
+    ("evaluate {run} --seq_len 32,many", "--seq_len[1] must be a valid integer"),
+    ("evaluate {run} --seq_len 32,1", "--seq_len[1] must be 2 or more"),
+    ("evaluate {run} --tasks wikitext2,speed", "The task speed was removed. Use python -m experiments.engines."),
+    ("evaluate {run} --engine vllm", "unrecognized arguments: --engine vllm. Use python -m experiments.engines."),
+    ("evaluate {run} --shard", "unrecognized arguments: --shard. Use --device_map auto."),
+    ("evaluate {run} --source wheel", "unrecognized arguments: --source wheel. Use --include_path FOLDER"),
+    ("evaluate {run} --tasks wikitext2 --seq_len 99999", "--seq_len must be from 2 to"),
+    ("evaluate {run} --tasks wikitext2 --max_memory '{cpu: 2GiB}'", "--max_memory needs --device_map auto."),
+    ("evaluate {run} --tasks wikitext2 --device_map auto --max_memory lots",
+     "--max_memory must be a mapping of names to values; got 'lots'"),
+    ("evaluate {run} --tasks wikitext2 --device_map auto --max_memory '{cpu: x}'",
+     "--max_memory.cpu must be a size such as 2GiB or 500MB"),
+    ("evaluate {run} --tasks wikitext2 --output {tmp}/manifest.json", "Cannot read records of gprune evaluate"),
+    ("evaluate {run}/model --tasks wikitext2 --dense", "--dense needs the folder of a run"),
+    ("evaluate {tmp} --tasks wikitext2", "not a gprune run"),
+    ("evaluate {tmp}/empty --tasks wikitext2", "must be a run (manifest.json) or a model folder"),
+    ("evaluate {tmp}/nowhere --tasks wikitext2", "nowhere' must be the folder of a run or a model; "),
+    ("study {list} --only ours nobody", "--only", "plain, ours, other", "'nobody'"),
+    ("study {list} --part 0/2", "--part", "'0/2'"),
+    ("study {list} --part 3/2", "--part", "'3/2'"),
+    ("study {list} --part half", "--part", "'half'"),
+    ("study {list} --part 1/2/3", "--part", "'1/2/3'"),
+    ("study {list} -- --sparsity.target=0", "Row 'plain'", "sparsity.target"),
+    ("study {list} -- --run.seed=1", "row 'plain': --run.seed cannot be set in a study. Use the key `seeds`, or --see"),
+    ("study {list} -- --config={tmp}/seed.yaml", "row 'plain': --run.seed cannot be set in a study. Use the key `see"),
+    ("study {tmp}/nowhere.yaml", "nowhere.yaml"),
+    ("study {list} --output {tmp}/t.xlsx", "--output must end in one of .csv, .json, .md, .tex, .html; got", "t.xlsx"),
+    ("study {list} --output {tmp}/t", "--output must end in one of"),
+    ("study {list} --output {tmp}/folder.csv", "--output must be the path of a file in a folder; got ", "folder.csv'."),
+    ("study {list} {list} --output {tmp}/t.csv", "one list; got 2 lists"),
+    ("study {list} --table --output {tmp}/t.csv", "none yet"),
+    ("study {list} --records {tmp}/empty.txt", "Cannot write {tmp}/empty.txt", "--records"),
+    ("report {list}:mine", "got 'mine'"),
+    ("report {tmp}/no.yaml:mine", "Cannot read list: there is no file"),
+    ("report {tmp}/no.json", "Cannot read record: there is no file"),
+    ("report {list}:plain --seeds 77", "must have records; got none"),
+]  # fmt: skip
+DENSE = "common: {model.name: '{run}/model'}\n"
+LISTS = [  # content of a list, parts of the message
+    ("rows: {a: {}}\nrow: 1\n", "row must not be given (no such key)", "got 1"),
+    ("about: nothing\n", "rows must be given"),
+    ("- rows\n", "must be a mapping"),
+    ("rows: [", "YAML", "bad.yaml", "line 1"),
+    ("rows: {a: {}}\n1: {}\n", "[1] must be strings; got 1."),
+    ("rows: {a: 3}\n", "rows.a", "got 3"),
+    ("rows: {1: {}, '1': {}}\n", "bad.yaml", "different letters or digits", "got '1'"),
+    ('rows: {"a\\nb": {}}\n', "rows", "must match pattern", r"'a\nb'"),
+    # settings
+    ("rows: {a: {sparsity.target: 2}}\n", "Row 'a'", "sparsity.target", "got 2"),
+    ("rows: {a: {sparsity.aim: 0.2}}\n", "row 'a'", "sparsity.aim"),
+    ("rows: {a: {config: nowhere.yaml}}\n", "nowhere.yaml"),
+    ("rows: {a: {config: 5}}\n", "rows.a.config", "got 5"),
+    ("protocol: nowhere.yaml\nrows: {a: {}}\n", "nowhere.yaml"),
+    ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", "row 'a'", "model must be a mapping"),
+    # settings that a list cannot contain
+    ("rows: {a: {run.seed: 5}}\n", "row 'a'", "--seeds", "--run.seed cannot be set"),
+    ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", "row 'a'", "--run.name cannot be set in a study"),
+    ("rows: {a: {dry_run: true}}\n", "--dry_run cannot be set in a study"),
+    ("rows: {a: {model: {trust_remote_code: true}}}\n", "row 'a'", "must be given after --"),
+    # rows that do not exist
+    ("rows: {a: {}}\nreference: a\n", "bad.yaml", "was removed. Name pairs of rows in compare"),
+    ("rows: {a: {}}\ncompare: [[a, b]]\n", "compare", "(a)", "'b'"),
+    # types
+    ("rows: {a: {}}\ncommon: [x]\n", "common", "['x']"),
+    ("rows: {a: {}}\nseeds: [a]\n", "seeds[0]", "a valid integer", "'a'"),
+    ("rows: {a: {}}\ntables: [perplexities]\n", "tables[0]", "'summary'", "got 'perplexities'"),
+    ("rows: {a: {}}\ncompare: [[a]]\n", "compare[0]", "2 items"),
+    ("rows: {a: {}}\ntasks: {names: []}\n", "--tasks", "at least 1"),
+    ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", "--limt", "100"),
+    ("rows: {a: {}}\ncommon: {trainer.devices: 2}\ntasks: {names: [piqa]}\n", "must have one process for tasks; got 2"),
+    # models made elsewhere
+    (f"{DENSE}rows: {{a: {{model: '{{tmp}}/nowhere'}}}}\n", "nowhere"),
+    (f"{DENSE}rows: {{a: {{model: '{{tmp}}'}}}}\n", "The model made elsewhere must be a model folder, such as"),
+    (f"{DENSE}rows: {{a: {{model: '{{run}}/model', recovery: distill}}}}\n",
+     "needs --recovery none; got distill. Distil it with `python -m experiments.distil`"),
+    (f"{DENSE}rows: {{a: {{model: '{{run}}/model', trainer.devices: 2}}}}\n", "needs one process"),
+    ("rows: {a: {model.made_elsewhere: 3}}\n", "Use gprune.measure in Python, or a row `model: FOLDER`"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(world, tmp_path_factory):
+    """Return the folders and files that tables name in braces, in an isolated environment."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "manifest.json").write_text('{"settings": {}}')
+    (folder / "empty.txt").touch()
+    (folder / "seed.yaml").write_text("run: {seed: 7}")
+    (folder / "list.yaml").write_text("rows: {plain: {gprune: false}, ours: {}, other: {sparsity.epochs: 2}}")
+    for name in ("empty", "folder.csv"):
+        (folder / name).mkdir()
+    tiny_run.write_corpus(folder / "short.txt", seed=0, documents=15)
+    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
+        run = world.run(folder / "runs", "--sparsity.allocation=uniform").path
+        patch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("weights were loaded"))
+        yield {"{tmp}": str(folder), "{run}": str(run), "{list}": str(folder / "list.yaml")}
+
+
+@pytest.fixture
+def refusals(places, capfd):
+    """Return a function that runs (command, call, parts of the message), and returns those that are not refused so."""
+
+    def filled(text: str) -> str:
+        for place, path in places.items():
+            text = text.replace(place, path)
+        return text
+
+    def run(rows) -> list[str]:
+        wrong = []
+        for text, call, parts in rows:
+            capfd.readouterr()
+            code = call(filled(text))
+            out, err = capfd.readouterr()
+            if (
+                code != 2
+                or err.count("\n") != 1
+                or not all(filled(part) in err for part in parts)
+                or "Traceback" in out
+            ):
+                wrong.append(f"{text}: {code}, {err}")
+        return wrong
+
+    return run
+
+
+def test_flags_of_a_run_are_refused_before_weights_are_loaded(refusals, world, tmp_path):
+    def train(flags):
+        return tiny_run.main(world.args(tmp_path / "runs", *shlex.split(flags)))
+
+    rows = [(flags, train, ["train.py: ", *parts]) for flags, *parts in TRAIN]
+    if not torch.cuda.is_available():
+        rows.append(("--trainer.accelerator=gpu", train, ["gpu"]))
+    for path, arguments, part in CALLBACKS:
+        value = json.dumps([{"class_path": path, "init_args": arguments}])
+        rows.append((shlex.quote(f"--trainer.callbacks={value}"), train, [part]))
+    assert refusals(rows) == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_commands_are_refused_with_the_remedy(refusals, places):
+    rows = [(line, lambda text: gprune_main(shlex.split(text)), ["gprune", *parts]) for line, *parts in COMMANDS]
+    assert refusals(rows) == []
+    with open(f"{places['{tmp}']}/manifest.json") as file:
+        assert file.read() == '{"settings": {}}'
+
+
+def test_lists_are_refused_before_a_row_runs(refusals, tmp_path, monkeypatch):
+    monkeypatch.setattr("gprune.benchmarks.measurement.load_tasks", lambda *_: ({}, {}))  # takes seconds
+
+    def study(content):
+        (tmp_path / "bad.yaml").write_text(content)
+        return gprune_main(["study", str(tmp_path / "bad.yaml"), "--records", str(tmp_path / "records")])
+
+    assert refusals([(content, study, ["gprune study: ", *parts]) for content, *parts in LISTS]) == []
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["bad.yaml"]
 
 
 # --- flags that are refused with the model, before its weights are loaded

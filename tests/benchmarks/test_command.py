@@ -170,54 +170,6 @@ def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_ins
     assert "pip install 'gprune[lm-eval]'" in line
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["{run}", "--tasks", ","], "--tasks must have at least 1 item"),
-        (["{run}", "--limit", "0"], "--limit must be 1 or more"),
-        (["{run}", "--dtype", "int8"], "--dtype must be 'float32', 'bfloat16' or 'float16'; got 'int8'."),
-        (["{run}", "--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len must be from 2 to"),
-        (["{run}", "--seq_len", "32,many"], "--seq_len[1] must be a valid integer"),
-        (["{run}", "--seq_len", "32,1"], "--seq_len[1] must be 2 or more"),
-        (["{run}", "--tasks", "wikitext2,speed"], "The task speed was removed. Use python -m experiments.engines."),
-        (["{run}", "--engine", "vllm"], "unrecognized arguments: --engine vllm. Use python -m experiments.engines."),
-        (["{run}", "--colour", "red"], "unrecognized arguments"),
-        ([], "required: model"),
-        (["{tmp}", "--tasks", "wikitext2"], "not a gprune run"),
-        (["{tmp}/empty", "--tasks", "wikitext2"], "must be a run (manifest.json) or a model folder"),
-        (["{run}/model", "--tasks", "wikitext2", "--dense"], "--dense needs the folder of a run"),
-        (
-            ["{tmp}/nowhere", "--tasks", "wikitext2"],
-            "nowhere' must be the folder of a run or a model; ",
-        ),
-        (
-            ["{run}", "--tasks", "wikitext2", "--output", "{tmp}/manifest.json"],
-            "Cannot read records of gprune evaluate",
-        ),
-        (["{run}", "--shard"], "unrecognized arguments: --shard. Use --device_map auto."),
-        (["{run}", "--source", "wheel"], "unrecognized arguments: --source wheel. Use --include_path FOLDER"),
-        (["{run}", "--tasks", "wikitext2", "--max_memory", "{cpu: 2GiB}"], "--max_memory needs --device_map auto."),
-        (
-            ["{run}", "--tasks", "wikitext2", "--device_map", "auto", "--max_memory", "lots"],
-            "--max_memory must be a mapping of names to values; got 'lots'",
-        ),
-        (
-            ["{run}", "--tasks", "wikitext2", "--device_map", "auto", "--max_memory", "{cpu: x}"],
-            "--max_memory.cpu must be a size such as 2GiB or 500MB",
-        ),
-    ],
-)
-def test_invalid_arguments_end_with_one_line_and_exit_code_2(args, message, offline_runs, capsys, tmp_path):
-    (tmp_path / "manifest.json").write_text('{"settings": {}}')
-    (tmp_path / "empty").mkdir()
-    places = {"{run}": str(offline_runs.runs / "kept"), "{tmp}": str(tmp_path)}
-    args = [re.sub(r"{(run|tmp)}", lambda match: places[match[0]], arg) for arg in args]
-    assert command("evaluate", args) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert (tmp_path / "manifest.json").read_text() == '{"settings": {}}'
-
-
 # --- Models larger than one device
 
 TASKS = ["--tasks", "mine,wikitext2", "--seq_len", "32"]

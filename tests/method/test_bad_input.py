@@ -46,43 +46,6 @@ def refused(world, tmp_path, capfd):
     return run
 
 
-FLAGS = {  # flags -> words of the message; types and ranges are tested in `tests/test_config.py`
-    "--corpora.score=wikki": ("'wikki'", "wiki"),
-    "--corpora.score=/nowhere/a.txt": ("/nowhere/a.txt", "no such file"),
-    "--corpora.score=~nobodyhere/a.txt": ("~nobodyhere/a.txt", "no such file"),
-    "--corpora.learn_samples=100000": ("alpha.txt", "must have 100000 windows"),
-    "--model.name=smollm3": ("model.name", "'smollm3'", "smollm2-135m"),
-    "--model.name=/nowhere/model": ("model.name", "/nowhere/model"),
-    "--model.name=~nobodyhere/model": ("model.name", "~nobodyhere/model"),
-    "--sparsity.target=half": ("sparsity.target", "half"),
-    "--sparsity.target=0.999": ("sparsity.target", "0.999", "at most"),
-    "--sparsity.target": ("sparsity.target", "--help"),
-    "--sparsity=3": ("sparsity", "3"),
-    "--nonsense=1": ("nonsense", "model, "),
-    "--sparsity.width_multiple=161": ("sparsity.width_multiple", "160", "161"),
-    "--sparsity.allocation=depth": ("allocation depth was removed", "Use --sparsity.scope ffn+blocks"),
-    "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),
-    "--sparsity.protect=[0,-1]": ("sparsity.target", "2 blocks keep everything", "at most 0.33"),
-    "--reliability.everywhere=true --reliability.switch=false": ("reliability.everywhere", "reliability.switch"),
-    "--evaluation.controls=[base]": ("evaluation.controls", "--evaluation.before_recovery", "first_look.yaml"),
-    "--trainer.strategy=nonsense": ("trainer", "'nonsense'"),
-    "--trainer.accelerator=abacus": ("trainer", "'abacus'"),
-    "--run.name=/tmp/elsewhere": ("run.name",),
-    "--run.name=..": ("run.name",),
-    "--sparsity.target=+0%": ("sparsity.target", "got '+0%'"),
-    "--sparsity.target=-5%": ("sparsity.target", "got '-5%'"),
-    "--sparsity.target=+5": ("sparsity.target", "got 5"),
-    "--sparsity.target=+1e9%": ("sparsity.target", "got '+1e9%'"),
-    "--sparsity.target=+1001%": ("sparsity.target", "got '+1001%'"),
-    "--sparsity.target=+5% --sparsity.target=1.4x": ("sparsity.target", "got both +5% and 1.4x"),
-    "--sparsity.target=[+5%,1.4x]": ("sparsity.target", "got ['+5%', '1.4x']"),
-    "--sparsity.target=+5% --evaluation.development_samples=1": ("two or more --evaluation.development_samples",),
-    "--trainer.val_check_interval=99": ("val_check_interval must be 2 or less, the batches in an epoch",),
-    "--trainer.val_check_interval=1.5": ("--trainer.val_check_interval must be a number of batches, or a share",),
-    "--trainer.val_check_interval=0": ("--trainer.val_check_interval must be more than 0",),
-}
-
-
 def test_block_pruning_is_refused_if_the_forward_pass_depends_on_the_block_index(refused, tmp_path):
     make_tiny("gpt2", neurons=tiny_run.NEURONS, scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path / "gpt2")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
@@ -104,26 +67,6 @@ BY_LIGHTNING = {  # flags that may be refused when a run has begun
 def test_a_flag_that_lightning_refuses_ends_the_run_in_one_line(flag, refused):
     line = refused("--export=none", flag, started=True)
     assert all(words in line for words in BY_LIGHTNING[flag]), line
-
-
-@pytest.mark.parametrize("flags", FLAGS)
-def test_an_invalid_flag_is_refused_in_one_line_that_names_it(flags, refused):
-    line = refused(*flags.split())
-    assert all(words in line for words in FLAGS[flags]), line
-
-
-def test_too_little_text_is_refused_before_weights_are_loaded(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("weights were loaded"))
-    line = refused("--recovery=distill", "--distill.tokens=960000")
-    assert "--distill.repeat true" in line
-    short = tiny_run.write_corpus(tmp_path / "short.txt", seed=0, documents=15)
-    line = refused(f"--corpora.text={short}", "--recovery=distill", "--distill.tokens=960000")
-    assert "must have 8,192 tokens to train on; got 6," in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="checks the refusal on a machine without a GPU")
-def test_accelerator_gpu_is_refused_on_a_machine_without_a_gpu(refused):
-    assert "gpu" in refused("--trainer.accelerator=gpu")
 
 
 def test_a_missing_wandb_login_is_refused(refused, tmp_path, monkeypatch):
@@ -166,18 +109,13 @@ def remove(*names):
 
 MODELS = {  # damage to a model folder, words of the message, whether the run has started by then
     "no config": (remove("config.json"), "config.json", False),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config", False),
     "config is deep": (lambda f: (f / "config.json").write_text("[" * 10**5), "config", False),
     "unsupported family": (set_config(model_type="bert"), "'bert'", False),
     "unknown family": (set_config(model_type="quantum"), "quantum", False),
     "more layers than weights": (set_config(num_hidden_layers=4), "Check num_hidden_layers", True),
-    "a larger vocabulary than weights": (set_config(vocab_size=1000), "cannot be loaded", True),
-    "width 0": (set_config(intermediate_size=0), "--model.name", False),
     "a size that is text": (set_config(hidden_size="large"), "hidden_size", False),
     "heads that do not fit": (set_config(num_key_value_heads=3), "--model.name", False),
-    "text instead of tensors": (lambda f: (f / "model.safetensors").write_text("text"), "cannot be loaded", True),
     "truncated weights": (truncate, "cannot be loaded", True),
-    "no weights": (remove("model.safetensors"), "cannot be loaded", True),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "cannot be loaded", True),
     "weights that are not finite": (write_nan_weight, "non-finite activation", True),
 }  # fmt: skip
@@ -209,11 +147,6 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_finished_steps(refused, wo
     assert (folder / "assignment.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_corpus_without_text_is_refused(refused, tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    assert "no text" in refused(f"--corpora.score={tmp_path / 'empty.txt'}")
-
-
 def test_a_run_folder_with_other_settings_is_refused_and_left_unchanged(refused, world, tmp_path):
     finished = world.run(tmp_path / "runs", "--gprune=false")
     before = {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()}
@@ -232,14 +165,9 @@ def test_a_folder_that_is_not_a_run_is_refused_and_left_unchanged(refused, tmp_p
     assert [file.name for file in folder.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("name", ["file", "/proc/nowhere"])  # a file in place of a folder, and a read-only folder
-def test_an_unwritable_run_or_cache_folder_is_refused(name, refused, tmp_path, monkeypatch):
+def test_an_unwritable_cache_folder_is_refused(refused, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    folder = tmp_path / name
-    line = refused(f"--run.dir={folder}")
-    assert str(folder) in line
-    assert "--run.dir" in line
-    monkeypatch.setenv("GPRUNE_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "file/cache"))
     assert "GPRUNE_CACHE" in refused(started=True)
 
 

@@ -182,36 +182,6 @@ def test_a_callback_is_used_only_in_stages_that_log_its_monitored_metric(monitor
     assert [name for name, stage in all_stages.items() if callbacks.of_stage(stage, name)] == stages
 
 
-@pytest.mark.parametrize(
-    ("path", "args", "message"),
-    [
-        ("lightning.pytorch.callbacks.EarlyStoping", {}, "'EarlyStoping'. The closest name is 'EarlyStopping'."),
-        ("made_up_package.Thing", {}, "module 'made_up_package' is not imported. Add --import made_up_package."),
-        ("mpl_toolkits.evil.A", {}, "module 'mpl_toolkits.evil' is not imported. Add --import mpl_toolkits.evil."),
-        ("unittest.__main__.A", {}, "module 'unittest.__main__' is not imported"),
-        ("numpy.f2py.__main__.A", {}, "module 'numpy.f2py.__main__' is not imported"),
-        ("torch.nn.Linear", {}, "torch.nn.Linear must be a subclass of lightning.pytorch.Callback"),
-        ("EarlyStopping", {}, "EarlyStopping: init_args.monitor must be given."),
-        ("EarlyStopping", {"monitor": "x", "patience": "many"}, "init_args.patience must be a valid integer"),
-        (
-            "EarlyStopping",
-            {"monitor": "x", "patient": 1},
-            "init_args.patient must not be given (no such argument)",
-        ),
-        ("EarlyStopping", {"monitor": "x", "mode": "up"}, "MisconfigurationException: `mode` can be min, max, got up"),
-        ("Timer", {"interval": "minute"}, "Timer"),
-        ("RichProgressBar", {}, "found `RichProgressBar` in callbacks list"),
-    ],
-)
-def test_an_invalid_callback_is_refused_before_anything_is_loaded(path, args, message, world, tmp_path, capfd):
-    callbacks = [{"class_path": path, "init_args": args}]
-    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=callbacks)) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not (tmp_path / "runs").exists()
-
-
 def test_callbacks_may_change_training_batches(world, tmp_path):
     def shorten(trainer, pl_module, batch, *_):
         if isinstance(batch, dict):  # the batches of the refinement contain no text

@@ -14,7 +14,6 @@ from gprune.__main__ import run as command
 from gprune.config import parse
 from gprune.studies import listing
 from gprune.studies.listing import Listing
-from tests.studies.workbench import ROWS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_load(p.read_text(encoding="utf-8"))]
@@ -103,48 +102,6 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
 # --- invalid lists and arguments --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("rows: {a: {}}\nrow: 1\n", ["row must not be given (no such key)", "got 1"]),
-        ("about: nothing\n", ["rows must be given"]),
-        ("- rows\n", ["must be a mapping"]),
-        ("rows: [", ["YAML", "bad.yaml", "line 1"]),
-        ("rows: {a: {}}\n1: {}\n", ["[1] must be strings; got 1."]),
-        ("rows: {a: 3}\n", ["rows.a", "got 3"]),
-        ("rows: {1: {}, '1': {}}\n", ["bad.yaml", "different letters or digits", "got '1'"]),
-        ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
-        # settings
-        ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
-        ("rows: {a: {sparsity.aim: 0.2}}\n", ["row 'a'", "sparsity.aim"]),
-        ("rows: {a: {config: nowhere.yaml}}\n", ["nowhere.yaml"]),
-        ("rows: {a: {config: 5}}\n", ["rows.a.config", "got 5"]),
-        ("protocol: nowhere.yaml\nrows: {a: {}}\n", ["nowhere.yaml"]),
-        ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", ["row 'a'", "model must be a mapping"]),
-        # settings that a list cannot contain
-        ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "--run.seed cannot be set"]),
-        ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "--run.name cannot be set in a study"]),
-        ("rows: {a: {dry_run: true}}\n", ["--dry_run cannot be set in a study"]),
-        ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "must be given after --"]),
-        # missing rows
-        ("rows: {a: {}}\nreference: a\n", ["bad.yaml", "was removed. Name pairs of rows in compare"]),
-        ("rows: {a: {}}\ncompare: [[a, b]]\n", ["compare", "(a)", "'b'"]),
-        # types
-        ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
-        ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),
-        ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "'summary'", "got 'perplexities'"]),
-        ("rows: {a: {}}\ncompare: [[a]]\n", ["compare[0]", "2 items"]),
-        ("rows: {a: {}}\ntasks: {names: []}\n", ["--tasks", "at least 1"]),
-        ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["--limt", "100"]),
-    ],
-)  # fmt: skip
-def test_an_invalid_list_is_refused_in_one_line(content, words, bench, capsys, nothing_runs):
-    path = bench.folder / "bad.yaml"
-    path.write_text(content)
-    line = bench.refused(capsys, path)
-    assert all(word in line for word in words), line
-
-
 def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_place(capsys, tmp_path, monkeypatch):
     def refused(*arguments):
         assert command(*arguments) == 2
@@ -165,26 +122,3 @@ def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_p
         line = refused(*arguments)
         assert line.endswith("in experiments/ of its repository, and not in the installed package.\n")
         assert line.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--only", "ours", "nobody"], ["--only", "plain, ours, other", "'nobody'"]),
-        (["--part", "0/2"], ["--part", "'0/2'"]), (["--part", "3/2"], ["--part", "'3/2'"]),
-        (["--part", "half"], ["--part", "'half'"]), (["--part", "1/2/3"], ["--part", "'1/2/3'"]),
-        (["--", "--sparsity.target=0"], ["Row 'plain'", "sparsity.target"]),
-        (["--", "--run.seed=1"], ["row 'plain'", "--seeds", "--run.seed cannot be set"]),
-    ],
-)  # fmt: skip
-def test_invalid_arguments_are_refused_in_one_line(arguments, words, bench, capsys, nothing_runs):
-    line = bench.refused(capsys, bench.write("refused", ROWS), *arguments)
-    assert all(word in line for word in words), line
-
-
-def test_missing_files_and_files_that_set_the_seed_are_refused_in_one_line(bench, tmp_path, capsys):
-    assert "nowhere.yaml" in bench.refused(capsys, bench.folder / "nowhere.yaml")
-    (tmp_path / "seed.yaml").write_text("run: {seed: 7}")
-    path = bench.write("seeded", {"plain": {"gprune": False}})
-    line = bench.refused(capsys, path, "--", f"--config={tmp_path / 'seed.yaml'}")
-    assert "row 'plain': --run.seed cannot be set in a study. Use the key `seeds`, or --seeds." in line

@@ -376,15 +376,7 @@ def test_a_removed_function_names_what_to_use_instead(name, instead):
         getattr(gprune, name)
 
 
-def test_missing_models_run_folders_models_without_tokenizer_and_too_large_models_are_refused(
-    bench, folders, nothing_runs, capsys, monkeypatch
-):
-    missing = bench.write("missing", {"missing": {"model": str(folders / "nowhere")}})
-    assert "nowhere" in bench.refused(capsys, missing)
-    (folders / "a run").mkdir()
-    (folders / "a run/manifest.json").write_text("{}")
-    run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
-    assert "The model made elsewhere must be a model folder, such as" in bench.refused(capsys, run)
+def test_models_without_tokenizer_and_too_large_models_are_refused(bench, folders, nothing_runs, capsys, monkeypatch):
     no_tokenizer = copy_model(bench, folders, "incomplete")
     for file in no_tokenizer.glob("tokenizer*"):
         file.unlink()
@@ -393,19 +385,6 @@ def test_missing_models_run_folders_models_without_tokenizer_and_too_large_model
     monkeypatch.setattr("gprune.method.measure.device_memory", lambda device: 100_000)
     large = bench.write("large", {"large": {"model": str(bench.world.model)}}, common={"corpora.bos": "never"})
     assert "into memory" in bench.refused(capsys, large)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"recovery": "distill"}, "needs --recovery none; got distill. Distil it with `python -m experiments.distil`"),
-        ({"trainer.devices": 2}, "needs one process"),
-        ({"model.made_elsewhere": 3}, "Use gprune.measure in Python, or a row `model: FOLDER`"),
-    ],
-)
-def test_settings_that_do_not_apply_to_a_model_row_are_refused(bench, more, message, nothing_runs, capsys):
-    path = bench.write("needy", {"theirs": {"model": str(bench.world.model)} | more})
-    assert message in bench.refused(capsys, path)
 
 
 def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):

@@ -217,20 +217,6 @@ def test_a_row_with_a_byte_budget_keeps_its_settings_in_the_record_with_tasks(be
     assert "of the bytes of ffn removed" in caption(record["records"])
 
 
-def test_an_unwritable_folder_of_records_is_refused_before_any_row_runs(bench, measured, capsys, tmp_path):
-    (tmp_path / "a file").touch()
-    message = bench.refused(capsys, bench.write("nowhere", WITH_BIAS), "--records", tmp_path / "a file")
-    assert f"Cannot write {tmp_path / 'a file'}" in message
-    assert "--records" in message
-    assert measured == ([], [])
-
-
-def test_tasks_with_several_processes_are_refused_before_any_row_runs(bench, measured, capsys):
-    path = bench.write("several", WITH_BIAS, tasks={"names": ["piqa"]}, common={"trainer.devices": 2})
-    assert "must have one process for tasks; got 2" in bench.refused(capsys, path)
-    assert measured == ([], [])
-
-
 def test_pairs_of_rows_are_compared_on_tasks(bench, measured, capsys, tmp_path):
     compare = [["with bias", "plain"]]
     path = bench.write("compared", WITH_BIAS, tasks={"names": ["piqa"], "limit": 4}, compare=compare)
