@@ -6,9 +6,10 @@ from tests.snapshots import commands, files, lists
 
 
 def write_snapshots() -> None:
-    """Write records and tables of all lists, and settings of all documented commands."""
-    files.write("records", {name: lists.records(name) for name in lists.LISTS})
-    files.write("tables", {name: lists.tables(name) for name in lists.LISTS})
+    """Write rows without a record, frames of three lists, and settings of all documented commands."""
+    files.write("missing", {name: rows for name in lists.LISTS if (rows := lists.missing(name))})
+    for name in lists.FRAMES:
+        lists.frame(name).to_csv(lists.csv_of(name), index=False)
     defaults = commands.default_settings()
     settings = {
         page: {command: commands.changed_settings(command, defaults) for command in commands.commands_in(page)}

@@ -1,90 +1,42 @@
-"""The record that is found for each row of each list, and the cells of its printed tables."""
+"""The rows of all lists that have no record, and the numbers over corpora of three lists as frames."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import re
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
-from gprune.__main__ import main
-from tests.snapshots.files import ROOT
+import gprune
+from gprune.runs.numbers import COLUMNS
+from gprune.studies.archive import finished_record
+from gprune.studies.listing import Listing
+from tests.snapshots.files import ROOT, STORED
 
 LISTS = [
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "experiments").glob("**/*.yaml"))
     if "rows" in yaml.safe_load(path.read_text(encoding="utf-8"))
 ]
-RULE = re.compile(r"[-:]+")  # a cell of the line below the header of a Markdown table
-Cells = list[list[list[str]]]  # tables, rows, cells; the first row of a table is its header
+FRAMES = ("tokens", "stability", "peers_gemma")  # text of several sizes; seeds; models made elsewhere
 
 
-@functools.cache
-def printed(listing: str) -> str:
-    """Return what `gprune study LIST --table --files` prints: a table of files, and then a title and the results.
-
-    All paths are relative to the repository.
-    """
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.chdir(ROOT):
-        code = main(["study", listing, "--table", "--files"])
-    assert code == 0, f"gprune study {listing} --table --files ends with {code}"
-    return output.getvalue()
+def missing(listing: str) -> list[str]:
+    """Return the rows and seeds of a list that have no record."""
+    with contextlib.chdir(ROOT):
+        rows = Listing.read(Path(listing)).rows
+        return [f"{row.name}, seed {row.seed}" for row in rows if finished_record(row) is None]
 
 
-@functools.cache
-def read_tables(listing: str) -> Cells:
-    """Return the cells of the tables that `printed` has. The first table is of files."""
-    return parse_tables(printed(listing))
+def frame(name: str) -> pd.DataFrame:
+    """Return the numbers over corpora and of the whole model of a list, with the means over its seeds."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        frame = gprune.load_study(ROOT / f"experiments/lists/{name}.yaml").to_frame(means=True)
+    return frame[(frame["corpus"] == "") & (frame["windows"].notna() | (frame["number"] == "parameters"))][COLUMNS]
 
 
-def parse_tables(text: str) -> Cells:
-    """Return the cells of the Markdown tables in a text, without spaces at their ends."""
-    tables: Cells = []
-    previous_line = ""
-    for line in text.splitlines():
-        if line.startswith("|"):
-            if not previous_line.startswith("|"):
-                tables.append([])
-            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            if not all(RULE.fullmatch(cell) for cell in cells):
-                tables[-1].append(cells)
-        previous_line = line
-    return tables
-
-
-def records(listing: str) -> dict[str, str]:
-    """Return 'row, seed' -> name of the record's file, or `none`."""
-    header, *rows = read_tables(listing)[0]
-    names = [dict(zip(header, row, strict=True)) for row in rows]
-    return {f"{row['row']}, seed {row['seed']}": Path(row["record"]).name for row in names}
-
-
-def tables(listing: str) -> Cells:
-    """Return the cells of the result tables of a list."""
-    return read_tables(listing)[1:]
-
-
-def different_cells(expected: Cells, got: Cells) -> list[str]:
-    """Return a line for each cell, row and table that differs."""
-    lines = []
-    for number, (old, new) in enumerate(zip(expected, got, strict=False), start=1):
-        table = f"table {number} ('{old[0][0]}')"
-        if old[0] != new[0]:
-            lines.append(f"{table}: the columns were {old[0]}, now {new[0]}")
-            continue
-        if len(old) != len(new):
-            lines.append(f"{table}: it had {len(old) - 1} rows, now {len(new) - 1}")
-        for old_row, new_row in zip(old[1:], new[1:], strict=False):
-            pairs = zip(old[0], old_row, new_row, strict=True)
-            lines += [
-                f"{table}, row '{old_row[0]}', column '{column}': it was '{before}', now '{after}'"
-                for column, before, after in pairs
-                if before != after
-            ]
-    if len(expected) != len(got):
-        lines.append(f"it had {len(expected)} tables, now {len(got)}")
-    return lines
+def csv_of(name: str) -> Path:
+    """Return the stored file of a frame."""
+    return STORED / f"{name}.csv"
