@@ -79,22 +79,6 @@ def corrupted_bytes(rng: Random, content: bytes) -> bytes:
     return content
 
 
-def damage_file(rng: Random, path: Path) -> None:
-    """Remove a file, replace it by a folder, or damage its content."""
-    draw = rng.random()
-    if draw < 0.1:
-        path.unlink()
-        if draw < 0.05:
-            path.mkdir()
-    elif path.suffix != ".json" or draw < 0.3:
-        path.write_bytes(corrupted_bytes(rng, path.read_bytes()))
-    elif draw < 0.4:
-        path.write_text(rng.choice(("[" * 100_000, "9" * 10_000, '{"a":' * 5000, "NaN", "\ufeff{}", '"\\ud800"', "")))
-    else:
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(mutated_json(rng, content) if draw < 0.9 else random_json(rng)))
-
-
 def outcome(call: Callable[[], int | None]) -> Outcome:
     """Return the outcome of a command. A UserError counts as exit code 2 with its message on stderr."""
     out, err = io.StringIO(), io.StringIO()

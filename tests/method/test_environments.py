@@ -32,7 +32,7 @@ flags = sys.argv[2:]
 gprune.prune(gprune.config.parse(flags))
 print("silenced", flush=True)
 logging.getLogger("gprune").setLevel("WARNING")
-gprune.prune(gprune.config.parse([*flags, "--run.name=second", "--recovery=none"]))
+gprune.prune(gprune.config.parse([*flags, "--run.name=second", "--gprune=false", "--export=none"]))
 run.log({"mine": 1})
 run.finish()
 """
