@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -81,6 +82,11 @@ REFUSED = [
     ({"recovery": ["distill", "distill"]}, f"{CHAIN}distill+distill (each once"),
     ({"recovery": ["none", "distill"]}, f"{CHAIN}none+distill (each once, and no 'none'"),
     ({"recovery": ["least_squares", "heal"]}, "Unknown recovery 'heal'"),
+    ({"evaluation.prompts": ["a", ""]}, "--evaluation.prompts[1] must have at least 1 character; got ''."),
+    ({"corpora.score": []}, "--corpora.score must name at least one corpus; got an empty list"),
+    ({"corpora.score": ["wiki", "wiki"]}, "--corpora.score must name each corpus once"),
+    *(({"trainer.precision": precision}, f"--trainer.precision must be auto, 32-true or bf16-mixed; got {precision!r}")
+      for precision in ("bf16-true", "16-mixed", 16, "64-true")),
 ]  # fmt: skip
 
 
@@ -197,12 +203,44 @@ COMMANDS = [  # words after `gprune`, parts of the message
     ("study {list} {list} --output {tmp}/t.csv", "one list; got 2 lists"),
     ("study {list} --table --output {tmp}/t.csv", "none yet"),
     ("study {list} --records {tmp}/empty.txt", "Cannot write {tmp}/empty.txt", "--records"),
+    ("report", "See --help"),
+    ("report {run} --base a", "unrecognized arguments: --base a. Use the key compare of a list"),
+    ("report {tmp}/nowhere", "there is no folder"),
+    ("report {run} --output {tmp}/empty.txt", "Cannot write"),
+    ("report {run} --output a --html b", "cannot be combined"),
     ("report {list}:mine", "got 'mine'"),
     ("report {tmp}/no.yaml:mine", "Cannot read list: there is no file"),
     ("report {tmp}/no.json", "Cannot read record: there is no file"),
     ("report {list}:plain --seeds 77", "must have records; got none"),
 ]  # fmt: skip
 DENSE = "common: {model.name: '{run}/model'}\n"
+SCRIPTS = [  # module of experiments and its arguments, a part of the message
+    ("bench.__main__ inference --repeats 0", "--repeats must be 1 or more; got 0."),
+    ("bench.__main__ inference --width_multiple 0", "--width_multiple must be 1 or more; got 0."),
+    ("bench.__main__ inference --batch_sizes 0", "--batch_sizes must be 1 or more"),
+    ("bench.__main__ inference --device abacus", "--device must be an available device, such as cpu or cuda"),
+    ("bench.__main__ inference --sparsity 1.5 --model tiny", "--sparsity.target must be a share of the scope"),
+    ("bench.__main__ inference --model nowhere", "--model.name must be an embedded model"),
+    ("bench.__main__ run --clock cpu", "'run' cannot have --clock cpu"),
+    ("bench.__main__ learning --small -- --recovery none", "'learning' cannot have flags of train.py after --"),
+    ("engines {run}/model --engine vlm", "Unknown engine 'vlm'. Available: transformers, vllm, llama.cpp."),
+    (
+        "engines {run}/model --engine llama.cpp:q5",
+        "Unknown form 'q5' of models for llama.cpp. Available: f16, f32, q8_0, q4_k_m.",
+    ),
+    (
+        "engines {run}/model --engine transformers=/nowhere/python",
+        "must be the Python of an environment; got '/nowhere/python'.",
+    ),
+    ("engines {run}/model --prompt 300 --engine transformers", "tokens or less; got 300."),
+    ("engines {run}/model --batch 1,0", "--batch must be whole numbers of 1 or more; got '1,0'."),
+    ("same_bits.__main__ HEAD --only reconstrution", "--only must name configurations (default; paper;"),
+    ("stability", "required: list"),
+    ("stability --pair x.yaml", "--pair"),
+    ("stability no/such.yaml --pairs", "no/such.yaml"),
+    ("tokens {tmp}/plain.yaml", "needs records of rows that learn"),
+    ("groups {tmp}/plain.yaml", "needs records of rows that are evaluated on all corpora of experiments"),
+]
 LISTS = [  # content of a list, parts of the message
     ("rows: {a: {}}\nrow: 1\n", "row must not be given (no such key)", "got 1"),
     ("about: nothing\n", "rows must be given"),
@@ -252,6 +290,7 @@ def places(world, tmp_path_factory):
     (folder / "manifest.json").write_text('{"settings": {}}')
     (folder / "empty.txt").touch()
     (folder / "seed.yaml").write_text("run: {seed: 7}")
+    (folder / "plain.yaml").write_text("common: {gprune: false, recovery: none}\nrows: {base: {}}\n")
     (folder / "list.yaml").write_text("rows: {plain: {gprune: false}, ours: {}, other: {sparsity.epochs: 2}}")
     for name in ("empty", "folder.csv"):
         (folder / name).mkdir()
@@ -308,6 +347,14 @@ def test_commands_are_refused_with_the_remedy(refusals, places):
     assert refusals(rows) == []
     with open(f"{places['{tmp}']}/manifest.json") as file:
         assert file.read() == '{"settings": {}}'
+
+
+def test_scripts_are_refused_with_the_remedy(refusals):
+    def script(text):
+        module, *arguments = shlex.split(text)
+        return importlib.import_module(f"experiments.{module}").main(arguments)
+
+    assert refusals([(text, script, [part]) for text, part in SCRIPTS]) == []
 
 
 def test_lists_are_refused_before_a_row_runs(refusals, tmp_path, monkeypatch):

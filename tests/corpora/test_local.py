@@ -54,47 +54,27 @@ def test_a_byte_order_mark_is_removed_from_the_first_document(name, content, tmp
 INVALID_FILES = {  # file name, content, expected error
     "an empty file": ("x.jsonl", b"", "got no text"),
     "only blanks": ("x.jsonl", b'{"text": "  "}\n', "got no text"),
-    "another field": (
-        "x.jsonl",
-        b'{"text": "a"}\n{"body": "b"}\n',
-        ":2: The row must be an object .*; got the keys body",
-    ),
-    "messages without a content": (
-        "x.jsonl",
-        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}\n',
-        r":1: The field 'messages' must be a list of objects with .*; message 2 is {'role': 'assistant'}",
-    ),
-    "messages with parts": (
-        "x.jsonl",
-        b'{"messages": [{"role": "user", "content": ["a"]}]}\n',
-        r"message 1 is .*\['a'\]",
-    ),
+    "another field": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', ":2: The row must be .*; got the keys body"),
+    "messages without a content":
+        ("x.jsonl", b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}\n',
+         r":1: The field 'messages' must be a list of objects with .*; message 2 is {'role': 'assistant'}"),
+    "messages with parts":
+        ("x.jsonl", b'{"messages": [{"role": "user", "content": ["a"]}]}\n', r"message 1 is .*\['a'\]"),
     "messages that are no list": ("x.jsonl", b'{"messages": "a"}\n', "got 'a'"),
     "no messages": ("x.jsonl", b'{"messages": []}\n', r"got \[\]"),
     "a list": ("x.jsonl", b"[1]\n", r"got \[1\]"),
     "an object": ("x.jsonl", b'{"text": {}}\n', "got {'text': {}}"),
-    "no JSON": (
-        "x.jsonl",
-        b'{"text": "a"}\n\n{"text": "a"\n',
-        "Cannot read line 3 .* as jsonl: Expecting.* at column 13",
-    ),
-    "no UTF-8": (
-        "x.jsonl",
-        b'{"text": "a"}\n{"text": "\xff"}\n',
-        "Cannot read line 2 .* jsonl: 'utf-8'",
-    ),
-    "half a character": (
-        "x.jsonl",
-        b'{"text": "a"}\n{"text": "\\ud800"}\n',
-        "Cannot read line 2 .* as jsonl",
-    ),
+    "no JSON":
+        ("x.jsonl", b'{"text": "a"}\n\n{"text": "a"\n', "Cannot read line 3 .* as jsonl: Expecting.* at column 13"),
+    "no UTF-8": ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "Cannot read line 2 .* jsonl: 'utf-8'"),
+    "half a character": ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "Cannot read line 2 .* as jsonl"),
     "deeply nested": ("x.jsonl", b"[" * 50_000 + b"\n", "Cannot read line 1 .* as jsonl"),
     "no parquet": ("x.parquet", b"no parquet", "Cannot read .* as parquet"),
     "another column": ("x.parquet", {"id": [1], "body": ["a"]}, "string 'text' .*; got the keys id, body"),
     "another column of a table": ("x.csv", b"id,body\n1,a\n", "string 'text' .*; got the keys id, body"),
     "a column of lists": ("x.parquet", {"text": [["a", "b"]]}, r"got {'text': \['a', 'b'\]}"),
     "a column of bytes": ("x.parquet", {"text": [b"a"]}, "got {'text': b'a'}"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("row", INVALID_FILES)

@@ -153,26 +153,6 @@ def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path):
     assert torch.equal(pair.models["pruned"](ids).logits, run.model(ids).logits)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inference", "--repeats", "0"], "--repeats must be 1 or more; got 0."),
-        (["inference", "--width_multiple", "0"], "--width_multiple must be 1 or more; got 0."),
-        (["inference", "--batch_sizes", "0"], "--batch_sizes must be 1 or more"),
-        (["inference", "--device", "abacus"], "--device must be an available device, such as cpu or cuda"),
-        (["inference", "--sparsity", "1.5", "--model", "tiny"], "--sparsity.target must be a share of the scope"),
-        (["inference", "--model", "nowhere"], "--model.name must be an embedded model"),
-        (["run", "--clock", "cpu"], "'run' cannot have --clock cpu"),
-        (["learning", "--small", "--", "--recovery", "none"], "'learning' cannot have flags of train.py after --"),
-    ],
-)
-def test_invalid_arguments_are_refused_in_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("experiments.bench: ")
-    assert message in line
-
-
 @pytest.mark.slow
 def test_learning_compares_training_steps_with_plain_pytorch_steps(capsys):
     assert main(["learning", "--small", "--repeats", "1", "--clock", "cpu"]) == 0

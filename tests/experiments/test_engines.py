@@ -114,22 +114,6 @@ def test_engines_are_parsed_with_forms_and_one_python_for_all_forms():
     assert [c.python for c in choices] == [os.path.expanduser("~/env/bin/python"), sys.executable, choices[0].python]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--engine", "vlm"], "Unknown engine 'vlm'. Available: transformers, vllm, llama.cpp."),
-        (["--engine", "llama.cpp:q5"], "Unknown form 'q5' of models for llama.cpp. Available: f16, f32, q8_0, q4_k_m."),
-        (["--engine", "transformers=/nowhere/python"], "must be the Python of an environment; got '/nowhere/python'."),
-        (["--prompt", "300"], "--prompt must be 252 tokens or less; got 300."),
-        (["--batch", "1,0"], "--batch must be whole numbers of 1 or more; got '1,0'."),
-    ],
-)
-def test_invalid_engines_end_with_one_line_and_exit_code_2(args, message, world, capsys):
-    assert engines.main([str(world.model), *args]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
 def test_an_engine_that_fails_is_quoted(tmp_path, monkeypatch):
     fork(monkeypatch)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')

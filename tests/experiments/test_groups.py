@@ -8,7 +8,6 @@ import pytest
 
 from experiments import groups
 from experiments.kinds import KINDS
-from gprune.errors import UserError
 from tests.studies.workbench import fake_run
 
 
@@ -20,10 +19,3 @@ def test_a_group_has_the_geometric_mean_of_its_kinds():
     assert [result[name] for name in ("C*", "French*", "Rust", "German")] == [pytest.approx(math.e)] * 4
     assert result["all ten*"] == pytest.approx(math.e ** (2 / 10))
     assert result["all twelve"] == pytest.approx(math.e ** (2 / 12))
-
-
-def test_a_list_without_the_kinds_is_refused(tmp_path):
-    path = tmp_path / "list.yaml"
-    path.write_text("common: {gprune: false, recovery: none}\nrows: {base: {}}\n")
-    with pytest.raises(UserError, match="needs records of rows that are evaluated on all corpora of experiments"):
-        groups.work([str(path)])

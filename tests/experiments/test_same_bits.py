@@ -107,11 +107,6 @@ def test_a_run_without_results_is_a_difference_even_if_both_lack_them(compared, 
     assert "no records in tree" in table
 
 
-def test_a_name_that_is_unknown_is_refused(capsys):
-    assert same_bits.main(["HEAD", "--only", "reconstrution"]) == 2
-    assert "--only must name configurations (default; paper;" in capsys.readouterr().err
-
-
 def test_the_configurations_have_every_allocation_recovery_scope_without_experts_and_kind_of_target():
     known = {name: parse(flags) for name, flags in configurations(real=True).items()}
     tiny = [cfg for cfg in known.values() if cfg.model.name == "tiny-random"]

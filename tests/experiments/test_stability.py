@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.stability import chance_jaccard, jaccard, main, pairs, stability, tables
+from experiments.stability import chance_jaccard, jaccard, pairs, stability, tables
 from gprune.models.masks import Masks
 from gprune.runs.results import FinishedRun
 
@@ -91,14 +91,3 @@ def test_tables_have_one_row_for_each_pair_and_the_mean_over_the_pairs_of_seeds(
     assert len(pair_table.rows) == 3
     beyond = np.mean([comparison[-1] for comparison in pairs(runs)])
     assert [(row[0], row[1], row[-1]) for row in seed_table.rows] == [("a", "ffn", pytest.approx(beyond))]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "required: list"), (["--pair", "x.yaml"], "--pair"), (["no/such.yaml", "--pairs"], "no/such.yaml")],
-)
-def test_invalid_command_lines_are_refused_in_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("experiments.stability: ")
-    assert message in line

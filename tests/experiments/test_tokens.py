@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from experiments import tokens
-from gprune.errors import UserError
 from tests.studies.workbench import cells, fake_run
 from tests.tiny_run import ROOT
 
@@ -55,10 +54,3 @@ def test_the_committed_records_are_printed_and_drawn(tmp_path):
     rows = [cells(line) for line in printed.splitlines() if line.startswith("| ")]
     assert ["smollm2", "98,304", "once", "2.003 [1.965, 2.041]"] in [row[:4] for row in rows]
     assert {file.name for file in tmp_path.iterdir()} == {"tokens.png", "tokens.svg"}
-
-
-def test_a_list_without_records_of_rows_that_learn_is_refused(tmp_path):
-    path = tmp_path / "list.yaml"
-    path.write_text("common: {gprune: false, recovery: none}\nrows: {base: {}}\n")
-    with pytest.raises(UserError, match="needs records of rows that learn"):
-        tokens.work([str(path)])

@@ -384,20 +384,6 @@ def refused(args: list[str], capsys) -> str:
     return line
 
 
-def test_invalid_arguments_are_refused_in_one_line(run, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    for args, message in (
-        ([], "See --help"),
-        ([str(run), "--colour", "red"], "See --help"),
-        ([str(run), "--base", "a"], "unrecognized arguments: --base a. Use the key compare of a list"),
-        ([str(tmp_path / "nowhere")], "there is no folder"),
-        ([str(run), "--output", str(tmp_path / "file")], "Cannot write"),
-        ([str(run), "--output", "a", "--html", "b"], "cannot be combined"),
-    ):
-        assert message in refused(args, capsys)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_a_report_reads_neither_the_model_nor_the_corpora_nor_config_yaml(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",

@@ -120,14 +120,6 @@ def test_short_names_of_precisions_are_accepted(given, becomes):
     assert RunConfig(trainer={"precision": given}).trainer.precision == becomes
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"), [("bf16-true", "AdamW"), ("16-mixed", "overflows"), (16, "overflows"), ("64-true", "float64")]
-)
-def test_an_unsupported_training_precision_is_refused_with_the_reason(given, reason):
-    with pytest.raises(UserError, match=f"--trainer.precision must be auto, 32-true or bf16-mixed; got .*{reason}"):
-        RunConfig(trainer={"precision": given})
-
-
 def test_the_precision_of_rows_in_a_list_does_not_depend_on_the_hardware():
     """The default of rows is 32-true, and `auto` is refused."""
     assert Row("one", 0, {}).config.trainer.precision == "32-true"
