@@ -27,11 +27,11 @@ hypothesis.settings.load_profile("gprune")
 def pytest_collectstart() -> None:
     """Import everything before the first test module, without garbage collection, which takes a quarter of the time.
 
-    `tests.registries` needs the registries as they are before any test registers something.
+    `tests.world` needs the registry of metrics as it is before any test registers one.
     """
     gc.disable()
     import gprune.method.prune  # noqa: F401
-    import tests.registries  # noqa: F401
+    import tests.world  # noqa: F401
 
 
 def pytest_collection_finish() -> None:
@@ -103,7 +103,7 @@ def shared_cache(cache):
 def scratch_registry():
     """Remove metrics that a test registers after the test."""
     from gprune.importance import IMPORTANCE
-    from tests import registries
+    from tests.world import restored
 
-    with registries.restored(IMPORTANCE):
+    with restored(IMPORTANCE):
         yield

@@ -10,7 +10,7 @@ import pytest
 import gprune
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
-from tests import registries
+from tests.world import restored
 
 EXAMPLES = {  # decorator -> flags that select its example
     "metric": ["--importance=energy", "--gprune=false"],
@@ -25,7 +25,7 @@ def help_of(name: str) -> str:
 
 @pytest.fixture
 def _restore_registries(shared_cache):
-    with registries.restored(gprune.IMPORTANCE, ALLOCATION, RECOVERY):
+    with restored(gprune.IMPORTANCE, ALLOCATION, RECOVERY):
         yield
 
 

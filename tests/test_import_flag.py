@@ -12,7 +12,8 @@ from gprune.config import parse
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.runs.results import load_run
-from tests import registries, tiny_run
+from tests import tiny_run
+from tests.world import restored
 
 METRIC = """
 import gprune
@@ -30,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     user_code.IMPORTED.clear()
-    with registries.restored(IMPORTANCE):
+    with restored(IMPORTANCE):
         yield tmp_path
     user_code.IMPORTED.clear()
     for name in ("metric_of_mine", "raises"):
@@ -48,7 +49,7 @@ def test_import_accepts_a_module_name_or_path_before_and_after_the_flag_that_nee
 
 def test_load_run_names_the_import_that_registers_its_metric_and_works_after_it(folder):
     world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"), registries.restored(IMPORTANCE):
+    with tiny_run.isolated(folder / "cache"), restored(IMPORTANCE):
         flags = ("--import=metric_of_mine", "--importance=norm_of_mine", "--gprune=false", "--export=none")
         assert world.run(folder / "runs", *flags).config.importance == "norm_of_mine"
     sys.modules.pop("metric_of_mine")

@@ -31,9 +31,9 @@ from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
-from tests import registries, tiny_run
+from tests import tiny_run
 from tests.stages.test_threshold_learning import make_stage, trainer_of
-from tests.tiny_families import make_tiny, some_masks
+from tests.world import make_tiny, restored, some_masks
 
 ROOT = Path(__file__).parent.parent
 # Content by path
@@ -59,7 +59,7 @@ def world(tmp_path):
 def _restore_registries():
     """Restore registries and families after each test."""
     families = set(FAMILIES)
-    with registries.restored(gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
+    with restored(gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
         yield
     for added in FAMILIES.keys() - families:
         del FAMILIES[added]

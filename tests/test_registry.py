@@ -19,9 +19,8 @@ from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import budget_of
-from tests import registries
 from tests.calibration.test_collector import batches
-from tests.world import collect, make_tiny_llama, some_masks
+from tests.world import collect, make_tiny_llama, restored, some_masks
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def tiny():
 
 @pytest.fixture(autouse=True)
 def _restore_registries():
-    with registries.restored(IMPORTANCE, ALLOCATION, RECOVERY):
+    with restored(IMPORTANCE, ALLOCATION, RECOVERY):
         yield
 
 

@@ -16,7 +16,8 @@ from gprune import user_code
 from gprune.importance import IMPORTANCE
 from gprune.recoveries import RECOVERY
 from gprune.user_code import changed_code, code_at, code_of, compare_code
-from tests import registries, tiny_run
+from tests import tiny_run
+from tests.world import restored
 
 METRIC = '''"""About the module."""
 import gprune
@@ -42,7 +43,7 @@ def package(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    with registries.restored(IMPORTANCE):
+    with restored(IMPORTANCE):
         yield folder
     forget()
 
@@ -238,7 +239,7 @@ def test_a_run_of_a_notebook_is_repeated_after_its_code_or_a_constant_has_change
         cfg.run.name = settings.get("name")
         return gprune.prune(cfg, learner=learner)
 
-    with tiny_run.isolated(tmp_path / "cache"), registries.restored(RECOVERY):
+    with tiny_run.isolated(tmp_path / "cache"), restored(RECOVERY):
         first, again = run(NOTEBOOK), run(NOTEBOOK)
         assert again.path == first.path
         loss = run(NOTEBOOK.replace(".loss\n", ".loss * 0\n"))

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -25,9 +27,23 @@ from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.discovery import family_of
 from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, shrunk, tiny_model
+from gprune.importance import IMPORTANCE
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
+from gprune.registry import Registry
 from gprune.sparsity.cut import keep_top_neurons
+
+BUILT_IN_METRICS = tuple(IMPORTANCE)  # `conftest.py` imports this module before any test registers a metric
+
+
+@contextmanager
+def restored(*registries: Registry) -> Iterator[None]:
+    """Restore the entries of registries at the end. There is no public way to remove an entry."""
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in registries:
+            patch.setattr(registry, "_entries", dict(registry._entries))
+        yield
+
 
 # --- models
 

@@ -9,7 +9,7 @@ import pytest
 from gprune.corpora.embedded import EMBEDDED_CORPORA
 from gprune.corpora.load import CORPORA, SPLITS, identity, load_corpus, source_of
 from gprune.errors import UserError
-from tests import registries
+from tests.world import restored
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_splits_of_embedded_corpora_are_disjoint_and_have_no_markup(name, monkey
 @pytest.mark.parametrize("returned", ["one text", None, ["a", 3]])
 def test_a_corpus_function_must_return_a_list_of_strings(returned):
     """In a single string, each character would be a document."""
-    with registries.restored(CORPORA):
+    with restored(CORPORA):
         CORPORA.register("given")(lambda split: returned)
         with pytest.raises(UserError, match=r"^Corpus 'given' must be a list of documents of type str; got "):
             load_corpus("given", "train")

@@ -8,7 +8,7 @@ import torch
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity, perplexity_from_logits
-from tests.tiny_llama import make_tiny_llama
+from tests.world import make_tiny_llama
 
 
 def float64_log_probabilities(model, tokens, vocab_size=None):

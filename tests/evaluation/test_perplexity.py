@@ -21,8 +21,7 @@ from gprune.evaluation.intervals import (
     paired_ratio,
 )  # fmt: skip
 from gprune.evaluation.perplexity import Forecast, perplexity
-from tests.tiny_families import make_tiny
-from tests.tiny_llama import make_tiny_llama
+from tests.world import make_tiny, make_tiny_llama
 
 
 def nll_in_float64(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

@@ -18,8 +18,7 @@ from gprune.export import hf
 from gprune.models.surgery import slice_model
 from tests.export.test_gguf import byte_tokenizer
 from tests.export.test_hf import LLAMA3_ROPE, make_pruned
-from tests.tiny_llama import make_tiny_llama
-from tests.world import masks_keeping
+from tests.world import make_tiny_llama, masks_keeping
 
 INSTALLED = importlib.metadata.version("transformers")
 

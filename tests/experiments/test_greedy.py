@@ -13,9 +13,10 @@ from gprune import user_code
 from gprune.cli import main
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import ALLOCATION
-from tests import registries, tiny_run
+from tests import tiny_run
+from tests.world import restored
 
-with registries.restored(ALLOCATION):  # so that tests of every allocation do not include this one
+with restored(ALLOCATION):  # so that tests of every allocation do not include this one
     from experiments.greedy import removal_order
 
 RIDGE = 0.01
@@ -77,7 +78,7 @@ def imported(monkeypatch):
     """Undo the effects of `--import`."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(user_code, "IMPORTED", [])
-    with registries.restored(ALLOCATION):
+    with restored(ALLOCATION):
         yield
     sys.modules.pop("greedy", None)
 

@@ -1,7 +1,6 @@
 """Pages of results, the log and the README: their tables are printed by the command that is named above each of them.
 
-A page shows some rows and columns of a table. `tests/snapshots` compares what lists print with stored cells, so tables
-of `gprune study LIST --table` are read from there, and other commands run.
+A page shows some rows and columns of a table.
 """
 
 import re
@@ -12,8 +11,6 @@ import yaml
 
 from experiments import engines, groups, readme, stability, tokens
 from gprune.__main__ import main
-from tests.snapshots import files
-from tests.snapshots.lists import parse_tables
 from tests.tiny_run import ROOT
 
 PAGES = sorted((ROOT / "experiments/pages").glob("*.md"))
@@ -29,18 +26,30 @@ COMMANDS = {
 TABLE = r":\n\n((?:\|.*\n)+)"
 ROWS_OF = re.compile(rf"[Rr]ows of\s`([^`]+)`{TABLE}")
 WITHOUT_RECORD = re.compile(rf"Measured without a record.*{TABLE}")
+RULE = re.compile(r"[-:]+")  # a cell of the line below the header of a Markdown table
 CHOSEN = [
     (page, " ".join(command.split()), table)
     for page in (*PAGES, LOG)
     for command, table in ROWS_OF.findall(page.read_text())
 ]
-TABLES = files.read("tables")
+
+
+def parse_tables(text):
+    """Return the cells of the Markdown tables in a text, as lists of rows. The first row of a table is its header."""
+    tables, previous_line = [], ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not previous_line.startswith("|"):
+                tables.append([])
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            if not all(RULE.fullmatch(cell) for cell in cells):
+                tables[-1].append(cells)
+        previous_line = line
+    return tables
 
 
 def printed_by(command, capsys):
-    """Return the tables that a command prints, as lists of rows of cells."""
-    if match := re.fullmatch(r"gprune study (\S+) --table", command):
-        return TABLES[match[1]]
+    """Return the tables that a command prints."""
     program = next(name for name in COMMANDS if command.startswith(f"{name} "))
     assert COMMANDS[program](shlex.split(command.removeprefix(program))) == 0
     return parse_tables(capsys.readouterr().out)

@@ -22,11 +22,10 @@ from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
-from tests import registries
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.world import collect, make_tiny_llama
+from tests.world import BUILT_IN_METRICS, collect, make_tiny_llama
 
-BUILT_IN = registries.BUILT_IN_METRICS
+BUILT_IN = BUILT_IN_METRICS
 BOTH = ("ffn", "attention")
 # Grouped-query, multi-query and multi-head attention; a head size other than hidden size / heads.
 SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]

@@ -17,7 +17,7 @@ import torch
 from gprune.runs.results import load_run
 from gprune.storage import wheels
 from tests import tiny_run
-from tests.tiny_families import make_tiny
+from tests.world import make_tiny
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
 

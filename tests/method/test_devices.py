@@ -2,18 +2,246 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gprune.method.inputs
 from gprune.calibration.collector import Collector
+from gprune.calibration.statistics import CorpusStatistics
 from gprune.cli import main
+from gprune.config.running import DistillConfig
+from gprune.corpora.windows import Windows
+from gprune.evaluation.perplexity import perplexity
+from gprune.export import hf
+from gprune.method.save import masked_logits
+from gprune.models.blocks import blocks_of
+from gprune.models.families import attach_record, record_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import slice_model
+from gprune.partition.modules import ModuleRanks
+from gprune.recoveries import Material, recoveries_of
 from gprune.runs.results import load_run
+from gprune.sparsity.budget import budget_of
+from gprune.sparsity.cut import keep_masks
+from gprune.sparsity.thresholds import start_thresholds
+from gprune.stages.threshold_learning import ThresholdLearning
 from tests import tiny_run
-from tests.method import method_parts as parts
-from tests.method.method_parts import EXPERTS, LEARNING, PARTS, close, model_of, run
-from tests.simulated_devices import place_on_devices, simulate_devices
+from tests.simulated_devices import TYPE, Devices, place_on_devices, simulate_devices
+from tests.world import collect, make_tiny, some_masks
+
+WINDOWS, LENGTH = 2, 16  # windows in a batch, tokens in a window
+STEPS = 2  # batches of a part; the waits of one training step are measured from STEPS and 2 * STEPS batches
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model and the devices that it is on."""
+
+    model: PreTrainedModel
+    devices: int  # number of simulated devices; 0: the CPU
+
+    def batches(self, steps: int = STEPS) -> list[dict[str, Tensor]]:
+        """Return batches on the first device, where the trainer puts them."""
+        ids = torch.randint(3, 128, (WINDOWS * steps, LENGTH), generator=torch.Generator().manual_seed(1))
+        half = torch.arange(WINDOWS * steps) % 2
+        batches = [
+            {"input_ids": i, "half": h, "weight": torch.ones(WINDOWS)}
+            for i, h in zip(ids.split(WINDOWS), half.split(WINDOWS), strict=True)
+        ]
+        if not self.devices:
+            return batches
+        return [{n: t.to(f"{TYPE}:0", non_blocking=True) for n, t in batch.items()} for batch in batches]
+
+    @property
+    def windows(self) -> Windows:
+        ids = torch.cat([batch["input_ids"] for batch in Place(self.model, 0).batches()])
+        return Windows("text", "test", ids)
+
+    @property
+    def masks(self) -> Masks:
+        return some_masks(self.model, attention=True)
+
+
+Part = Callable[[Place], Any]
+
+
+def calibrate(place: Place, **kinds: Any) -> CorpusStatistics:
+    return collect(place.model, place.batches(), **kinds)
+
+
+def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any) -> list[Tensor]:
+    """Return thresholds and offsets after `steps` steps under Lightning's Trainer."""
+    blocks = blocks_of(place.model)
+    generator = torch.Generator().manual_seed(0)
+    labels = [torch.arange(b.experts * b.neurons) % 3 for b in blocks]
+
+    def random_ranks(units: int) -> Tensor:
+        return torch.rand(units, generator=generator, dtype=torch.float64) * 0.98 + 0.01
+
+    ffn_ranks = [random_ranks(len(block_labels)) for block_labels in labels]
+    group_ranks = [random_ranks(b.kv_groups) for b in blocks]
+    ranks = ModuleRanks(ffn_ranks, labels, group_ranks)
+    budget = budget_of(blocks, 0.4, scope="attention+ffn" if attention else "ffn")
+    start = start_thresholds(keep_masks(budget, ffn_ranks, group_ranks), ranks)
+    stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | settings)
+    train(stage, DataLoader(place.batches(steps), batch_size=None))
+    return [t.detach().cpu() for t in stage.state_dict().values()]
+
+
+def train(stage: L.LightningModule, loader: DataLoader, **kwargs: Any) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+    trainer.fit(stage, loader)
+
+
+def recover(place: Place, name: str, **settings: Any) -> Tensor:
+    """Return the logits of a pruned and recovered model."""
+    (method,), masks = recoveries_of(name, settings), place.masks
+    statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
+    gc.collect()  # metrics of torchmetrics contain reference cycles
+
+    def fit(name: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
+        train(stage, DataLoader(place.batches(), batch_size=None), gradient_clip_val=clip)
+
+    material = Material(
+        place.model,
+        masks,
+        statistics=statistics,
+        batches=place.windows.tokens.split(WINDOWS),
+        fit=fit,
+    )
+    revise = method.revise(material)
+    with torch.no_grad():
+        small = slice_model(place.model, masks)
+        for dense, block in zip(blocks_of(place.model), blocks_of(small), strict=True):
+            if revise is not None:
+                revise(dense, block)
+    small = method.tune(material, small)
+    return logits(small, place)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, place: Place) -> Tensor:
+    return model(input_ids=place.batches()[0]["input_ids"], use_cache=False).logits.cpu()
+
+
+def prune_and_mask(place: Place) -> list[Tensor]:
+    """Return the logits of the masked model and of the pruned model."""
+    masks = place.masks
+    with torch.no_grad():
+        of_masked = masked_logits(place.model, masks, place.batches()[0]["input_ids"]).cpu()
+    return [of_masked, logits(slice_model(place.model, masks), place)]
+
+
+def window_losses(place: Place) -> Tensor:
+    return torch.tensor(perplexity(place.model, place.windows, batch_size=WINDOWS).window_nll)
+
+
+def export_difference(place: Place) -> float:
+    """Return the largest difference between the logits of the pruned model and of its reloaded export."""
+    small = slice_model(place.model, place.masks)
+
+    def reload(folder: Path, input_ids: Tensor, *, device: str, **_: Any) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+        attach_record(model, record_of(place.model))
+        model = place_on_devices(model, place.devices) if place.devices else model
+        return model(input_ids.to(device), use_cache=False).logits
+
+    before, hf.reloaded_logits = hf.reloaded_logits, reload
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = hf.save_pruned(small, None, Path(folder) / "model")
+            return hf.check_reload(small, saved, place.batches()[0]["input_ids"].cpu())
+    finally:
+        hf.reloaded_logits = before
+
+
+def distill(place: Place, **settings: Any) -> Tensor:
+    torch.manual_seed(0)  # for the initial LoRA weights
+    return recover(place, "distill", distill=DistillConfig(**settings))
+
+
+PARTS: dict[str, Part] = {
+    "calibration": calibrate,
+    "calibration with Gram matrices": lambda place: calibrate(place, gram=True),
+    "saliency": lambda place: calibrate(place, saliency=("ffn", "attention")),
+    "bias": lambda place: recover(place, "bias"),
+    "least_squares": lambda place: recover(place, "least_squares"),
+    "distill mlp": lambda place: distill(place, targets="mlp"),
+    "distill all, with all losses": lambda place: distill(place, targets="all", cross_entropy=0.5),
+    "distill lora": lambda place: distill(place, targets="lora", rank=2),
+    "pruning": prune_and_mask,
+    "perplexity": window_losses,
+    "export check": export_difference,
+}
+LEARNING: dict[str, dict[str, Any]] = {
+    f"{learn}, {loss}{', attention' if attention else ''}": {"learn": learn, "loss": loss, "attention": attention}
+    for learn, loss, attention in (
+        ("thresholds", "cross_entropy", False), ("thresholds", "kl", True), ("offsets", "kl", False),
+        ("both", "cross_entropy", True),
+    )
+}  # fmt: skip
+# Parts that support models with experts. Biases and saliency do not.
+EXPERTS = ("calibration with Gram matrices", "least_squares", "distill mlp",
+           "pruning", "perplexity", "export check")  # fmt: skip
+
+
+def model_of(family: str, *, tied: bool = False) -> PreTrainedModel:
+    return make_tiny(family, tie_word_embeddings=tied)
+
+
+def run(part: Part, model: PreTrainedModel, devices: int) -> tuple[Any, Devices]:
+    """Return the result of a part on a number of devices, and the counted synchronisations.
+
+    Those of placing the model are not counted. With 0 devices the part runs on the CPU, and none are counted.
+    """
+    model = copy.deepcopy(model)
+    if devices == 0:
+        return part(Place(model, 0)), Devices()
+    with simulate_devices() as counted:
+        place = Place(place_on_devices(model, devices), devices)
+        counted.by_place.clear()
+        return part(place), counted
+
+
+def learn_and_count_waits(settings: dict[str, Any], model: PreTrainedModel, devices: int) -> tuple[list[Tensor], int]:
+    """Return the result of training, and the synchronisations of one step.
+
+    These are the difference between 2 * STEPS and STEPS steps, which excludes the start and the end of training.
+    """
+    (thresholds, once), (_, twice) = (
+        run(lambda place, n=n: learn(place, steps=n, **settings), model, devices) for n in (STEPS, 2 * STEPS)
+    )
+    return thresholds, (twice.waits - once.waits) // STEPS
+
+
+def tensors(result: Any) -> Iterator[Tensor]:
+    """Yield all numbers of a result as tensors."""
+    if isinstance(result, CorpusStatistics):
+        result = list(result.tensors().values())
+    for item in result if isinstance(result, list) else [result]:
+        yield torch.as_tensor(item)
+
+
+def close(found: Any, expected: Any) -> bool:
+    """Return whether two results agree within float32 rounding."""
+    pairs = zip(tensors(found), tensors(expected), strict=True)
+    return all(torch.allclose(a.double(), b.double(), rtol=2e-4, atol=2e-4) for a, b in pairs)
+
 
 # Maximum number of host synchronisations of each part, for a model with three blocks and two batches. The numbers were
 # measured. Terms with a factor 3 grow with the number of blocks, and terms with a factor 2 with the number of batches.
@@ -70,8 +298,8 @@ def test_threshold_learning_gives_the_same_result_on_every_placement_with_few_sy
     name, devices, tied, models
 ):
     settings, model = LEARNING[name], models["llama", tied]
-    expected, _ = run(lambda place: parts.learn(place, **settings), model, 0)
-    found, waits_of_a_step = parts.learn_and_count_waits(settings, model, devices)
+    expected, _ = run(lambda place: learn(place, **settings), model, 0)
+    found, waits_of_a_step = learn_and_count_waits(settings, model, devices)
     assert close(found, expected)
     assert 0 < waits_of_a_step <= MAX_WAITS_OF_A_STEP[settings["loss"]]
 
@@ -82,13 +310,13 @@ def test_a_part_gives_the_same_result_for_experts_on_two_devices(name, models):
 
 
 def test_threshold_learning_gives_the_same_result_for_experts_on_two_devices(models):
-    check_part(lambda place: parts.learn(place, attention=True), models["mixtral", False], 2)
+    check_part(lambda place: learn(place, attention=True), models["mixtral", False], 2)
 
 
 def test_more_blocks_add_no_synchronisations_to_a_training_step():
     """The limit is that of a model with three blocks."""
-    model = parts.make_tiny("llama", num_hidden_layers=5)
-    _, waits_of_a_step = parts.learn_and_count_waits(LEARNING["both, cross_entropy, attention"], model, 2)
+    model = make_tiny("llama", num_hidden_layers=5)
+    _, waits_of_a_step = learn_and_count_waits(LEARNING["both, cross_entropy, attention"], model, 2)
     assert waits_of_a_step <= MAX_WAITS_OF_A_STEP["cross_entropy"]
 
 

@@ -15,9 +15,9 @@ from gprune import RunConfig
 from gprune.cli import main
 from gprune.importance.metrics import EXPERT_IMPORTANCE
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests.registries import restored
 from tests.tiny_run import World, draw, tiny_tokenizer, world_with_cache
 from tests.wandb_files import find, read
+from tests.world import restored
 
 MIXTURES = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},

@@ -26,7 +26,7 @@ from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, make_stage, sampled_tokens, trainer_of
-from tests.tiny_families import some_masks
+from tests.world import some_masks
 
 pytestmark = [
     pytest.mark.usefixtures("shared_cache"),

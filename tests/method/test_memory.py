@@ -25,7 +25,7 @@ from gprune.runs.folder import RunFolder
 from gprune.stages import distill_recovery
 from gprune.stages.student import Student
 from tests import tiny_run
-from tests.tiny_families import make_tiny
+from tests.world import make_tiny
 
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
 TRAINED = "--gprune=false --evaluation.before_recovery=false --recovery=distill"  # without Gram matrices

@@ -23,8 +23,7 @@ from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.experts import router_needs
-from tests.registries import restored
-from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, some_masks
+from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, restored, some_masks
 
 # Types whose routers divide weights by their sum only with a setting.
 RENORMALISING = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}}

@@ -24,7 +24,7 @@ from gprune.runs.trainer import RANKS, StageBar, check_trainer
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
 from tests import tiny_run
-from tests.tiny_families import some_masks
+from tests.world import some_masks
 
 LEFTOVER_VARIABLES = [  # variables, number of devices, words of the message (None: accepted)
     ({"RANK": "1"}, 1, "RANK=1,"), ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, 1, "LOCAL_RANK=2,"),

@@ -24,8 +24,7 @@ from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.price import COST, Price, parameter_costs, price_of
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
-from tests.registries import restored
-from tests.world import PlainBlock, collect, make_tiny_llama
+from tests.world import PlainBlock, collect, make_tiny_llama, restored
 
 
 @pytest.mark.parametrize(

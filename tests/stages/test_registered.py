@@ -29,10 +29,10 @@ from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests import registries, tiny_run
+from tests import tiny_run
 from tests.stages.test_refinement import planted, refinement
 from tests.stages.test_threshold_learning import make_stage, sampled_tokens, trainer_of
-from tests.world import hooks_of, some_masks
+from tests.world import hooks_of, restored, some_masks
 
 
 class GateLearner(L.LightningModule):
@@ -84,7 +84,7 @@ class Masked:
 @pytest.fixture
 def own_recoveries():
     """Register two recoveries, and remove them afterwards."""
-    with registries.restored(gprune.RECOVERY):
+    with restored(gprune.RECOVERY):
 
         @recovery("heal")
         class Heal(Recovery):

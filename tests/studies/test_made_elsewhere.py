@@ -35,7 +35,7 @@ from gprune.studies import runner
 from gprune.studies.archive import finished_record, record_to_run, row_to_run
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
-from tests.tiny_families import make_tiny, some_masks
+from tests.world import make_tiny, some_masks
 
 PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
 

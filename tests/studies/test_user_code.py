@@ -12,7 +12,8 @@ from gprune.corpora import CORPORA
 from gprune.importance import IMPORTANCE
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
-from tests import registries, tiny_run
+from tests import tiny_run
+from tests.world import restored
 
 # Kind -> the settings of its row, the source of its module, and an edit of the source.
 KINDS = {
@@ -113,7 +114,7 @@ def study(bench, capsys, path, *options: str, kinds=KINDS) -> str:
     """Run `gprune study` with the modules as in a new process, and return its output."""
     forget()
     flags = [f"--import=./mine_{kind}.py" for kind in kinds]
-    with registries.restored(*REGISTRIES):
+    with restored(*REGISTRIES):
         return bench(capsys, path, *options, *flags)
 
 
@@ -157,7 +158,7 @@ def test_records_are_shown_and_marked_without_the_modules_that_made_them(bench, 
         assert row_of_table in marked
     assert "Not checked" in study(bench, capsys, path, *options, kinds=[])  # nothing has to be run
     forget()
-    with registries.restored(*REGISTRIES):
+    with restored(*REGISTRIES):
         assert list(gprune.load_study(path, records=records).to_frame()["row"].unique()) == [*KINDS]
     forget()
     message = bench.refused(capsys, path, *options, "--", "--sparsity.target=0.4")
@@ -167,7 +168,7 @@ def test_records_are_shown_and_marked_without_the_modules_that_made_them(bench, 
 def test_code_that_cannot_be_read_is_reported_in_one_line(bench, modules, monkeypatch, capsys):
     text = (modules / "mine_metric.py").read_text()
     monkeypatch.setitem(sys.modules, "mine_metric", module := type(sys)("mine_metric"))
-    with registries.restored(*REGISTRIES):
+    with restored(*REGISTRIES):
         exec(text, vars(module))  # there is no file
         flags = ("--importance=my_metric", "--gprune=false", "--export=none")
         assert tiny_run.main(bench.world.args(modules / "runs", *flags)) == 0
