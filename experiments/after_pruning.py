@@ -29,7 +29,7 @@ from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
-from gprune.export.gguf import window_nll
+from gprune.models.gguf import window_nll
 from gprune.models.loading import load_weights, locate_model
 from gprune.runs.results import PruningResult, load_run
 

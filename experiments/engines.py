@@ -39,9 +39,9 @@ from gprune.benchmarks.subjects import Subject, find_evaluation
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError, first_line
 from gprune.evaluation.speed import describe_device
-from gprune.export import gguf
 from gprune.export.convert import FORMATS, format_named
 from gprune.export.hf import save_pruned
+from gprune.models import gguf
 from gprune.storage.files import key_of
 from gprune.storage.paths import expanded
 

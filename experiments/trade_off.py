@@ -31,7 +31,7 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.export import export
-from gprune.export.gguf import QUANTISED, has_llama_cpp, window_nll
+from gprune.models.gguf import QUANTISED, has_llama_cpp, window_nll
 from gprune.models.loading import locate_model
 from gprune.report.figures import FORMATS, add_title, save, style
 from gprune.report.tables import Cell, Estimate, Table
@@ -91,9 +91,12 @@ def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
 
 def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
     """Seconds of each file for the prompt and the generated tokens: the fastest of four rounds over all files."""
-    from gprune.export.llamacpp import load_llama  # gprune itself uses it only in a subprocess
+    from llama_cpp_py_sync import Llama
 
-    models = [load_llama({"model": str(f), "threads": torch.get_num_threads()}, PROMPT + GENERATE) for f in files]
+    length = PROMPT + GENERATE
+    options = {"n_ctx": length, "n_batch": length, "n_threads": torch.get_num_threads()}
+    exact = {"flash_attn_type": 0, "type_k": "f32", "type_v": "f32"}  # attention as in `gprune.models.gguf`
+    models = [Llama(str(file), **options, **exact) for file in files]
 
     def seconds(model: object) -> float:
         start = time.perf_counter()

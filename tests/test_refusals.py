@@ -412,7 +412,7 @@ def structures(tmp_path_factory):
 def test_flags_that_do_not_fit_the_model_are_refused_in_one_line_before_its_weights_are_loaded(
     model_type, settings, flags, message, world, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.models.gguf.has_llama_cpp", lambda: True)
     folder = tmp_path / "model"
     shrunk(default_config(model_type)).save_pretrained(folder)  # no weights
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | settings))

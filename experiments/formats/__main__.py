@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gprune.errors import UserError
-from gprune.export import gguf, hf
+from gprune.export import hf
 from gprune.export.convert import load_folder
-from gprune.models import agreement
+from gprune.models import agreement, gguf
 
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, embedded, make
 from .packages import OLDER, fetch

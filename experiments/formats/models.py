@@ -16,6 +16,7 @@ import gprune
 from gprune.calibration.collector import Collector
 from gprune.export import hf
 from gprune.importance.scores import score_units
+from gprune.models.agreement import CHECK_TEXT
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
@@ -34,7 +35,7 @@ Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]
 def embedded() -> Dense:
     """SmolLM2-135M, its tokenizer, and tokens (1, T) of the text for checking GGUF files."""
     model, tokenizer = load_model("smollm2-135m")
-    return model, tokenizer, tokenizer(hf.CHECK_TEXT, return_tensors="pt").input_ids
+    return model, tokenizer, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids
 
 
 def make(work: Path, load: Callable[[], Dense]) -> None:

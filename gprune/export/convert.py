@@ -24,7 +24,7 @@ from gprune.storage.paths import expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMATS = {"gguf": "gprune.export.gguf", "nemotron-nas": "gprune.export.nemotron"}
+FORMATS = {"gguf": "gprune.models.gguf", "nemotron-nas": "gprune.export.nemotron"}
 ABOUT = """Export the model of a finished run to a GGUF file for llama.cpp, or to a DeciLM folder (nemotron-nas), which
 vLLM, SGLang, TensorRT-LLM, mlx-lm and exllamav3 compute by a class of their own.
 

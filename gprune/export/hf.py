@@ -36,7 +36,7 @@ from gprune.discovery import family_of
 from gprune.errors import UserError, first_line
 from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
-from gprune.models.agreement import compare
+from gprune.models.agreement import CHECK_TEXT, compare
 from gprune.models.blocks import blocks_of, by_layer, sizes_of_layer
 from gprune.models.copies import has_own_head, skeleton, turn_off_rescaling
 from gprune.models.families import decoder_layers, record_of
@@ -48,8 +48,6 @@ from gprune.storage.files import replacing
 from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
-# Text in which tokenizers differ: digits, blanks, other scripts, code, contractions.
-CHECK_TEXT = Path(__file__).with_name("check_text.txt").read_text(encoding="utf-8")
 
 # Keys of a config that the exported class sets itself, or that do not apply to it, such as the quantisation of a GGUF
 # file whose weights were de-quantised.

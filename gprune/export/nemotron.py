@@ -21,11 +21,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gprune.errors import UserError, quoting
 from gprune.export import modeling_decilm
-from gprune.export.gguf import CHECK_TOKENS, difference_from_llama
-from gprune.export.hf import CHECK_TEXT, check_reload, save_tokenizer
+from gprune.export.hf import check_reload, save_tokenizer
 from gprune.export.modeling_decilm import MULTIPLE
+from gprune.models.agreement import CHECK_TEXT
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
+from gprune.models.gguf import CHECK_TOKENS, difference_from_llama
 from gprune.models.modeling_pruned import legacy_rope_settings
 
 log = logging.getLogger("gprune")

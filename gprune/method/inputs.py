@@ -16,7 +16,7 @@ from gprune.corpora.load import load_corpus, read_corpus
 from gprune.corpora.windows import Sample, Windows, check_tokens, leading_token, make_windows
 from gprune.discovery import family_of
 from gprune.errors import UserError
-from gprune.export.gguf import tokenizer_keys
+from gprune.models.gguf import tokenizer_keys
 from gprune.models.loading import load_without_tokenizer
 from gprune.models.offload import is_offloaded
 from gprune.recoveries import recovery_learns

@@ -24,10 +24,10 @@ from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, quoting
 from gprune.evaluation.speed import costs_from_table, latency_table
 from gprune.export.convert import FORMATS, format_named
-from gprune.export.gguf import stored_type
 from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.copies import skeleton
+from gprune.models.gguf import stored_type
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
 from gprune.recoveries import RECOVERY, recoveries_of

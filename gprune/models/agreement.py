@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from gprune.models.masks import Masks
 # types, which round after every operation, are for the root mean square. In bfloat16 we measured 0.02 to 0.2, largest
 # in models that pruning has damaged, and 1.5e-5 with the same masks in float32. A wrong slice gives about 1.
 LOGIT_LIMIT = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}
+# Text in which tokenizers differ: digits, blanks, other scripts, code, contractions.
+CHECK_TEXT = Path(__file__).with_name("check_text.txt").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import gprune
 from experiments import engines, trade_off
 from gprune.config import parse
 from gprune.errors import UserError
-from gprune.export.gguf import has_llama_cpp
+from gprune.models.gguf import has_llama_cpp
 from tests.experiments.test_engines import fork
 from tests.studies.workbench import fake_run
 

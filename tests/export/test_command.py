@@ -14,8 +14,8 @@ import pytest
 
 from gprune.__main__ import run as command
 from gprune.export import convert, export, hf
-from gprune.export import gguf as gguf_files
 from gprune.export.convert import load_folder
+from gprune.models import gguf as gguf_files
 from gprune.models.surgery import slice_model
 from gprune.storage.files import write_json
 from tests import synthetic_run

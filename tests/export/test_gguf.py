@@ -19,15 +19,15 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
-from gprune.export import gguf as writing
 from gprune.export.convert import load_folder
-from gprune.export.gguf import FILE_TYPES, LLAMA_CPP, has_llama_cpp, tokenizer_keys, write_gguf
-from gprune.export.hf import CHECK_TEXT, save_pruned
+from gprune.export.hf import save_pruned
 from gprune.method.dry_run import describe_widths
 from gprune.method.plan import make_plan
 from gprune.models import embedded as assets
-from gprune.models import gguf as reading
+from gprune.models import gguf as files
+from gprune.models.agreement import CHECK_TEXT
 from gprune.models.blocks import blocks_of
+from gprune.models.gguf import FILE_TYPES, LLAMA_CPP, has_llama_cpp, tokenizer_keys, write_gguf
 from gprune.models.surgery import slice_model
 from gprune.sparsity.target import HALF_BITS_PER_BYTE
 from gprune.storage import wheels
@@ -57,7 +57,7 @@ def byte_tokenizer(pre="gpt-2", *, bos=False, merges=(("t", "h"), ("th", "e"), (
     vocabulary = {token: i for i, token in enumerate(alphabet)}
     model = models.BPE(vocabulary, list(merges), ignore_merges=pre == "llama-bpe")
     backend = Tokenizer(model)
-    backend.pre_tokenizer = reading.WORDS[pre]
+    backend.pre_tokenizer = files.WORDS[pre]
     if bos:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     backend.add_tokens(["<mine>"])
@@ -200,17 +200,17 @@ def test_scales_of_q8_0_beyond_the_range_of_float16_are_refused(largest, fits):
     """A scale is the largest number of a block of 32, divided by 127. Float16 ends at 65,504."""
     weight = torch.ones(2, 64)
     weight[1, 40] = largest
-    kind = writing.GGMLQuantizationType.Q8_0
+    kind = files.GGMLQuantizationType.Q8_0
     if fits:
-        stored = gguf.quants.dequantize(writing.encode_tensor("w", weight, kind), kind)
+        stored = gguf.quants.dequantize(files.encode_tensor("w", weight, kind), kind)
         assert np.isfinite(stored).all()
     else:
         with pytest.raises(UserError, match="Cannot write 'w' in q8_0: it has too large numbers"):
-            writing.encode_tensor("w", weight, kind)
+            files.encode_tensor("w", weight, kind)
 
 
 def test_rope_factors_of_llama3_and_linear_scaling_equal_the_published_rules():
-    factors = writing.rope_factors(make_tiny_llama(rope_parameters=LLAMA3_ROPE)).numpy()
+    factors = files.rope_factors(make_tiny_llama(rope_parameters=LLAMA3_ROPE)).numpy()
     expected = []
     # Llama 3's rule: long waves are stretched by 4, short waves are unchanged, and waves between are interpolated.
     for i in range(4):
@@ -226,8 +226,8 @@ def test_rope_factors_of_llama3_and_linear_scaling_equal_the_published_rules():
     assert len(set(np.round(expected, 3))) > 1
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
     linear = make_tiny_llama(**VARIANTS["linear"])
-    np.testing.assert_allclose(writing.rope_factors(linear).numpy(), [2.0] * 4, rtol=1e-6)
-    assert writing.rope_factors(make_tiny_llama()) is None
+    np.testing.assert_allclose(files.rope_factors(linear).numpy(), [2.0] * 4, rtol=1e-6)
+    assert files.rope_factors(make_tiny_llama()) is None
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
@@ -256,7 +256,7 @@ def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
     with pytest.raises(UserError, match=r"'llama' to GGUF: .* has no FFN or no attention in layer 1"):
-        writing.refuse(blocks_of(model), model.config)
+        files.refuse(blocks_of(model), model.config)
 
 
 @needs_llama_cpp
@@ -267,7 +267,7 @@ def test_families_that_compute_like_llama_pass_the_check_in_llama_cpp(family, tm
     model = make_tiny(family, sliding_window=None, head_dim=32, hidden_size=128, neurons=96, vocab_size=512)
     model = slice_model(model, some_masks(model, (17, 96, 33), attention=True))
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    writing.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+    files.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 @pytest.fixture
@@ -311,7 +311,7 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(
     gguf_type, hidden_size, kv_groups, head_dim, tmp_path, monkeypatch
 ):
     """q8_0 stores rows in float16 that are no blocks of 32, such as 48 numbers, or 72 of an output projection."""
-    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.models.gguf.has_llama_cpp", lambda: True)
     sizes = {"hidden_size": hidden_size, "num_attention_heads": kv_groups, "num_key_value_heads": kv_groups}
     model = make_tiny_llama(**sizes, head_dim=head_dim, intermediate_size=96, vocab_size=512)
     model.save_pretrained(tmp_path / "model")
@@ -328,7 +328,7 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(
 
 
 def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monkeypatch, world):
-    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.models.gguf.has_llama_cpp", lambda: True)
     llama = world("llama")
     dense = make_tiny("llama", head_dim=32, hidden_size=128, neurons=512, vocab_size=512)
     dense.save_pretrained(llama.model)
@@ -342,7 +342,7 @@ def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monke
 # --- the tokenizer
 
 
-@pytest.mark.parametrize("pre", reading.WORDS)
+@pytest.mark.parametrize("pre", files.WORDS)
 def test_gguf_keys_describe_the_tokenizer(pre, tmp_path):
     tokenizer = byte_tokenizer(pre, bos=pre == "llama-bpe")
     tokenizer.chat_template = "{{ messages }}"
@@ -384,7 +384,7 @@ def test_tokenizers_that_gguf_cannot_describe_are_refused():
         changed(normalizer=normalizers.NFC()),
         changed(pre_tokenizer=pre_tokenizers.Whitespace()),
         changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
-        changed(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(), reading.WORDS["gpt-2"]])),
+        changed(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(), files.WORDS["gpt-2"]])),
         changed(model=models.BPE({"a": 0}, [], ignore_merges=True)),
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer(with_byte_fallback)),
         stripping,
@@ -397,18 +397,18 @@ def test_tokenizers_that_gguf_cannot_describe_are_refused():
         tokenizer_keys(byte_tokenizer(), 200)
 
 
-@pytest.mark.parametrize("pre", reading.WORDS)
+@pytest.mark.parametrize("pre", files.WORDS)
 def test_a_tokenizer_round_trips_through_a_gguf_file(pre, tmp_path):
     tokenizer, texts = byte_tokenizer(pre), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", CHECK_TEXT]
     write_gguf(make_pruned(EQUAL), tokenizer, tmp_path / "m.gguf", type="f32")
-    reading.convert_gguf(tmp_path / "m.gguf", tmp_path / "converted", "m")
+    files.convert_gguf(tmp_path / "m.gguf", tmp_path / "converted", "m")
     converted = AutoTokenizer.from_pretrained(tmp_path / "converted")
     converted.save_pretrained(tmp_path / "again")
     for loaded in (converted, AutoTokenizer.from_pretrained(tmp_path / "again")):
         assert loaded(texts).input_ids == tokenizer(texts).input_ids
         # one token more, since transformers adds <|endoftext|>
         assert tokenizer_keys(loaded, SIZE + 1)["tokenizer.ggml.pre"] == pre
-    others = [byte_tokenizer(other)(texts).input_ids for other in reading.WORDS if other != pre]
+    others = [byte_tokenizer(other)(texts).input_ids for other in files.WORDS if other != pre]
     assert tokenizer(texts).input_ids not in others  # the texts distinguish the pre-tokenizers
 
 
@@ -422,7 +422,7 @@ def test_an_unknown_pre_tokenizer_of_a_gguf_file_is_refused(name, tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(KeyError, match=name or gguf.Keys.Tokenizer.PRE):
-        reading.load_gguf_tokenizer(tmp_path / "m.gguf")
+        files.load_gguf_tokenizer(tmp_path / "m.gguf")
 
 
 # --- the check
@@ -450,14 +450,14 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(gg
         return lambda x: (x + size * torch.randn(x.shape, generator=generator).double()).log_softmax(-1)
 
     def check(change):
-        monkeypatch.setattr(writing, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
-        return writing.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=gguf_type)
+        monkeypatch.setattr(files, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
+        return files.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=gguf_type)
 
     def sharpen(x):
         """Double the logits, so that the most likely tokens are the same."""
         return (2 * x).log_softmax(-1)
 
-    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= writing.LIMITS[gguf_type]
+    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= files.LIMITS[gguf_type]
     too_much_noise = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[gguf_type])
     for change in (too_much_noise, sharpen, lambda x: x.roll(1, 0), lambda x: x * np.nan):
         with pytest.raises(UserError, match=r"differ from the model's by KL .* The file was removed"):
@@ -466,9 +466,9 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(gg
 
 def test_the_check_refuses_a_different_tokenization(tmp_path, monkeypatch):
     model = make_pruned()
-    monkeypatch.setattr(writing, "score_in_llama_cpp", fake_in_llama_cpp(model, byte_tokenizer("smollm")))
+    monkeypatch.setattr(files, "score_in_llama_cpp", fake_in_llama_cpp(model, byte_tokenizer("smollm")))
     with pytest.raises(UserError, match="splits text into other tokens"):
-        writing.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+        files.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 def test_a_crash_of_llama_cpp_is_reported_in_one_line(tmp_path, monkeypatch):
@@ -477,7 +477,7 @@ def test_a_crash_of_llama_cpp_is_reported_in_one_line(tmp_path, monkeypatch):
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(UserError, match=r"Cannot run the file in llama.cpp: error loading model: wrong shape\.$"):
-        writing.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+        files.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 # --- in llama.cpp
@@ -488,7 +488,7 @@ def test_a_crash_of_llama_cpp_is_reported_in_one_line(tmp_path, monkeypatch):
 def test_llama_cpp_computes_the_models_log_probabilities(variant, shape, tmp_path):
     model = make_pruned(shape, shape == UNEQUAL, initializer_range=0.1, **VARIANTS[variant])
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
-    assert writing.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32") < 1e-6
+    assert files.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32") < 1e-6
 
 
 @needs_llama_cpp
@@ -496,7 +496,7 @@ def test_the_loss_of_a_file_on_windows_is_that_of_the_model(tmp_path):
     model, tokens = make_pruned(initializer_range=0.1), torch.randint(SIZE, (3, 16))
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
     expected = perplexity(model, Windows("web", "test", tokens)).window_nll
-    assert writing.window_nll(tmp_path / "m.gguf", tokens) == pytest.approx(expected, rel=1e-4)
+    assert files.window_nll(tmp_path / "m.gguf", tokens) == pytest.approx(expected, rel=1e-4)
 
 
 @needs_llama_cpp
@@ -504,16 +504,16 @@ def test_the_loss_of_a_file_on_windows_is_that_of_the_model(tmp_path):
 def test_llama_cpp_splits_text_like_the_tokenizer(pre, bos, tmp_path):
     model, tokenizer = make_pruned(), byte_tokenizer(pre, bos=bos)
     write_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
-    writing.check_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
+    files.check_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
 
 
 @needs_llama_cpp
 def test_the_check_in_llama_cpp_detects_rows_in_the_wrong_order(tmp_path, monkeypatch):
     model = make_pruned()
-    monkeypatch.setattr(writing, "interleave", lambda rows, head_dim: rows)
+    monkeypatch.setattr(files, "interleave", lambda rows, head_dim: rows)
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
     with pytest.raises(UserError, match="differ from the model's by KL"):
-        writing.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+        files.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
 # --- the embedded model
@@ -528,7 +528,7 @@ def test_smollm2s_tokenizer_keys_equal_those_of_its_published_gguf_file_except_f
     assert keys == {name: value for name, value in theirs.items() if name.startswith("tokenizer.")}
     assert len(keys) == 12
     # Folders of older versions of gprune have this pre-tokenizer. It is exported unchanged, because it was measured.
-    tokenizer.backend_tokenizer.pre_tokenizer = reading.WORDS["gpt-2"]
+    tokenizer.backend_tokenizer.pre_tokenizer = files.WORDS["gpt-2"]
     assert tokenizer_keys(tokenizer, 49152) == keys | {"tokenizer.ggml.pre": "gpt-2"}
 
 
