@@ -290,10 +290,10 @@ def test_dry_run_says_how_many_experts_remain_and_what_a_whole_number_overshoots
     assert "a whole number of experts is 1,881 parameters more than the target" in line
 
 
-def test_flags_of_experts_are_ignored_and_not_in_the_settings_without_experts_in_the_scope(world, tmp_path, capsys):
-    args = world.args(tmp_path, "--sparsity.expert_metric=frequency", "--dry_run=true")
-    assert main(args) == 0
-    assert "--sparsity.expert_metric (--sparsity.scope ffn)" in capsys.readouterr().out
+def test_flags_of_experts_are_refused_and_not_in_the_settings_without_experts_in_the_scope(world, tmp_path, capsys):
+    args = world.args(tmp_path, "--sparsity.expert_metric=frequency", "--dry_run=true", "--allow_unused=false")
+    assert main(args) == 2
+    assert "--sparsity.expert_metric (--sparsity.scope ffn)" in capsys.readouterr().err
     without, changed = (RunConfig(sparsity={"expert_metric": name}).settings() for name in ("reap", "frequency"))
     assert without == changed
     settings = RunConfig(gprune=False, sparsity={"scope": "experts+blocks", "expert_metric": "random"}).settings()
@@ -301,7 +301,7 @@ def test_flags_of_experts_are_ignored_and_not_in_the_settings_without_experts_in
     assert settings["sparsity"]["scope"] == "experts+blocks"
 
 
-def test_the_metric_of_neurons_is_ignored_if_only_experts_are_removed(world, tmp_path, capsys):
-    args = world.args(tmp_path, model_of(world, "mixtral"), *ALONE, "--importance=wifv", "--dry_run=true")
-    assert main(args) == 0
-    assert "--importance (--sparsity.scope experts)" in capsys.readouterr().out
+def test_the_metric_of_neurons_is_refused_if_only_experts_are_removed(world, tmp_path, capsys):
+    unused = ["--importance=wifv", "--dry_run=true", "--allow_unused=false"]
+    assert main(world.args(tmp_path, model_of(world, "mixtral"), *ALONE, *unused)) == 2
+    assert "--importance (--sparsity.scope experts)" in capsys.readouterr().err
