@@ -262,7 +262,8 @@ def test_records_and_frame_have_the_same_numbers_after_a_round_trip(result):
     assert unfold_records({"records": folded}, None)["records"] == result.records
     numbers = keyed(result.to_frame())
     for r in result.records:
-        assert numbers[f"{r['stage']}/perplexity/{r['corpus']}"] == r["perplexity"]
+        for name in ("perplexity", "kl", "agreement"):
+            assert numbers.get(f"{r['stage']}/{name}/{r['corpus']}") == r.get(name)
     for name in ("parameters", "forward_tokens"):
         assert numbers[f"final/{name}"] == result.summary[name.replace("parameters", "parameters_after")]
 

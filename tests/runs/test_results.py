@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 import gprune
 from gprune.errors import UserError
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import COLUMNS, final_lines
 from gprune.storage.files import read_json, write_json
 from tests import tiny_run
 
@@ -37,25 +36,6 @@ def test_a_result_has_a_repr_of_at_most_ten_lines_a_table_and_html(recovered):
     assert first["seen"]
     assert table.loc[f"{Path(first['corpus']).name}*", "dense"] == first["perplexity"]
     assert recovered._repr_html_().count("<tr") == 1 + len(table)
-
-
-def test_the_frame_of_a_result_has_the_numbers_of_its_records_and_of_its_summary(recovered):
-    frame = recovered.to_frame()
-    assert list(frame.columns) == COLUMNS
-    assert (set(frame["row"]), set(frame["seed"])) == ({recovered.path.name}, {recovered.config.run.seed})
-    of_corpora = frame[frame["corpus"] != ""].set_index(["stage", "corpus", "number"])["value"].to_dict()
-    expected = {
-        (r["stage"], Path(r["corpus"]).name, name): r[name]
-        for r in recovered.records
-        for name in ("perplexity", "kl", "agreement")
-        if name in r
-    }
-    assert expected.items() <= of_corpora.items()
-    of_model = final_lines(frame).set_index("number")["value"]
-    assert of_model["parameters"] == recovered.summary["parameters_after"]
-    assert of_model["forward_tokens"] == recovered.summary["forward_tokens"]
-    steps = RunFolder(recovered.path).manifest["steps"]
-    assert of_model["seconds"] == pytest.approx(sum(step["seconds"] for step in steps.values()))
 
 
 def test_resuming_a_run_removes_temporary_files_of_gprune_and_no_user_files(recovered, tmp_path):

@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +16,6 @@ from gprune.benchmarks.settings import parse_benchmarks
 from gprune.config import flatten
 from gprune.config.parse import parse
 from tests.snapshots.files import ROOT
-
-# Flags that a decision has dropped, without dashes. They are removed from commands and from settings before these are
-# compared; a name with a dot at its end means all flags of the group.
-EXEMPT_FLAGS: tuple[str, ...] = ()
 
 PAGES = [
     str(path.relative_to(ROOT))
@@ -79,7 +75,6 @@ def _commands_in_line(line: str) -> Iterator[str]:
 def settings_of(command: str) -> Settings:
     """Parse a command, and return all of its settings by dotted name as plain data."""
     name, *arguments = shlex.split(command)
-    arguments = list(_without_exempt(arguments))
     with contextlib.chdir(ROOT):
         if name == RUN:
             settings = flatten(parse(arguments).model_dump())
@@ -90,8 +85,7 @@ def settings_of(command: str) -> Settings:
             if name == "evaluate":  # its texts become numbers and lists
                 own = {setting: settings.pop(setting) for setting in ("model", "dense", "output")}
                 settings = own | asdict(parse_benchmarks(**settings))
-    plain = json.loads(json.dumps(settings, default=str))
-    return {name: value for name, value in plain.items() if not is_exempt(name)}
+    return json.loads(json.dumps(settings, default=str))
 
 
 def default_settings() -> dict[str, Settings]:
@@ -108,24 +102,9 @@ def changed_settings(command: str, defaults: dict[str, Settings]) -> Settings:
     }
 
 
-def is_exempt(name: str) -> bool:
-    """Return whether a decision has dropped a setting."""
-    return any(name == flag or (flag.endswith(".") and name.startswith(flag)) for flag in EXEMPT_FLAGS)
-
-
-def _without_exempt(arguments: Iterable[str]) -> Iterator[str]:
-    """Yield arguments without the flags of `EXEMPT_FLAGS` and their values."""
-    is_dropped = False
-    for argument in arguments:
-        if argument.startswith("--"):
-            is_dropped = is_exempt(argument.removeprefix("--").partition("=")[0])
-        if not is_dropped:
-            yield argument
-
-
 def different_settings(expected: Settings, got: Settings) -> list[str]:
     """Return a line for each setting that differs."""
-    names = [name for name in dict.fromkeys([*expected, *got]) if not is_exempt(name)]
+    names = dict.fromkeys([*expected, *got])
     missing = "not set"
     return [
         f"{name}: it was {expected.get(name, missing)!r}, now {got.get(name, missing)!r}"
