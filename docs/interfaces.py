@@ -26,7 +26,7 @@ from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
 from gprune.stages.base import FrozenLMStage
-from gprune.units.structure import Units
+from gprune.units.structure import Slice, Units
 
 HEAD = """# What your functions and classes get
 
@@ -37,7 +37,7 @@ docs/interfaces.py`.
 Symbols: H hidden dimensions, N neurons of a block, E experts, G KV groups of a block, C channels that enter an output
 projection (the N neurons, E x N neurons of experts, or the attention channels of all query heads), K modules of a
 block, D drift corpora, B windows of T tokens. *Block* means one FFN and one attention of a decoder layer, or one of
-them. Lists have one entry per block.
+them. Units have keys such as `neurons.3`, the neurons of block 3.
 """
 SECTIONS: dict[str, list[Callable]] = {
     "Decorators": [gprune.metric, gprune.allocation, gprune.recovery],
@@ -48,14 +48,15 @@ OBJECTS: dict[type, str] = {
     UnitWeights: "inputs output",
     Moments: "count sum sum_sq mean mean_sq variance gram saliency",
     ChannelStatistics: "total halves half gram saliency",
-    CorpusStatistics: "ffn attention influence errors",
-    Scores: "ffn attention channels",
-    Block: "index layer_index layer parts neurons experts heads kv_groups head_dim channels channels_per_group cost",
+    CorpusStatistics: "channels influence errors",
+    Scores: "channels experts",
+    Block: "index layer_index layer parts neurons experts heads kv_groups head_dim channels channels_per_group",
     Part: "weight bias in_features out_features set",
-    Units: "key kind layer count rows inside least step stays",
+    Slice: "path dim unit is_norm",
+    Units: "key kind layer count parameters slices inputs reads rows inside least step stays size",
     Budget: "units price target total sparsity scope share equal width_multiple removed lost of_kind at removed_by",
-    ModuleRanks: "ffn labels attention modules sizes logits with_offsets",
-    Masks: "ffn attention blocks channels",
+    ModuleRanks: "p labels modules sizes logits with_offsets",
+    Masks: "ffn attention blocks kept",
     RefinementInputs: "embedding drift shifts valid",
     Material: "dense masks ridge statistics batches fit",
     FrozenLMStage: "lm measured_model tokens batch_loss autocast_losses",

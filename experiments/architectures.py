@@ -58,10 +58,11 @@ from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrun
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
+from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.families import FAMILIES
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
+from gprune.models.units import find_unpruned, units_of
 from gprune.sparsity.budget import budget_of
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.csv"
@@ -224,7 +225,7 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
 
 def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> dict[str, Any]:
     """Compare the masked with the sliced model, check budget and generation, and save the sliced model."""
-    blocks, masks, found = blocks_of(model), random_masks(model), {}
+    masks, found = random_masks(model), {}
     ids = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
     inputs = image_arguments(model) if vision else {"input_ids": ids}
     if inputs is None:
@@ -238,7 +239,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
     removed = model.num_parameters() - small.num_parameters()
-    found["budget"] = removed == budget_of(blocks, scope="attention+ffn").removed_by(masks)
+    found["budget"] = removed == budget_of(units_of(model), scope="attention+ffn").removed_by(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(ids[:, :9], **settings)

@@ -68,17 +68,17 @@ def removal_order(weight: Tensor, gram: Tensor, removed: int, *, ridge: float) -
 @allocation("greedy")
 def greedy(
     scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, *, ridge: NonNegative = 0.01
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> dict[str, Tensor]:
     """m_i = (position in the order of removal) / N. All blocks lose the same fraction, and scores are ignored."""
-    margins = []
-    for block, channels in zip(blocks, statistics.ffn, strict=True):
-        gram = channels.total.gram
-        if block.has_experts or gram is None or budget.attention:
+    margins = {}
+    for u in budget.of_kind("neurons"):
+        gram = statistics.channels[u.key].total.gram
+        if u.rows > 1 or gram is None or budget.finer != ("neurons",):
             needed = "--sparsity.scope ffn, dense blocks and --recovery least_squares"
             raise UserError(f"--sparsity.allocation greedy needs {needed}.")
-        weight, N = block.down.weight.detach().cpu(), block.neurons
+        weight, N = blocks[u.number].down.weight.detach().cpu(), u.count
         order = removal_order(weight, gram.cpu(), min(N, math.ceil(budget.sparsity * N) + 1), ridge=ridge)
         places = torch.empty(N, dtype=torch.float64)
         places[order] = (torch.arange(N, dtype=torch.float64) + 0.5) / N
-        margins.append(places)
-    return margins, [torch.ones_like(groups) for groups in scores.attention]
+        margins[u.key] = places
+    return margins

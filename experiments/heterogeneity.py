@@ -43,10 +43,11 @@ from torch import Tensor
 from gprune.console import Parser, quiet, run_guarded
 from gprune.discovery import family_of
 from gprune.errors import UserError
-from gprune.importance.scores import ffn_weights
-from gprune.models.blocks import blocks_of
+from gprune.importance.scores import unit_weights
 from gprune.models.embedded import model_label
+from gprune.models.families import decoder_layers
 from gprune.models.loading import fingerprint, load_model
+from gprune.models.units import units_of
 from gprune.partition.drift import rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
 from gprune.partition.modules import Modules, module_means
@@ -131,7 +132,8 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
             f"Run '{run.path}' needs the dense model that it pruned, but '{model_settings['name']}' has other weights. "
             f"Add --no-data-free to skip data-free modules."
         )
-    weights = map(ffn_weights, blocks_of(model))
+    layers = decoder_layers(model)
+    weights = (unit_weights(u, layers[u.layer]) for u in units_of(model) if u.kind == "neurons")
     embeddings = [parameter_embedding(w, dim=p["embedding_dim"], seed=run.seed) for w in weights]
     settings = {"num_modules": p["num_modules"], "drift_weight": 0.0, "seed": run.seed}
     return [initial_partition(e, torch.zeros(len(e)), **settings) for e in embeddings]

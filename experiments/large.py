@@ -37,9 +37,9 @@ from transformers import LlamaConfig
 
 from gprune.calibration.statistics import gram_bytes
 from gprune.checks import memory_limits
-from gprune.models.blocks import blocks_of
 from gprune.models.copies import skeleton
 from gprune.models.embedded import byte_tokenizer
+from gprune.models.units import units_of
 from gprune.runs.results import load_run
 
 MB = 1e6
@@ -215,7 +215,7 @@ def measure(size: Size, folder: Path, *, compare: bool) -> None:
     model = skeleton(size.config).to(size.dtype)
     weights = model.get_memory_footprint(return_buffers=False)
     print(f"weights {weights / MB:,.1f} MB ({model.num_parameters():,} parameters, {size.dtype}), ")
-    print(f"Gram matrices {gram_bytes(blocks_of(model)) / MB:,.1f} MB per corpus; max_memory cpu: {size.max_memory}, ")
+    print(f"Gram matrices {gram_bytes(units_of(model)) / MB:,.1f} MB per corpus; max_memory cpu: {size.max_memory}, ")
     print(f"RLIMIT_DATA {size.limit or 'none'}; {size.windows} windows of {size.length} tokens per corpus\n")
     print("| run | seconds | peak resident (VmHWM), MB | peak private (RssAnon), MB |")
     print("|---|---:|---:|---:|")

@@ -32,16 +32,17 @@ from gprune.models.blocks import blocks_of
 from gprune.models.copies import auto_class
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 
 
 def without_half_of_the_experts(model: PreTrainedModel) -> Masks:
     """Return masks that remove half of the experts and nothing else."""
-    masks, ffn = random_masks(model, scope="experts"), []
-    for block, keep in zip(blocks_of(model), masks.ffn, strict=True):
-        kept = keep.view(block.experts, -1).any(1)
-        ffn.append(kept.repeat_interleave(block.neurons))
-    return Masks(ffn, [torch.ones_like(keep) for keep in masks.attention])
+    masks = random_masks(model, scope="experts")
+    for u in units_of(model):
+        if u.kind == "neurons":
+            masks[u.key] = masks[u.key].view(u.rows, -1).any(1).repeat_interleave(u.count)
+    return masks
 
 
 @torch.no_grad()
@@ -50,8 +51,8 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
     try:
         model = random_model(model_type)
         family_of(model)
-        blocks = blocks_of(model)
-        reasons = [block.family.whole_experts for block in blocks if block.has_experts and not block.family.per_expert]
+        with_experts = [block for block in blocks_of(model) if block.has_experts]
+        reasons = [block.family.whole_experts for block in with_experts if not block.family.per_expert]
         if reasons:
             return {"type": model_type, "why": reasons[0]}
         masks, ids = without_half_of_the_experts(model), torch.arange(3, 51).view(2, 24)
@@ -69,7 +70,7 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
             "type": model_type,
             "moved": float((expected - dense).abs().max() / dense.abs().max()),
             "agrees": float((expected - logits).abs().max() / expected.abs().max()),
-            "exact": removed == budget_of(blocks, scope="ffn+experts").removed_by(masks),
+            "exact": removed == budget_of(units_of(model), scope="ffn+experts").removed_by(masks),
             "stock": not list((folder / model_type).glob("*.py")),
         }
     except Exception as error:

@@ -506,7 +506,7 @@ def test_given_flags_that_the_method_does_not_use_are_refused_with_the_reason_un
         return parse(args).check_used(given_flags(args))
     with pytest.raises(UserError) as error:
         run([*args, "--corpora.evaluate=[none-such]"])  # nothing is loaded before
-    assert str(error.value) == f"The run does not use {expected}. Remove these flags, or add --allow_unused true."
+    assert str(error.value) == f"The run cannot use {expected}. Remove these flags, or add --allow_unused true."
     with pytest.raises(UserError, match="none-such"):
         run([*args, "--corpora.evaluate=[none-such]", "--allow_unused=true"])
 
@@ -518,7 +518,7 @@ def test_a_row_that_sets_what_its_method_does_not_use_is_refused_and_settings_of
     a, b, c = Listing.read(tmp_path / "list.yaml").rows
     a.check()
     c.check()
-    with pytest.raises(UserError, match=r"^Row 'b': The run does not use --partition\.steps \(--gprune false\)"):
+    with pytest.raises(UserError, match=r"^Row 'b': The run cannot use --partition\.steps \(--gprune false\)"):
         b.check()
     assert "--allow_unused=true" in a.command
     assert "--allow_unused" not in c.command

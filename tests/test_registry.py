@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,12 +13,14 @@ from gprune.method.run import TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
-from gprune.partition.modules import ModuleRanks
+from gprune.models.units import units_of
+from gprune.partition.modules import ranks_in_modules
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import budget_of
+from gprune.units.structure import of_kind
 from tests.calibration.test_collector import batches
-from tests.world import collect, make_tiny_llama, restored, some_masks
+from tests.world import by_key, collect, make_tiny_llama, restored, some_masks
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def tiny():
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 2))
-    budget = budget_of(blocks_of(model), 0.5, scope="ffn")
-    return model, statistics, score_units("act_norm", blocks_of(model), statistics), budget
+    budget = budget_of(units_of(model), 0.5, scope="ffn")
+    return model, statistics, score_units("act_norm", model, statistics), budget
 
 
 @pytest.fixture(autouse=True)
@@ -47,30 +47,33 @@ def _restore_registries():
 def by_metric(tiny, spoil):
     model, statistics, *_ = tiny
     metric("mine")(lambda w, m, g: spoil(m.mean_sq.sqrt(), m.sum_sq))
-    return torch.cat(score_units("mine", blocks_of(model), statistics).ffn)
+    return torch.cat(of_kind(score_units("mine", model, statistics), "neurons"))
 
 
 def by_margins(tiny, spoil):
     model, statistics, scores, budget = tiny
-    allocation("mine")(lambda s, st, b, budget: ([spoil(f.clone(), f) for f in s.ffn], s.attention))
+    allocation("mine")(lambda s, st, b, budget: {key: spoil(f.clone(), f) for key, f in s.items()})
     return torch.cat(allocate("mine", scores, statistics, blocks_of(model), budget).ffn)
 
 
 def by_thresholds(tiny, spoil):
     labels = [torch.arange(8) % 2] * 2
-    ranks = ModuleRanks([torch.linspace(0.1, 0.9, 8).double()] * 2, labels, [torch.tensor([0.25, 0.75]).double()] * 2)
-    allocation("mine", modules=True)(
-        lambda masks, ranks: ([spoil(torch.arange(2.0), ranks.ffn[0])] * 2, [torch.zeros(1)] * 2)
-    )
-    masks = Masks([torch.ones(8, dtype=torch.bool)] * 2, [torch.ones(2, dtype=torch.bool)] * 2)
-    return torch.cat(module_thresholds("mine", masks, ranks)[0])
+    p = by_key([torch.linspace(0.1, 0.9, 8).double()] * 2, [torch.tensor([0.25, 0.75]).double()] * 2)
+    ranks = ranks_in_modules(p, labels)
+
+    @allocation("mine", modules=True)
+    def mine(masks, ranks):
+        return by_key([spoil(torch.arange(2.0), ranks.p["neurons.0"])] * 2, [torch.zeros(1)] * 2)
+
+    masks = Masks.of_blocks([torch.ones(8, dtype=torch.bool)] * 2, [torch.ones(2, dtype=torch.bool)] * 2)
+    return torch.cat(of_kind(module_thresholds("mine", masks, ranks), "neurons"))
 
 
 def by_projection(tiny, spoil):
     model, statistics, *_ = tiny
     recovery("mine")(lambda w, k, m, r: (spoil(w[:, k], w), None))
     down, keep = blocks_of(model)[0].down.weight, torch.arange(48) % 2 == 0
-    return RECOVERY["mine"].solve(down, keep, statistics.ffn[0].total)[0]
+    return RECOVERY["mine"].solve(down, keep, statistics.channels["neurons.0"].total)[0]
 
 
 def by_model(tiny, spoil):
@@ -166,29 +169,33 @@ def test_a_metric_can_return_integers():
 
     model = make_tiny_llama()
     statistics = collect(model, batches(torch.randint(3, 128, (2, 8)), 2))
-    assert score_units("integers", blocks_of(model), statistics).ffn[0].tolist() == list(range(48))
+    assert score_units("integers", model, statistics)["neurons.0"].tolist() == list(range(48))
 
 
 @pytest.mark.parametrize(
-    "change", [lambda valid: None, lambda valid: [*valid, []], lambda valid: (valid[0][:-1], valid[1])]
+    "change",
+    [lambda valid: None, lambda valid: [*valid.values()], lambda valid: {"neurons.0": valid["neurons.0"]}],
 )
 def test_margins_with_the_wrong_structure_are_refused(change, tiny):
     model, statistics, scores, budget = tiny
-    allocation("mine")(lambda s, *_: change((s.ffn, s.attention)))
-    with pytest.raises(UserError, match=r"^Allocation 'mine'.* Masks, or margins .* of 3 blocks.* got "):
+    allocation("mine")(lambda s, *_: change(s))
+    with pytest.raises(UserError, match=r"^Allocation 'mine'.* Masks, or margins .* of 3 keys .* got "):
         allocate("mine", scores, statistics, blocks_of(model), budget)
 
 
 MASKS = {  # a change of valid masks, and words of the message
-    "one neuron more": (lambda m: replace(m, ffn=[with_one_more_neuron(m.ffn[0]), *m.ffn[1:]]), "on budget"),
-    "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget.*; got 0"),
-    "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
-    "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
-    "one block fewer": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
+    "one neuron more": (lambda m: Masks(m | {"neurons.0": with_one_more(m["neurons.0"])}), "on budget"),
+    "nothing removed": (lambda m: Masks({key: torch.ones_like(keep) for key, keep in m.items()}), "on budget.*; got 0"),
+    "numbers": (lambda m: Masks({key: keep.float() for key, keep in m.items()}), "of bool; got .2,. of float32"),
+    "too few": (lambda m: Masks.of_blocks([f[1:] for f in m.ffn], m.attention), "got .47,. of bool"),
+    "one block fewer": (
+        lambda m: Masks.of_blocks(m.ffn[1:], m.attention[1:]),
+        "6 keys of units, .*; got none for 'kv_groups.2'",
+    ),
 }
 
 
-def with_one_more_neuron(keep):
+def with_one_more(keep):
     """Return the mask with the first removed neuron kept."""
     return keep | (torch.arange(len(keep)) == int((~keep).nonzero()[0]))
 

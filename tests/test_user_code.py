@@ -223,7 +223,7 @@ class Tuned(gprune.Recovery):
         return pruned.requires_grad_(False)
 class Learner(ThresholdLearning):
     def configure_optimizers(self):
-        return torch.optim.SGD(self.ffn_thresholds, lr=30 * SCALE)
+        return torch.optim.SGD(self.learned_thresholds, lr=30 * SCALE)
 """
 
 

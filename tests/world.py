@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -31,7 +30,10 @@ from gprune.importance import IMPORTANCE
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.registry import Registry
-from gprune.sparsity.cut import keep_top_neurons
+from gprune.sparsity.cut import keep_top
+from gprune.units.structure import Units
+
+T = TypeVar("T")
 
 BUILT_IN_METRICS = tuple(IMPORTANCE)  # `conftest.py` imports this module before any test registers a metric
 
@@ -160,30 +162,27 @@ def hooks_of(model: nn.Module) -> int:
 # --- masks
 
 
-@dataclass(frozen=True)
-class PlainBlock:
-    """The sizes and costs of a block without a model, as `budget_of` reads them."""
+def units_without_model(
+    block: int, neurons: int, kv_groups: int = 1, *, neuron: int = 1, group: int = 1, whole: int = 900, expert: int = 0,
+    experts: int = 1,
+) -> list[Units]:  # fmt: skip
+    """Units of a layer that is one block, with their numbers, and costs in parameters, as `budget_of` reads them.
 
-    index: int
-    neurons: int
-    kv_groups: int = 1
-    neuron: int = 1  # cost of a neuron (summed over experts), a KV group, the whole block, an expert
-    group: int = 1
-    whole: int = 900
-    expert: int = 0
-    experts: int = 1
+    Costs are those of a neuron (summed over experts), a KV group, the whole layer, and a whole expert.
+    """
+    layer = Units(f"layer.{block}", "layer", block, 1, whole, least=0)
+    router = Units(f"experts.{block}", "experts", block, experts, expert)
+    inside = router.key if experts > 1 else ""
+    return [
+        layer, *([router] if experts > 1 else []), Units(f"kv_groups.{block}", "kv_groups", block, kv_groups, group),
+        Units(f"neurons.{block}", "neurons", block, neurons, neuron, rows=experts, inside=inside),
+    ]  # fmt: skip
 
-    layer_index = property(lambda self: self.index)
-    all_neurons = property(lambda self: self.experts * self.neurons)
 
-    def unit_cost(self, kind: str, weight: object = None) -> int:
-        return self.neuron if kind == "ffn" else self.group
-
-    def whole_cost(self, weight: object = None) -> int:
-        return self.whole
-
-    def expert_cost(self, weight: object = None) -> int:
-        return self.expert
+def by_key(neurons: Iterable[T], kv_groups: Iterable[T] | None = None) -> dict[str, T]:
+    """Return values by key of units from those of the neurons and of the KV groups of each block."""
+    values = {f"neurons.{b}": value for b, value in enumerate(neurons)}
+    return values | {f"kv_groups.{b}": value for b, value in enumerate(kv_groups or ())}
 
 
 def some_masks(model: nn.Module, kept: Sequence[int] = (17, 48, 33), *, attention: bool, seed: int = 3) -> Masks:
@@ -195,12 +194,12 @@ def some_masks(model: nn.Module, kept: Sequence[int] = (17, 48, 33), *, attentio
     ffn, groups = [], []
     for block, n in zip(blocks_of(model), kept, strict=True):
         noise = torch.rand(block.all_neurons, generator=generator)
-        ffn.append(keep_top_neurons(block, noise, n))
+        ffn.append(keep_top(noise.view(block.experts, -1), n).flatten())
         keep = torch.ones(block.kv_groups, dtype=torch.bool)
         if attention and block.kv_groups > 1 and block.index != 1:
             keep[block.index % block.kv_groups] = False
         groups.append(keep)
-    return Masks(ffn, groups)
+    return Masks.of_blocks(ffn, groups)
 
 
 def masks_keeping(
@@ -214,7 +213,7 @@ def masks_keeping(
         mask[torch.randperm(total, generator=generator)[:count]] = True
         return mask
 
-    return Masks([keep(n, of_neurons) for n in neurons], [keep(g, of_groups) for g in groups])
+    return Masks.of_blocks([keep(n, of_neurons) for n in neurons], [keep(g, of_groups) for g in groups])
 
 
 def masks_without(model: nn.Module, *removed: int, narrow: bool = False) -> Masks:
@@ -224,4 +223,4 @@ def masks_without(model: nn.Module, *removed: int, narrow: bool = False) -> Mask
         return torch.tensor([kept and not (narrow and i % 3 == 1) for i in range(count)], dtype=torch.bool)
 
     sizes = [(b.layer_index not in removed, b.all_neurons, b.kv_groups) for b in blocks_of(model)]
-    return Masks([keep(n, kept) for kept, n, _ in sizes], [keep(g, kept) for kept, _, g in sizes])
+    return Masks.of_blocks([keep(n, kept) for kept, n, _ in sizes], [keep(g, kept) for kept, _, g in sizes])

@@ -30,9 +30,9 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import perplexity
-from gprune.models.blocks import blocks_of
 from gprune.models.products import multiplies_bfloat16
-from gprune.partition.modules import ModuleRanks
+from gprune.models.units import units_of
+from gprune.partition.modules import ranks_in_modules
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.callbacks import StepCurves
@@ -177,13 +177,13 @@ def thresholds(
 ) -> Steps:
     """Steps of `ThresholdLearning` with eight modules per block and random ranks."""
     masks, generator = random_masks(dense, settings), torch.Generator().manual_seed(settings.seed)
-    budget = budget_of(blocks_of(dense), settings.sparsity, settings.width_multiple, scope="ffn")
+    budget = budget_of(units_of(dense), settings.sparsity, settings.width_multiple, scope="ffn")
 
     def ranks(count: int) -> Tensor:
         return (torch.randperm(count, generator=generator).double() + 0.5) / count
 
     labels = [torch.arange(len(mask)) % min(8, len(mask)) for mask in masks.ffn]
-    modules = ModuleRanks([ranks(len(mask)) for mask in masks.ffn], labels, [ranks(len(m)) for m in masks.attention])
+    modules = ranks_in_modules({key: ranks(len(mask)) for key, mask in masks.items()}, labels)
     # The model is copied, since gates of another stage would also affect this one.
     stage = ThresholdLearning(copy.deepcopy(dense), modules, start_thresholds(masks, modules), budget)
     return Steps(stage, CorpusDataModule(train=text, batch_size=batch, seed=settings.seed), settings.device, precision)

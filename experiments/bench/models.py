@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import gprune
 from gprune.discovery import family_of
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
+from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.storage.paths import expanded
@@ -75,10 +75,13 @@ def model_of(settings: Settings) -> PreTrainedModel:
 
 def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
     """Draw random masks that remove `sparsity` of the FFN, with equal (`uniform`) or different widths of blocks."""
-    blocks = blocks_of(model)
-    budget = budget_of(blocks, settings.sparsity, settings.width_multiple, uniform=settings.widths == "uniform")
+    uniform = settings.widths == "uniform"
+    budget = budget_of(units_of(model), settings.sparsity, settings.width_multiple, uniform=uniform)
     generator = torch.Generator().manual_seed(settings.seed)
-    margins = [torch.randn(b.neurons, generator=generator) + torch.randn(1, generator=generator) / 2 for b in blocks]
+    margins = {
+        u.key: torch.randn(u.size, generator=generator) + torch.randn(1, generator=generator) / 2
+        for u in budget.of_kind("neurons")
+    }
     return keep_masks(budget, margins)
 
 

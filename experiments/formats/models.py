@@ -17,9 +17,8 @@ from gprune.calibration.collector import Collector
 from gprune.export import hf
 from gprune.importance.scores import score_units
 from gprune.models.agreement import CHECK_TEXT
-from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
-from gprune.models.masks import Masks
+from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 
@@ -64,14 +63,17 @@ def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> 
     score.
     """
     halves = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
-    blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with Collector(dense) as collector:
         collector.observe(halves, torch.arange(2))
-    scores = score_units("wanda_sp", blocks, collector.compute())
-    budget = budget_of(blocks, SPARSITY, WIDTH_MULTIPLE, uniform=uniform, scope="ffn")
-    margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]
+    scores = score_units("wanda_sp", dense, collector.compute(), scope=("neurons", "kv_groups"))
+    budget = budget_of(units_of(dense), SPARSITY, WIDTH_MULTIPLE, uniform=uniform, scope="ffn")
+    margins = {}
+    for u in budget.of_kind("neurons"):
+        s = scores[u.key]
+        margins[u.key] = (s / s.mean()).log() + torch.randn(1, generator=generator) / 4
     masks = keep_masks(budget, margins)
-    if groups:
-        lost = [int(s.argmin()) if b.index % 3 == 1 else -1 for b, s in zip(blocks, scores.attention, strict=True)]
-        masks = Masks(masks.ffn, [torch.arange(b.kv_groups) != gone for b, gone in zip(blocks, lost, strict=True)])
+    for u in budget.of_kind("kv_groups"):
+        if groups and u.number % 3 == 1:
+            masks[u.key] = torch.arange(u.count) != scores[u.key].argmin()
     return gprune.apply_masks(dense, masks)

@@ -53,7 +53,7 @@ def prune(args: argparse.Namespace) -> None:
         index = list(model.model.layers).index(layer)
         if mlp is not None:
             peer_compress(layer, None, mlp, *rest, **more)
-            output[f"ffn.{index}"], linear, name = mlp, layer.mlp.down_proj, "mlp.down_proj"
+            output[f"neurons.{index}"], linear, name = mlp, layer.mlp.down_proj, "mlp.down_proj"
         else:
             inputs = {n: copy.deepcopy(layer.self_attn.q_proj) for n in INPUTS}
             stub = SimpleNamespace(self_attn=SimpleNamespace(**inputs, o_proj=layer.self_attn.o_proj))
@@ -68,7 +68,7 @@ def prune(args: argparse.Namespace) -> None:
                         whole[: len(whole) // groups]
                     )
                 removed += group
-            output[f"attention.{index}"] = attn
+            output[f"kv_groups.{index}"] = attn
         output[f"model.layers.{index}.{name}.weight"] = linear.weight.data.contiguous()
         output[f"model.layers.{index}.{name}.bias"] = linear.bias.data.float()
 
@@ -88,7 +88,8 @@ def prune(args: argparse.Namespace) -> None:
         for hook in hooks:
             hook.remove()
     kept = [
-        (int(output[f"attention.{i}"].sum()), int(output[f"ffn.{i}"].sum())) for i in range(config.num_hidden_layers)
+        (int(output[f"kv_groups.{i}"].sum()), int(output[f"neurons.{i}"].sum()))
+        for i in range(config.num_hidden_layers)
     ]
     widths = {"kv_groups": [a for a, _ in kept], "neurons": [f for _, f in kept]}
     parameters = work.record.parameters_before - prunable + sum(a * group + f * neuron for a, f in kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 import runpy
 import sys
 import time
@@ -54,7 +55,7 @@ def read_results(folder: Path) -> dict[str, Values]:
         if group == "masks" and not files and records:
             files = {"masks": folder / f"masks/{records[-1]['stage']}.safetensors"}
         results[group] = {
-            f"{stem}: {name}": tensor
+            f"{stem}: {current_name(name)}": tensor
             for stem, file in files.items()
             for name, tensor in sorted(load_file(file).items())
         }
@@ -66,6 +67,12 @@ def read_results(folder: Path) -> dict[str, Values]:
         if (r["stage"], r["recovery"]) in stages and r.get(number) is not None
     }
     return results
+
+
+def current_name(name: str) -> str:
+    """Return the name of a tensor of masks and thresholds; until commit c839d25e it had a scope instead of a kind."""
+    name = re.sub(r"(^|\.)(offsets\.)(\d)", r"\1\2neurons.\3", name)
+    return re.sub(r"(^|\.)ffn\.", r"\1neurons.", re.sub(r"(^|\.)attention\.", r"\1kv_groups.", name))
 
 
 def stages_of_model(records: list[dict[str, Any]]) -> dict[tuple[str, str], str]:

@@ -13,7 +13,7 @@ has most of the energy of the activations but hardly influences the loss. Two th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 from gprune.models.products import CastWeights, fast_products
+from gprune.units.structure import unit_key
 
 log = logging.getLogger("gprune")
 
@@ -147,7 +148,7 @@ def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, 
 
 def block_errors(
     model: PreTrainedModel,
-    scores: Sequence[Tensor],
+    scores: Mapping[str, Tensor],
     statistics: CorpusStatistics,
     batches: Sequence[Tensor],
     *,
@@ -156,19 +157,20 @@ def block_errors(
 ) -> Tensor:
     """Return E(K) of each block at K = 0, N / LEVELS, ..., N: (blocks, LEVELS + 1) float64 on the CPU.
 
-    The neurons with the smallest `scores`, (N,) per block, are removed first. Batches are (B, T) token ids for the
+    The neurons with the smallest `scores`, (N,) by key, are removed first. Batches are (B, T) token ids for the
     forward and backward pass. The errors of a block without an FFN are zeros.
     """
     errors = []
     tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
-    for block, block_scores in zip(blocks_of(model), scores, strict=True):
+    for block in blocks_of(model):
+        key = unit_key("neurons", block.index)
         if block.down is None:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue
         weight = block.down.weight.detach()
-        gram = statistics.ffn[block.index].total.gram
+        gram = statistics.channels[key].total.gram
         assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
-        order = block_scores.argsort(descending=True, stable=True).to(weight.device)
+        order = scores[key].argsort(descending=True, stable=True).to(weight.device)
         gram, x, energy = (tensor.to(weight.device) for tensor in (gram, *tokens[block.index]))
         errors.append(errors_by_width(weight[:, order], gram[order][:, order], x[:, order], energy, ridge=ridge))
     return torch.stack(errors)

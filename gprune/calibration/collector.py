@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.calibration.moments import (
     StreamingCosineChange,
     StreamingExpertMoments,
@@ -30,15 +28,17 @@ from gprune.calibration.moments import (
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, Part, blocks_of
-from gprune.models.experts import expert_output, watch_experts, watch_routing
-from gprune.models.families import decoder_of
+from gprune.models.experts import expert_output, is_of_experts, watch_experts, watch_routing
+from gprune.models.families import decoder_layers, decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.masks import hidden_in
 from gprune.models.offload import device_of
+from gprune.models.units import units_of
+from gprune.units.structure import Units, unit_key
 
 
 class Collector:
-    """Context manager that collects statistics of the inputs of down and output projections by hooks.
+    """Context manager that collects statistics of the inputs of all projections that read units, by hooks.
 
     Args:
         gram: whether to collect Gram matrices.
@@ -58,24 +58,26 @@ class Collector:
     ):
         self.model = model
         self.blocks = blocks_of(model) if blocks is None else [blocks_of(model)[number] for number in blocks]
-        # Each list has one entry per block.
-        self.metrics: dict[str, list[Metric]] = {scope: [] for scope in OUTPUT_PROJECTIONS}  # sums of inputs
-        self.cosine_changes: list[StreamingCosineChange] = []
+        self.layers, numbers = decoder_layers(model), {block.index for block in self.blocks}
+        units = [u for u in units_of(model) if u.kind not in ("layer", "experts") and u.number in numbers]
+        self.units = {u.key: u for u in units}
+        self.metrics: dict[str, Metric] = {}  # sums of inputs, by key of units
+        self.cosine_changes: list[StreamingCosineChange] = []  # one for each block
         # scope -> blocks -> name of a part -> gradients of its weight
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
-        self.routing: dict[int, StreamingRouting] = {}  # by position in `blocks`, of those with experts
-        for block in self.blocks:
+        self.routing: dict[str, StreamingRouting] = {}  # by key of the neurons
+        for u in units:
             # States are on the layer's device. A backward pass writes to them, which inference tensors do not allow.
+            with torch.inference_mode(False), device_of(self.layers[u.layer]):
+                if is_of_experts(self.layers[u.layer], u):
+                    self.metrics[u.key] = StreamingExpertMoments(u.rows, u.count, gram=gram)
+                    if routing:
+                        self.routing[u.key] = StreamingRouting(u.rows)
+                else:
+                    channels = len(u.slices[-1].unit) if u.reads else 0
+                    self.metrics[u.key] = StreamingMoments(channels, gram=gram)
+        for block in self.blocks:
             with torch.inference_mode(False), device_of(block.layer):
-                for scope, part in OUTPUT_PROJECTIONS.items():
-                    if part == "down" and block.has_experts:
-                        sums = StreamingExpertMoments(block.experts, block.neurons, gram=gram)
-                    else:
-                        channels = block.parts[part].in_features if part in block.parts else 0
-                        sums = StreamingMoments(channels, gram=gram)
-                    self.metrics[scope].append(sums)
-                if routing and block.has_experts:
-                    self.routing[len(self.cosine_changes)] = StreamingRouting(block.experts)
                 self.cosine_changes.append(StreamingCosineChange())
                 for scope, gradients in self.gradients.items():
                     gradients.append({
@@ -91,16 +93,16 @@ class Collector:
 
     def __enter__(self) -> Collector:
         """Add the hooks to the model."""
+        for u in self.units.values():
+            self._watch_projection(u, self.metrics[u.key])
         for index, block in enumerate(self.blocks):
-            for scope, part in OUTPUT_PROJECTIONS.items():
-                self._watch_projection(block, part, self.metrics[scope][index])
             add_change = partial(self._add_cosine_change, self.cosine_changes[index])
             self._handles.append(block.layer.register_forward_hook(add_change, with_kwargs=True))
             for gradients in self.gradients.values():
                 for name, metric in gradients[index].items():
                     self._watch_gradient(block.parts[name], metric)
-        for index, metric in self.routing.items():
-            self._watch_routing(self.blocks[index], metric)
+            if (metric := self.routing.get(unit_key("neurons", block.index))) is not None:
+                self._watch_routing(block, metric)
         if self.gradients:
             self._handles.append(require_activation_gradients(self.model))
         return self
@@ -120,19 +122,18 @@ class Collector:
             counted = self._weight.to(x.device)[tokens // self._length] * is_chosen.any(1)
             metric.update(expert, expert_output(block, expert, x.detach()), router_weight.detach(), counted)
 
-        self._handles.append(watch_routing(block, remember))
-        self._handles.append(watch_experts(block, add))
+        self._handles.append(watch_routing(block.down.host, remember))
+        self._handles.append(watch_experts(block.layer, self.units[unit_key("neurons", block.index)], add))
 
-    def _watch_projection(self, block: Block, part: str, metric: Metric) -> None:
-        """Add the hook that updates a metric by the inputs of an output projection."""
-        if part not in block.parts:  # the block has no units of this scope: only count its tokens
-            count_tokens = partial(self._count_tokens, metric)
-            handle = block.layer.register_forward_hook(count_tokens, with_kwargs=True)
-        elif isinstance(metric, StreamingExpertMoments):
-            add_input = partial(self._add_expert_input, metric)
-            handle = watch_experts(block, add_input)
+    def _watch_projection(self, u: Units, metric: Metric) -> None:
+        """Add the hook that updates a metric by the inputs of what reads the units."""
+        layer = self.layers[u.layer]
+        if not u.reads:  # the block has no units of this kind: only count its tokens
+            handle = layer.register_forward_hook(partial(self._count_tokens, metric), with_kwargs=True)
+        elif is_of_experts(layer, u):
+            handle = watch_experts(layer, u, partial(self._add_expert_input, metric))
         else:
-            handle = block.parts[part].host.register_forward_pre_hook(partial(self._add_input, metric))
+            handle = layer.get_submodule(u.reads).register_forward_pre_hook(partial(self._add_input, metric))
         self._handles.append(handle)
 
     def _watch_gradient(self, part: Part, metric: StreamingGradients) -> None:
@@ -211,19 +212,16 @@ class Collector:
 
     def compute(self) -> CorpusStatistics:
         """Return statistics of all batches, summed over processes, and free the sums. Gram matrices are not copied."""
-        by_scope = {
-            scope: [channel_statistics(metric.compute()) for metric in metrics]
-            for scope, metrics in self.metrics.items()
-        }
+        channels = {key: channel_statistics(metric.compute()) for key, metric in self.metrics.items()}
         for scope, gradients in self.gradients.items():
-            for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
-                saliency = channel_saliency(block, scope, metrics)
-                by_scope[scope][i] = replace(by_scope[scope][i], saliency=saliency)
-        for i, metric in self.routing.items():
-            by_scope["ffn"][i] = replace(by_scope["ffn"][i], routing=metric.compute().cpu().clone())
+            for block, metrics in zip(self.blocks, gradients, strict=True):
+                key = unit_key("neurons" if scope == "ffn" else "kv_groups", block.index)
+                channels[key] = replace(channels[key], saliency=channel_saliency(block, scope, metrics))
+        for key, metric in self.routing.items():
+            channels[key] = replace(channels[key], routing=metric.compute().cpu().clone())
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.cosine_changes])
         # Reference cycles in torchmetrics would keep the sums in memory until garbage collection.
         of_gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
-        for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *of_gradients, *self.routing.values()):
+        for metric in (*self.cosine_changes, *self.metrics.values(), *of_gradients, *self.routing.values()):
             metric.__dict__.clear()
-        return CorpusStatistics(**by_scope, turned=turned)
+        return CorpusStatistics(channels, turned)

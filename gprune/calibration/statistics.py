@@ -14,16 +14,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gprune.calibration import EXTRAS, OUTPUT_PROJECTIONS
+from gprune.calibration import EXTRAS
 from gprune.errors import UserError
-from gprune.models.blocks import Block, by_layer
 from gprune.storage.files import Cache, key_of, read_tensors
+from gprune.units.structure import Units, current_name
 
 SUMS = ("count", "sum", "sum_sq")
 CACHE = Cache("statistics", tensors=True)  # shared between runs
@@ -171,24 +172,22 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """Statistics of one corpus: one entry per block for neurons and one for attention channels."""
+    """Statistics of one corpus."""
 
-    ffn: list[ChannelStatistics]
-    attention: list[ChannelStatistics]
+    channels: Mapping[str, ChannelStatistics]  # by key of the units: of neurons, or of attention channels
     turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(input of the block, output of the block)
     errors: Tensor | None = None  # (blocks, widths) float64, from `calibration.block_errors`; for rules that need it
 
     @property
     def influence(self) -> Tensor:
         """(blocks,) float64 in [0, 2]: mean over tokens of 1 - cos(x_b, x_b+1), the block influence of ShortGPT."""
-        return self.turned / self.attention[0].total.count
+        return self.turned / self.channels["kv_groups.0"].total.count
 
     def tensors(self) -> dict[str, Tensor]:
         """Return tensors by flat names, as in safetensors files."""
         flat = {"turned": self.turned}
-        for scope in OUTPUT_PROJECTIONS:
-            for block, channels in enumerate(getattr(self, scope)):
-                flat |= {f"{scope}.{block}.{name}": tensor for name, tensor in channels.tensors().items()}
+        for key, channels in self.channels.items():
+            flat |= {f"{key}.{name}": tensor for name, tensor in channels.tensors().items()}
         return flat
 
     def only(self, kinds: Collection[str]) -> CorpusStatistics:
@@ -198,29 +197,22 @@ class CorpusStatistics:
     @classmethod
     def of_ranges(cls, ranges: Sequence[CorpusStatistics]) -> CorpusStatistics:
         """Return the statistics of all blocks from those of consecutive ranges of blocks."""
-        by_scope = {
-            scope: [channels for of_range in ranges for channels in getattr(of_range, scope)]
-            for scope in OUTPUT_PROJECTIONS
-        }
-        return cls(**by_scope, turned=torch.cat([of_range.turned for of_range in ranges]))
+        channels = {key: of_key for of_range in ranges for key, of_key in of_range.channels.items()}
+        return cls(channels, turned=torch.cat([of_range.turned for of_range in ranges]))
 
     def copy(self) -> CorpusStatistics:
         """Return a copy that may be changed. Gram matrices are shared."""
-        return copy.deepcopy(self, {id(c.gram): c.gram for c in (*self.ffn, *self.attention)})
+        return copy.deepcopy(self, {id(c.gram): c.gram for c in self.channels.values()})
 
     @classmethod
-    def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
+    def from_tensors(cls, flat: Mapping[str, Tensor]) -> CorpusStatistics:
         """Return statistics from the result of `tensors`, in any order; extras may be missing."""
-
-        def channel_statistics(prefix: str) -> ChannelStatistics:
-            """Return the statistics of the tensors whose names have this prefix."""
-            return ChannelStatistics.from_tensors(
-                {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
-            )
-
-        blocks = range(len(flat["turned"]))
-        by_scope = {scope: [channel_statistics(f"{scope}.{b}.") for b in blocks] for scope in OUTPUT_PROJECTIONS}
-        return cls(**by_scope, turned=flat["turned"])
+        by_key: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in flat.items():
+            if name != "turned":
+                kind, number, rest = current_name(name).split(".", 2)
+                by_key.setdefault(f"{kind}.{number}", {})[rest] = tensor
+        return cls({key: ChannelStatistics.from_tensors(t) for key, t in by_key.items()}, turned=flat["turned"])
 
 
 def kind_of(name: str) -> str:
@@ -238,11 +230,8 @@ def pool_statistics(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
     absolute values of gradient sums cannot be added. Errors of blocks are left out.
     """
     statistics = list(statistics)
-    ffn, attention = (
-        [_pool_channels(of_block) for of_block in zip(*(getattr(s, scope) for s in statistics), strict=True)]
-        for scope in OUTPUT_PROJECTIONS
-    )
-    return CorpusStatistics(ffn, attention, torch.stack([s.turned for s in statistics]).sum(0))
+    channels = {key: _pool_channels([s.channels[key] for s in statistics]) for key in statistics[0].channels}
+    return CorpusStatistics(channels, torch.stack([s.turned for s in statistics]).sum(0))
 
 
 def _pool_channels(corpora: Sequence[ChannelStatistics]) -> ChannelStatistics:
@@ -265,26 +254,26 @@ def _sum(terms: Sequence[Any]) -> Any:
     return None if any(term is None for term in terms) else sum(terms[1:], start=terms[0])
 
 
-def gram_bytes(blocks: Sequence[Block]) -> int:
-    """Return the size of one corpus's Gram matrices in bytes: 4 (E N^2 + C^2) per block.
+def gram_bytes(units: Iterable[Units]) -> int:
+    """Return the size of one corpus's Gram matrices in bytes: 4 E C^2 for C channels that read units, of E experts.
 
-    A block has E experts (1 if dense) of N neurons, and C attention channels. A block of Llama-2-7B needs 485 MB for
-    neurons and 67 MB for attention.
+    A block of Llama-2-7B needs 485 MB for neurons and 67 MB for attention.
     """
-    return sum(4 * (b.experts * b.neurons**2 + b.channels**2) for b in blocks)
+    return sum(4 * u.rows * len(u.slices[-1].unit) ** 2 for u in units if u.reads and u.kind != "experts")
 
 
-def ranges_in_memory(blocks: Sequence[Block], limit: float) -> list[list[int]]:
-    """Divide blocks into ranges of layers whose Gram matrices have at most `limit` bytes, or into single layers.
+def ranges_in_memory(units: Sequence[Units], limit: float) -> list[list[int]]:
+    """Divide a model into ranges of layers whose Gram matrices have at most `limit` bytes, or into single layers.
 
     Returns the numbers of the blocks of each range.
     """
-    ranges: list[list[Block]] = [[]]
-    for layer in by_layer(blocks):
-        if ranges[-1] and gram_bytes([*ranges[-1], *layer]) > limit:
+    ranges: list[list[Units]] = [[]]
+    for _, of_layer in groupby(units, key=lambda u: u.layer):
+        of_layer = list(of_layer)
+        if ranges[-1] and gram_bytes([*ranges[-1], *of_layer]) > limit:
             ranges.append([])
-        ranges[-1] += layer
-    return [[block.index for block in of_range] for of_range in ranges]
+        ranges[-1] += of_layer
+    return [[u.number for u in of_range if u.kind == "neurons"] for of_range in ranges]
 
 
 @dataclass(frozen=True)
@@ -298,14 +287,14 @@ class StatisticsCache:
     texts: Mapping[str, str]  # corpus -> content hash of its windows
     bits: Mapping[str, Any]  # everything else that determines the numbers to the last bit
     scopes: Collection[str]  # scopes (`ffn`, `attention`) whose saliency is collected
-    stored_blocks: int | None  # number of blocks if their Gram matrices stay in files, else None
+    stored: Collection[str] = ()  # keys of units whose Gram matrices stay in files; empty: they fit into memory
     gram_bits: Mapping[str, Any] = field(default_factory=dict)  # like `bits`, but only for Gram matrices
 
     def read(self, corpus: str, kinds: Collection[str]) -> CorpusStatistics | None:
         """Return the statistics of a corpus, or None unless all kinds are cached and valid."""
         flat: dict[str, Tensor | StoredGram] = {}  # by the names of `CorpusStatistics.tensors`
         for kind in kinds:
-            is_stored = kind == "gram" and self.stored_blocks is not None
+            is_stored = kind == "gram" and self.stored
             tensors = self._stored_grams(corpus) if is_stored else CACHE.read(self._key(corpus, kind))
             if tensors is None:
                 return None
@@ -316,34 +305,28 @@ class StatisticsCache:
         """Write kinds of statistics, except Gram matrices that `store` writes."""
         tensors = statistics.tensors()
         for kind in kinds:
-            if kind != "gram" or self.stored_blocks is None:
+            if kind != "gram" or not self.stored:
                 of_kind = {name: tensor for name, tensor in tensors.items() if kind_of(name) == kind}
                 CACHE.write(self._key(corpus, kind), of_kind)
 
-    def store(self, corpus: str, statistics: CorpusStatistics, blocks: Sequence[int]) -> CorpusStatistics:
+    def store(self, corpus: str, statistics: CorpusStatistics) -> CorpusStatistics:
         """Write the Gram matrices of a range of blocks. Return its statistics with references to the files."""
-        by_scope = {}
-        for scope in OUTPUT_PROJECTIONS:
-            by_scope[scope] = []
-            for block_index, channels in zip(blocks, getattr(statistics, scope), strict=True):
-                key = self._key(corpus, "gram", scope, block_index)
-                CACHE.write(key, {"gram": channels.gram})
-                by_scope[scope].append(replace(channels, gram=StoredGram((CACHE.file(key),))))
-        return replace(statistics, **by_scope)
+        channels = {}
+        for units, of_units in statistics.channels.items():
+            key = self._key(corpus, "gram", units)
+            CACHE.write(key, {"gram": of_units.gram})
+            channels[units] = replace(of_units, gram=StoredGram((CACHE.file(key),)))
+        return replace(statistics, channels=channels)
 
     def _stored_grams(self, corpus: str) -> dict[str, StoredGram] | None:
-        """Return references to the Gram matrices of all blocks, or None if a file is missing."""
-        grams = {}
-        for block_index in range(self.stored_blocks):
-            for scope in OUTPUT_PROJECTIONS:
-                key = self._key(corpus, "gram", scope, block_index)
-                if not CACHE.file(key).is_file():
-                    return None
-                grams[f"{scope}.{block_index}.gram"] = StoredGram((CACHE.file(key),))
-        return grams
+        """Return references to the Gram matrices of all units, or None if a file is missing."""
+        files = {units: CACHE.file(self._key(corpus, "gram", units)) for units in self.stored}
+        if not all(file.is_file() for file in files.values()):
+            return None
+        return {f"{units}.gram": StoredGram((file,)) for units, file in files.items()}
 
-    def _key(self, corpus: str, kind: str, *part: str | int) -> str:
-        """Return the key of a kind of statistics or, with `part`, of the Gram matrix of a scope and a block."""
+    def _key(self, corpus: str, kind: str, *part: str) -> str:
+        """Return the key of a kind of statistics or, with `part`, of the Gram matrix of units."""
         bits = self.bits | self.gram_bits if kind == "gram" else self.bits
         if kind == "saliency":  # the content of the file depends on the scopes; keys name this kind `taylor`
             kind, part = "taylor", tuple(self.scopes)

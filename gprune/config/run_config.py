@@ -257,7 +257,7 @@ class RunConfig(Group):
         """Raise UserError for given flags that the run does not use, unless `allow_unused` is set."""
         if not self.allow_unused and (unused := self.unused(names)):
             place = f"{where}: " if where else ""
-            raise UserError(f"{place}The run does not use {unused}. Remove these flags, or add --allow_unused true.")
+            raise UserError(f"{place}The run cannot use {unused}. Remove these flags, or add --allow_unused true.")
 
     def with_stages(self, **stages: Stage | None) -> RunConfig:
         """Return a copy with stages given from Python, by kind: some of `refiner`, `learner` and `calibrator`.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.errors import UserError, closest_name
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.families import BUILT_IN, Family, record_of
+from gprune.models.families import BUILT_IN, Family, decoder_layers, record_of
 from gprune.models.parts import attribute_at
+from gprune.models.units import units_of, units_of_blocks
 
 
 def check_fit(model: PreTrainedModel) -> None:
@@ -25,7 +26,7 @@ def check_fit(model: PreTrainedModel) -> None:
     if layers and not record.found:
         _check_paths(name, record, layers[0])
     for block in blocks_of(model):
-        mismatch = _size_mismatch(block)
+        mismatch = _size_mismatch(block, model.config)
         if mismatch is None:
             continue
         if record in BUILT_IN:
@@ -47,10 +48,11 @@ def check_fit(model: PreTrainedModel) -> None:
 def check_untied(model: PreTrainedModel) -> None:
     """Raise UserError if two layers share a tensor that units are sliced from."""
     owners: dict[int, str] = {}  # id of a parameter -> the first place where it is used
-    for block in blocks_of(model):
-        for slice_ in block.slices:
-            place = f"'{slice_.path}' of layer {block.layer_index}"
-            first_place = owners.setdefault(id(block.parameter(slice_)), place)
+    layers = decoder_layers(model)
+    for u in units_of(model):
+        for s in u.slices:
+            place = f"'{s.path}' of layer {u.layer}"
+            first_place = owners.setdefault(id(attribute_at(layers[u.layer], s.path)), place)
             if first_place != place:
                 raise UserError(
                     f"Model type '{model.config.model_type}' cannot be pruned: {place} and {first_place} are one "
@@ -80,14 +82,15 @@ def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
             raise record_error(name, f"{field}='{path}' is not a module of {type(layer).__name__}{hint}")
 
 
-def _size_mismatch(block: Block) -> str | None:
+def _size_mismatch(block: Block, config: PreTrainedConfig) -> str | None:
     """Return why the sizes of a block do not fit its record, or None if they do."""
     if block.output is not None:
         columns, rows = block.output.in_features, block.value.out_features
         if not block.kv_groups or rows % block.head_dim or columns % block.head_dim or columns % block.kv_groups:
             return f"{columns} attention channels and {rows} value rows do not divide into heads of {block.head_dim}"
-    for slice_ in block.slices:
-        size = block.parameter(slice_).shape[slice_.dim]
-        if size != len(slice_.units) or (slice_.kind == "experts" and size < block.experts):
-            return f"'{slice_.path}' has {size} rows, where {len(slice_.units)} belong to its units"
+    for u in units_of_blocks([block], config):
+        for s in u.slices:
+            size = attribute_at(block.layer, s.path).shape[s.dim]
+            if size != len(s.unit) or (u.kind == "experts" and size < block.experts):
+                return f"'{s.path}' has {size} rows, where {len(s.unit)} belong to its units"
     return None

@@ -46,12 +46,13 @@ from gprune.discovery.units import attention_kinds, ffn_kind
 from gprune.errors import UserError, first_line, quoting
 from gprune.models.agreement import compare, random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, kinds_of, output_of
-from gprune.models.experts import watch_experts
+from gprune.models.experts import is_of_experts, watch_experts
 from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, decoder_of
 from gprune.models.losses import LogitTransform, head_input
 from gprune.models.masks import masked
 from gprune.models.parts import ATTENTION, FFN, is_inside
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
@@ -442,8 +443,8 @@ def watchers_get_tokens(probe: Probe) -> bool:
     A watcher sets activations to zero from a given token on. The logits of this or a later token must change, and those
     of earlier tokens must not.
     """
-    blocks = [block for block in blocks_of(probe.model) if block.has_experts]
-    if not blocks:
+    experts = [u for u in units_of(probe.model) if u.kind == "neurons" and is_of_experts(probe.layers[u.layer], u)]
+    if not experts:
         return True
     first_zeroed = probe.ids.numel() * 3 // 4  # any position with tokens on both sides
 
@@ -452,8 +453,8 @@ def watchers_get_tokens(probe: Probe) -> bool:
         return x * (tokens < first_zeroed)[:, None]
 
     with ExitStack() as watches:
-        for block in blocks:
-            watches.callback(watch_experts(block, zero_later_tokens).remove)
+        for u in experts:
+            watches.callback(watch_experts(probe.layers[u.layer], u, zero_later_tokens).remove)
         difference = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1)  # (B x T,)
         is_changed = difference > MIN_MASK_EFFECT * probe.dense.abs().max()
     return bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())

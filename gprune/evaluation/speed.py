@@ -19,14 +19,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
+from gprune.models.families import decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import slice_model, widths
-from gprune.sparsity.cut import keep_top_neurons
-from gprune.sparsity.price import Price, price_of_tables
+from gprune.models.units import units_of
+from gprune.sparsity.price import REST, Price, price_of
 from gprune.storage.files import Cache, key_of
+from gprune.units.structure import Units, unit_key
 
 log = logging.getLogger("gprune")
 CACHE = Cache("speed")
@@ -34,7 +35,7 @@ PROMPT, GENERATE = 128, 32  # tokens
 ROUNDS = 8
 TOLERANCE = 0.1  # share by which a speed-up may exceed that of the parameters
 PICOSECONDS = 1e12  # per second
-KINDS = {"neurons": "ffn", "groups": "attention"}  # entry of a table -> kind of units
+KINDS = {"neurons": "neurons", "groups": "kv_groups"}  # entry of a table -> kind of units
 # `neurons` and `groups`: pairs (width of every block, seconds of a layer), the other width being full. `rest`: seconds
 # of everything outside of the layers.
 Table = dict[str, Any]
@@ -56,7 +57,7 @@ def latency_table(dense: PreTrainedModel, device: torch.device, dtype: torch.dty
     for again in ("", " again"):
         log.info("Measuring the latency table of this machine%s, for the folder 'speed' of the cache", again)
         table = measure_table(dense, device, dtype, attention)
-        if not (reason := why_implausible(table, blocks_of(dense))):
+        if not (reason := why_implausible(table, units_of(dense))):
             CACHE.write(key, table)
             return table
         log.warning("The latency table cannot be used: %s", reason)
@@ -66,15 +67,15 @@ def latency_table(dense: PreTrainedModel, device: torch.device, dtype: torch.dty
     )
 
 
-def why_implausible(table: Table, blocks: Sequence[Block]) -> str:
+def why_implausible(table: Table, units: Sequence[Units]) -> str:
     """Return why a latency table cannot be used, or an empty string.
 
     Seconds have to rise with the width. And a narrower model must not be faster than its layers have fewer parameters:
     then the wide one was measured under load.
     """
-    dense = sum(block.whole_cost() for block in blocks)  # parameters
+    dense = sum(u.parameters for u in units if u.kind == "layer")
     for entry, kind in KINDS.items():
-        units = [(block.neurons if kind == "ffn" else block.kv_groups, block.unit_cost(kind)) for block in blocks]
+        of_kind = [u for u in units if u.kind == kind]
         _, most_seconds = table[entry][-1]
         previous_width, previous_seconds = 0, 0.0
         for width, seconds in table[entry]:
@@ -82,32 +83,32 @@ def why_implausible(table: Table, blocks: Sequence[Block]) -> str:
             if seconds <= previous_seconds:
                 return f"{times}, and with {previous_width:,} {1000 * previous_seconds:.3g} ms"
             speedup = most_seconds / seconds
-            bound = dense / (dense - sum(parameters * max(0, n - width) for n, parameters in units))
+            bound = dense / (dense - sum(u.parameters * max(0, u.count - width) for u in of_kind))
             if speedup > (1 + TOLERANCE) * bound:
                 return f"{times}, {speedup:.2f} times as fast as all of them, with {bound:.2f} times fewer parameters"
             previous_width, previous_seconds = width, seconds
     return ""
 
 
-def costs_from_table(table: Table, blocks: Sequence[Block]) -> tuple[Price, int]:
+def costs_from_table(table: Table, units: Sequence[Units]) -> tuple[Price, int]:
     """Convert a latency table to the price of the model in integer picoseconds, and the cost of the rest.
 
-    The cost of keeping 0, 1, ..., n units of a block is interpolated linearly between measured widths. Models are timed
-    as a whole. If several blocks become narrower at once, the saved time is divided between them in proportion to their
+    The cost of keeping 0, 1, ..., n units is interpolated linearly between measured widths. Models are timed as a
+    whole. If several blocks become narrower at once, the saved time is divided between them in proportion to their
     parameters.
     """
-    layers = by_layer(blocks)
-    neurons = [(b.neurons, b.unit_cost("ffn")) for b in blocks]
-    groups = [(b.kv_groups, b.unit_cost("attention")) for b in blocks]
-    neuron_costs = _unit_costs(table["neurons"], neurons, len(layers))
-    group_costs = _unit_costs(table["groups"], groups, len(layers))
-    all_units = [neurons[-1] + groups[-1] for neurons, groups in zip(neuron_costs, group_costs, strict=True)]
+    layers, costs = [u for u in units if u.kind == "layer"], {REST: round(PICOSECONDS * table["rest"])}
+    for entry, kind in KINDS.items():
+        of_kind = [u for u in units if u.kind == kind]
+        pairs = [(u.count, u.parameters if u.count else 0) for u in of_kind]
+        costs |= dict(zip((u.key for u in of_kind), _unit_costs(table[entry], pairs, len(layers)), strict=True))
     # Mean time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
     _, seconds_per_layer = table["neurons"][-1]
-    fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(all_units) // len(layers))
-    whole = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
-    tables = [{"neurons": n, "kv_groups": g} for n, g in zip(neuron_costs, group_costs, strict=True)]
-    return price_of_tables(tables, whole, blocks), round(PICOSECONDS * table["rest"])
+    of_layers = dict.fromkeys((layer.key for layer in layers), 0)
+    for u in units:
+        of_layers[unit_key("layer", u.layer)] += costs[u.key][-1] if u.key in costs else 0
+    fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(of_layers.values()) // len(layers))
+    return price_of(costs | {key: fixed + cost for key, cost in of_layers.items()}, units)
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:
@@ -175,10 +176,10 @@ def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTraine
 
     Its weights are arbitrary numbers from the memory of the given model.
     """
-    blocks = blocks_of(model)
-    ffn = [keep_top_neurons(b, torch.zeros(b.all_neurons), min(neurons, b.neurons)) for b in blocks]
-    attention = [torch.arange(b.kv_groups) < groups for b in blocks]
-    narrow = slice_model(copy_sharing_weights(model), Masks(ffn, attention), inplace=True)
+    most = {"neurons": neurons, "kv_groups": groups}
+    units = [u for u in units_of(model) if u.kind in most]
+    masks = Masks({u.key: (torch.arange(u.count) < most[u.kind]).repeat(u.rows) for u in units})
+    narrow = slice_model(copy_sharing_weights(model), masks, inplace=True)
     for parameter, wide_parameter in zip(narrow.parameters(), model.parameters(), strict=True):
         memory = wide_parameter.data.flatten()
         parameter.data = memory[: parameter.numel()].view(parameter.shape)

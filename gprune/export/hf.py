@@ -44,8 +44,10 @@ from gprune.models.loading import copy_processor, pruned_classes, register_type
 from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of_blocks
 from gprune.storage.files import replacing
 from gprune.storage.paths import expanded
+from gprune.units.structure import unit_key
 
 log = logging.getLogger("gprune")
 
@@ -148,15 +150,19 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
     stock = stock_skeleton(model, {})
     own: dict[str, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
-    for layer_blocks, stock_blocks in zip(by_layer(blocks_of(model)), by_layer(blocks_of(stock)), strict=True):
+    stock_layers = by_layer(blocks_of(stock))
+    for layer_blocks, stock_blocks in zip(by_layer(blocks_of(model)), stock_layers, strict=True):
         sizes, experts, biases = {}, {}, []
+        dense_experts = {unit_key("experts", block.index): block.experts for block in stock_blocks}
+        for u in reversed(units_of_blocks(layer_blocks, model.config)):  # neurons before the experts that have them
+            if u.kind == "experts" and u.count == dense_experts[u.key]:
+                continue  # as in folders of earlier versions
+            for s in u.slices:
+                if s.path in sizes:
+                    experts[s.path] = u.count
+                else:
+                    sizes[s.path] = [s.dim, len(s.unit)]
         for block, stock_block in zip(layer_blocks, stock_blocks, strict=True):
-            lengths = {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
-            if block.experts == stock_block.experts:  # as in folders of earlier versions
-                lengths = {path: size for path, size in lengths.items() if path not in block.family.per_expert}
-            else:
-                experts |= {place.path: block.experts for place in block.slices if place.kind == "ffn"}
-            sizes |= lengths
             biases += [  # that recovery has added
                 getattr(block.family, part)
                 for part in ("down", "output")
@@ -258,7 +264,7 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
 
     Args:
         model: a model of a supported type, dense or pruned.
-        masks: one keep mask per block and scope, for the current widths of the model.
+        masks: keep masks by key of units, for the current widths of the model.
         inplace: slice `model` itself, to save memory. Otherwise `model` is not changed, except that RWKV's rescaling of
             weights is turned off, which leaves its logits as they are.
 

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from scipy.stats import rankdata
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, Routing
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, UnitWeights, magnitude
-from gprune.models.blocks import Block, ExpertPart, Part
+from gprune.models.families import decoder_layers
+from gprune.models.units import input_weights, output_weight, units_of
+from gprune.units.structure import Units, kinds_of_units
 
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 SEED_STRIDE = 100_003  # a prime; seeds of the same block in two runs differ by a multiple of it
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Importance scores, float64, one tensor per block."""
+class Scores(dict[str, Tensor]):
+    """Importance scores by key of units, float64: (N,) of neurons, (E x N,) with E experts, (G,) of KV groups."""
 
-    ffn: list[Tensor]  # neurons (N,), or (E x N,) with E experts
-    attention: list[Tensor]  # KV groups (G,): sums over their channels
-    channels: list[Tensor]  # attention channels (C,); (G,) zeros if attention is not in scope
-    experts: list[Tensor] = field(default_factory=list)  # whole experts (E,), if they are in scope
+    channels: dict[str, Tensor]  # (C,) by key, of the channels of units with several; a unit has the sum of theirs
+    experts: dict[str, Tensor]  # of whole experts, (E,) by key of the experts, if they are in scope
 
-
-def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:
-    """Return weights of the experts x neurons channels of a block's FFN, on a device."""
-    parts = [part for part in (block.gate, block.up) if part is not None]
-    return UnitWeights(tuple(_weight(part, device) for part in parts), _weight(block.down, device))
+    def __init__(
+        self, scores: Mapping[str, Tensor], channels: Mapping[str, Tensor] = EMPTY,
+        experts: Mapping[str, Tensor] = EMPTY,
+    ):  # fmt: skip
+        super().__init__(scores)
+        self.channels, self.experts = dict(channels), dict(experts)
 
 
-def attention_weights(block: Block) -> UnitWeights:
-    """Return weights of the query heads x head_dim channels of a block's attention."""
-    rows = block.per_query_head(_weight(block.value))
-    return UnitWeights((rows,), _weight(block.output))
-
-
-def _weight(part: Part | ExpertPart, device: torch.device | str = "cpu") -> Tensor:
-    return part.weight.detach().float().to(device)
+def unit_weights(u: Units, layer: nn.Module, device: torch.device | str = "cpu") -> UnitWeights:
+    """Return weights of the channels that read units, on a device."""
+    return UnitWeights(input_weights(u, layer, device), output_weight(u, layer, device))
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
@@ -51,15 +48,15 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
     return IMPORTANCE.checked(name, "scores", scores, weights.output.shape[1:]).cpu().double()
 
 
-def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Return scores of a block's neurons, (experts x neurons,) float64, each expert scored separately.
+def channel_scores(name: str, u: Units, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
+    """Return scores of the channels that read units, (C,) float64; each expert is scored separately.
 
     Experts without any routed token have no activations. Their neurons are ranked by `magnitude`, and the score at rank
     j is the mean of the other experts' scores at rank j. This is our choice.
     """
-    if not block.has_experts:
+    if moments.count.dim() == 0:  # experts have a number of tokens for each channel
         return score_channels(name, weights, moments, generator)
-    E = block.experts
+    E = u.rows
     by_expert = []
     for e in range(E):
         by_expert.append(score_channels(name, weights.of_expert(e, E), moments.of_expert(e, E), generator))
@@ -73,71 +70,65 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
     return scores.flatten()
 
 
-def score_experts(name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0) -> list[Tensor]:
-    """Return scores of whole experts by the metric `name`, (E,) float64; (0,) for blocks without experts."""
-    return [
-        _score_experts(name, block, Routing(*statistics.ffn[block.index].routing.clone()), seed)
-        if block.has_experts else torch.zeros(0, dtype=torch.float64)
-        for block in blocks
-    ]  # fmt: skip
+def score_units(
+    name: str, model: PreTrainedModel, statistics: CorpusStatistics, *, seed: int = 0,
+    scope: Collection[str] = ("neurons",),
+) -> Scores:  # fmt: skip
+    """Return scores of all units by the metric `name`, fine kinds first; 0 for kinds that are not in scope."""
+    layers, units, scores, channels = decoder_layers(model), units_of(model), {}, {}
+    for kind in reversed(kinds_of_units(units)):
+        for u in units if kind not in ("experts", "layer") else ():
+            if u.kind != kind:
+                continue
+            scores[u.key] = torch.zeros(u.size, dtype=torch.float64)
+            if not u.reads or kind not in scope:
+                continue
+            moments, weights = statistics.channels[u.key].total, unit_weights(u, layers[u.layer])
+            of_channels = channel_scores(name, u, weights, moments, generator_for(seed, u))
+            if u.repeats == 1:
+                scores[u.key] = of_channels
+            else:
+                scores[u.key], channels[u.key] = u.summed(of_channels), of_channels
+    return Scores(scores, channels)
 
 
-def _score_experts(name: str, block: Block, routing: Routing, seed: int) -> Tensor:
-    """Return scores of a block's experts by the metric `name`, (E,) float64.
+def score_experts(
+    name: str, model: PreTrainedModel, statistics: CorpusStatistics, *, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return scores of whole experts by the metric `name`, (E,) float64 by key of the experts.
 
     Experts without any routed token have the score -inf, unless the metric ignores activations. This is our choice.
     """
-    weights, generator = ffn_weights(block), generator_for(seed, block.index, "ffn")
-    with EXPERT_IMPORTANCE.unchanged(name, *weights.inputs, weights.output, *vars(routing).values()):
-        scores = EXPERT_IMPORTANCE[name](weights, routing, generator)
-    scores = EXPERT_IMPORTANCE.checked(name, "scores", scores, (block.experts,)).cpu().double()
-    if EXPERT_IMPORTANCE[name].activation_free:
-        return scores
-    return scores.where(routing.count > 0, -torch.inf)
+    layers, scores = decoder_layers(model), {}
+    for u in units_of(model):
+        if not u.inside:
+            continue
+        routing = Routing(*statistics.channels[u.key].routing.clone())
+        weights, generator = unit_weights(u, layers[u.layer]), generator_for(seed, u)
+        with EXPERT_IMPORTANCE.unchanged(name, *weights.inputs, weights.output, *vars(routing).values()):
+            of_experts = EXPERT_IMPORTANCE[name](weights, routing, generator)
+        of_experts = EXPERT_IMPORTANCE.checked(name, "scores", of_experts, (u.rows,)).cpu().double()
+        if not EXPERT_IMPORTANCE[name].activation_free:
+            of_experts = of_experts.where(routing.count > 0, -torch.inf)
+        scores[u.inside] = of_experts
+    return scores
 
 
-def idle_experts(blocks: Sequence[Block], statistics: Sequence[CorpusStatistics]) -> str:
+def idle_experts(units: Iterable[Units], statistics: Sequence[CorpusStatistics]) -> str:
     """Return the experts that no token of any corpus reaches, such as 'layer 0: 3, 5; layer 2: 1'; empty if none."""
     by_layer = []
-    for block in blocks:
-        if block.has_experts:
-            count = torch.stack([Routing(*corpus.ffn[block.index].routing).count for corpus in statistics])
+    for u in units:
+        if u.inside:
+            count = torch.stack([Routing(*corpus.channels[u.key].routing).count for corpus in statistics])
             if idle := (count.sum(0) == 0).nonzero()[:, 0].tolist():
-                by_layer.append(f"layer {block.layer_index}: {', '.join(map(str, idle))}")
+                by_layer.append(f"layer {u.layer}: {', '.join(map(str, idle))}")
     return "; ".join(by_layer)
 
 
-def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
-    """Return a separate random generator for every block and kind (`ffn`, `attention`)."""
-    is_attention = int(kind == "attention")
+def generator_for(seed: int, u: Units) -> torch.Generator:
+    """Return a separate random generator for the units of each block, and for neurons and others."""
     # All blocks and kinds have different seeds, also between runs, if the model has fewer than 50,000 blocks.
-    return torch.Generator().manual_seed(seed * SEED_STRIDE + 2 * block_index + is_attention)
-
-
-def score_units(
-    name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
-) -> Scores:
-    """Return scores of every neuron and KV group by the metric `name`.
-
-    Attention has the score 0 if it is not in scope.
-    """
-    ffn, groups, channels = [], [], []
-    for block in blocks:
-        neuron_scores = torch.zeros(0, dtype=torch.float64)  # without an FFN
-        if block.down is not None:
-            moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
-            neuron_scores = score_ffn(name, block, ffn_weights(block), moments, generator)
-        channel_scores = torch.zeros(block.kv_groups, dtype=torch.float64)
-        if attention and block.output is not None:
-            moments, generator = statistics.attention[block.index].total, generator_for(seed, block.index, "attention")
-            channel_scores = score_channels(name, attention_weights(block), moments, generator)
-        group_scores = channel_scores  # (0,) without KV groups
-        if block.kv_groups:
-            group_scores = reduce(channel_scores, "(g c) -> g", "sum", g=block.kv_groups)
-        ffn.append(neuron_scores)
-        groups.append(group_scores)
-        channels.append(channel_scores)
-    return Scores(ffn, groups, channels)
+    return torch.Generator().manual_seed(seed * SEED_STRIDE + 2 * u.number + (u.kind != "neurons"))
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
@@ -153,11 +144,11 @@ def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average"
     return torch.from_numpy((ranks - 0.5) / by_group.shape[-1]).flatten(-2)
 
 
-def neuron_ranks(block: Block, scores: Tensor, *, ties: Literal["average", "ordinal"] = "average") -> Tensor:
-    """Return `fractional_ranks` of a block's neurons, (..., E x N) float64, separately for each of its experts."""
-    return fractional_ranks(scores, groups=block.experts, ties=ties)
+def unit_ranks(u: Units, scores: Tensor, *, ties: Literal["average", "ordinal"] = "average") -> Tensor:
+    """Return `fractional_ranks` of units, (..., rows x count) float64, separately for each of several experts."""
+    return fractional_ranks(scores, groups=u.rows, ties=ties)
 
 
-def comparable_scores(block: Block, scores: Tensor) -> Tensor:
-    """Return scores of a block's neurons on one scale, (..., E x N): ranks if it has experts, whose scales differ."""
-    return neuron_ranks(block, scores) if block.has_experts else scores
+def comparable_scores(u: Units, scores: Tensor) -> Tensor:
+    """Return scores of units on one scale, (..., rows x count): ranks if there are experts, whose scales differ."""
+    return unit_ranks(u, scores) if u.rows > 1 else scores

@@ -32,7 +32,6 @@ from gprune.models.offload import bytes_per_pass
 from gprune.recoveries import recovery_needs
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.whole_blocks import removed_layers
 from gprune.stages.student import adapted_layers, trained_weights
 
 GIB = 2**30
@@ -50,11 +49,11 @@ def describe(plan: Plan) -> str:
     cfg, budget = plan.cfg, plan.budget
     parameters, dtype = plan.skeleton.num_parameters(), plan.pricing.exported_dtype
     lines = {
-        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.by_layer)} blocks",
+        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.of_kind('layer'))} blocks",
         "scope": f"{cfg.sparsity.scope}: {budget.total_parameters:,} parameters in units",
     }
     if "blocks" in cfg.sparsity.scope:
-        lines["blocks"] = f"{len(removed_layers(budget))} are removed as a whole"
+        lines["blocks"] = f"{len(budget.removed)} are removed as a whole"
     if "experts" in cfg.sparsity.scope:
         lines |= expert_lines(plan)
     lines |= describe_target(plan)
@@ -192,7 +191,7 @@ class MemoryEstimate:
         config = plan.skeleton.config.get_text_config(decoder=True)
         self.plan, self.cfg, self.budget = plan, cfg, budget
         self.cpu = plan.device.type == "cpu"
-        self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(budget.by_layer)
+        self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(budget.of_kind("layer"))
         self.C = max(block.channels for block in blocks)
         self.N = max(
             sum(block.all_neurons * active_share(config, block) for block in layer) for layer in by_layer(blocks)
@@ -226,7 +225,7 @@ class MemoryEstimate:
         """Gram matrices in memory after calibration: of all corpora on the CPU, or of one block on a GPU."""
         if "gram" not in self.cfg.needs:
             return 0
-        of_one_corpus, corpora = gram_bytes(blocks_of(self.plan.skeleton)), max(1, len(self.cfg.calibration_corpora))
+        of_one_corpus, corpora = gram_bytes(self.budget.units), max(1, len(self.cfg.calibration_corpora))
         return of_one_corpus * corpora if self.cpu else of_one_corpus / self.L
 
     @property

@@ -20,8 +20,8 @@ from gprune.models.experts import kept_experts
 from gprune.models.masks import Masks
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Projection
-from gprune.sparsity.price import unit_key
 from gprune.sparsity.target import format_cost
+from gprune.units.structure import unit_key
 
 log = logging.getLogger("gprune")
 
@@ -31,9 +31,11 @@ def store_scores(run: Run, scores: Scores, statistics: Sequence[CorpusStatistics
 
     These are removed first, unless the metric ignores activations; then there is no warning.
     """
-    run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in enumerate(scores.experts)})
+    run.folder.write(
+        "experts", {f"scores.{key.rpartition('.')[2]}": of_units for key, of_units in scores.experts.items()}
+    )
     is_blind = EXPERT_IMPORTANCE[run.cfg.sparsity.expert_metric].activation_free
-    if not is_blind and (idle := idle_experts(run.blocks, statistics)):
+    if not is_blind and (idle := idle_experts(run.budget.units, statistics)):
         log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
 
 

@@ -25,11 +25,14 @@ from gprune.errors import UserError, quoting
 from gprune.evaluation.speed import costs_from_table, latency_table
 from gprune.export.convert import FORMATS, format_named
 from gprune.export.hf import kept_in_float32
-from gprune.models.blocks import Block, blocks_of, find_unpruned
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import skeleton
+from gprune.models.families import decoder_layers
 from gprune.models.gguf import stored_type
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
+from gprune.models.parts import attribute_at
+from gprune.models.units import find_unpruned, units_of
 from gprune.recoveries import RECOVERY, recoveries_of
 from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
 from gprune.sparsity.budget import Budget, budget_of, default_width_multiple
@@ -38,6 +41,7 @@ from gprune.sparsity.experts import check_routers
 from gprune.sparsity.price import COST, Costs, Price, parameter_costs, price_of
 from gprune.sparsity.target import CUTS, HALF_BITS_PER_BYTE, LEARNING_CUTS
 from gprune.sparsity.whole_blocks import check_attention_remains, check_renumbering, trial_tokens
+from gprune.units.structure import Units
 
 Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward and backward)
 MAX_FORECAST_BYTES = 2**32  # limit of the dense model's forecasts that are kept for the KL of both stages
@@ -86,20 +90,20 @@ class Pricing:
 
     def budget(self) -> Budget:
         """Return the budget of `--sparsity.target`."""
-        s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
+        s, export, units = self.cfg.sparsity, self.cfg.export, units_of(self.skeleton)
         price, outside = self.price_in(s.currency)
-        multiple = default_width_multiple(blocks) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
+        multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
         if "experts" in s.scope:
-            check_routers(blocks, self.skeleton.config, s.scope)
+            check_routers(units, self.skeleton.config.model_type, s.scope)
         try:
             return budget_of(
-                blocks, s.target, scope=s.scope, width_multiple=multiple, uniform=s.uniform_width, protect=s.protect,
+                units, s.target, scope=s.scope, width_multiple=multiple, uniform=s.uniform_width, protect=s.protect,
                 price=price, outside=outside, block_share=s.block_share, expert_share=s.expert_share,
-                uniform_experts=s.uniform_experts, config=self.skeleton.config,
+                uniform_experts=s.uniform_experts,
             )  # fmt: skip
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
@@ -122,15 +126,15 @@ class Pricing:
 
         UserError if a function's costs are invalid.
         """
-        blocks = blocks_of(self.skeleton)
+        units = units_of(self.skeleton)
         if currency == "seconds":
-            return costs_from_table(self.latency_table, blocks)
+            return costs_from_table(self.latency_table, units)
         cost: Callable[..., Costs] = self.exported_bytes if currency == "bytes" else COST[currency]
-        needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
+        needed = "It must return whole numbers by key of units, such as 'neurons.0'"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
-            return price_of(cost(self.skeleton, blocks), blocks)
+            return price_of(cost(self.skeleton, units), units)
 
-    def exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
+    def exported_bytes(self, model: PreTrainedModel, units: Sequence[Units]) -> Costs:
         """Return the cost of units in half bits of the export.
 
         GGUF files store vectors as float32, and matrices whose rows are no whole blocks of q8_0 as float16. Rows of
@@ -139,19 +143,20 @@ class Pricing:
         """
         export = self.cfg.export
         if export.format == "gguf":
-            cut = [block for block in blocks if self.cfg.attention and block.kv_groups]
-            projections = {id(block.parts["output"].host.weight): block.channels // block.kv_groups for block in cut}
+            layers = decoder_layers(model)
+            cut = [u for u in units if u.kind == "kv_groups" and self.cfg.attention and u.count]
+            projections = {id(attribute_at(layers[u.layer], u.slices[-1].path)): u.repeats for u in cut}
 
             def half_bits(parameter: Tensor) -> int:
                 row = projections.get(id(parameter), parameter.shape[-1])
                 weights, num_bytes = GGML_QUANT_SIZES[stored_type((*parameter.shape[:-1], row), export.type)]
                 return HALF_BITS_PER_BYTE * num_bytes // weights
 
-            return parameter_costs(model, blocks, weight=half_bits)
+            return parameter_costs(model, units, weight=half_bits)
         dtype = getattr(torch, self.exported_dtype)
         in_float32 = {id(model.get_parameter(name)) for name in kept_in_float32(model, dtype)}
         return parameter_costs(
-            model, blocks, weight=lambda p: HALF_BITS_PER_BYTE * (4 if id(p) in in_float32 else dtype.itemsize)
+            model, units, weight=lambda p: HALF_BITS_PER_BYTE * (4 if id(p) in in_float32 else dtype.itemsize)
         )
 
 
@@ -239,11 +244,11 @@ class Plan:
         One pass collects the statistics of one range of layers. Empty if the matrices of all corpora stay in memory.
         They are summed on the devices of the layers, and moved to the CPU, so the smallest limit counts.
         """
-        blocks, corpora = blocks_of(self.skeleton), len(self.cfg.calibration_corpora)
+        units, corpora = units_of(self.skeleton), len(self.cfg.calibration_corpora)
         limit = min(memory_limits(self.cfg.model.max_memory or {}).values(), default=math.inf)
-        if "gram" not in self.cfg.needs or corpora * gram_bytes(blocks) <= limit:
+        if "gram" not in self.cfg.needs or corpora * gram_bytes(units) <= limit:
             return []
-        return ranges_in_memory(blocks, limit)
+        return ranges_in_memory(units, limit)
 
     @property
     def model_tokens(self) -> Tokens:
@@ -386,15 +391,14 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 def describe_unpruned(plan: Plan) -> str:
     """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
     budget, model = plan.budget, plan.skeleton
-    units_by_kind = {"FFN": [u.count for u in budget.of_kind("neurons")]}
+    names, layers = {"FFN": "neurons"}, len(budget.of_kind("layer"))
     if "attention" in plan.cfg.sparsity.scope:
-        units_by_kind["attention"] = [u.count for u in budget.of_kind("kv_groups")]
+        names["attention"] = "kv_groups"
     sentences = []
-    for kind, units in units_by_kind.items():
-        missing = sum(not any(units[block] for block in layer) for layer in budget.by_layer)
+    for name, kind in names.items():
+        missing = layers - len({u.layer for u in budget.of_kind(kind) if u.count})
         if missing:
-            layers = f"{missing} of {len(budget.by_layer)} layers"
-            sentences.append(f"{kind} of {layers}, without units that can be removed")
+            sentences.append(f"{name} of {missing} of {layers} layers, without units that can be removed")
     for path, module in find_unpruned(model).items():
         share = module.parameters / model.num_parameters()
         sentences.append(f"{path} in {module.layers} layers ({module.why}): {share:.1%} of the model")

@@ -55,14 +55,14 @@ from gprune.export.hf import to_portable
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import (
     Scores,
+    channel_scores,
     comparable_scores,
-    ffn_weights,
     fractional_ranks,
     generator_for,
-    neuron_ranks,
     score_experts,
-    score_ffn,
     score_units,
+    unit_ranks,
+    unit_weights,
 )
 from gprune.method.evaluate import evaluate
 from gprune.method.experts import store_scores
@@ -83,6 +83,7 @@ from gprune.partition.modules import (
     Modules,
     assess_reliability,
     module_means,
+    ranks_in_modules,
     switched_share,
     within_module_ranks,
 )
@@ -92,16 +93,17 @@ from gprune.runs.folder import broadcast
 from gprune.runs.results import PruningResult, corpus_file
 from gprune.runs.tracking import log_scalars
 from gprune.runs.trainer import launch_processes
-from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_pair
+from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_units
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import MaskFunction
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
-from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
+from gprune.sparsity.whole_blocks import choose_layers
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
 from gprune.storage.environment import model_versions
+from gprune.units.structure import Units
 from gprune.user_code import code_of
 
 log = logging.getLogger("gprune")
@@ -257,7 +259,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
             "halves": "first and second", "versions": model_versions(), **cfg.matmul_settings, **user_calibrator,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
-        stored_blocks=len(run.blocks) if run.plan.gram_ranges else None,
+        stored=[u.key for u in run.budget.units if u.kind not in ("layer", "experts")] if run.plan.gram_ranges else (),
         gram_bits={"products": "bfloat16"} if has_fast_products(getattr(torch, cfg.model.dtype), device) else {},
     )  # fmt: skip
 
@@ -295,7 +297,7 @@ def collect_statistics(
                 ranges = []
                 for blocks in run.plan.gram_ranges:
                     of_range = collect([corpus], f", blocks {blocks[0]} to {blocks[-1]}", blocks=blocks)[corpus]
-                    ranges.append(cache.store(corpus, of_range, blocks))
+                    ranges.append(cache.store(corpus, of_range))
                 collected[corpus] = CorpusStatistics.of_ranges(ranges)
         else:
             collected = collect(corpora)
@@ -328,10 +330,10 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
 def score_on(run: Run, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]) -> Scores:
     """Return the importance of every unit by the base metric, on the pooled statistics of corpora."""
     cfg, pooled = run.cfg, pool_statistics(statistics[corpus] for corpus in corpora)
-    scores = score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
+    scope = ("neurons", "kv_groups") if cfg.attention else ("neurons",)
+    scores = score_units(cfg.importance, run.model, pooled, seed=cfg.run.seed, scope=scope)
     if "experts" in cfg.sparsity.scope:
-        of_experts = score_experts(cfg.sparsity.expert_metric, run.blocks, pooled, seed=cfg.run.seed)
-        scores = replace(scores, experts=of_experts)
+        scores.experts = score_experts(cfg.sparsity.expert_metric, run.model, pooled, seed=cfg.run.seed)
     return scores
 
 
@@ -339,20 +341,21 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     """Return the run with a budget in which whole blocks are removed."""
     cfg, s = run.cfg, run.cfg.sparsity
 
-    def loss_without(blocks: list[int]) -> float:
-        """Return the loss of the model without these blocks: the sum over drift corpora, on one window each."""
+    def loss_without(layers: list[int]) -> float:
+        """Return the loss of the model without these layers: the sum over drift corpora, on one window each."""
         text = (run.text.train[corpus] for corpus in cfg.corpora.drift)
-        with bypassed(run.model, blocks):
+        with bypassed(run.model, layers):
             return sum(perplexity(run.model, replace(w, tokens=w.tokens[:1])).nll for w in text)
 
     def choose() -> dict[str, Tensor]:
-        """Return blocks in the order of their removal."""
+        """Return layers in the order of their removal."""
         if s.block_choice == "influence":
-            return {"gone": statistics[cfg.corpora.scored[0]].influence.argsort(stable=True)}
-        return {"gone": torch.tensor(choose_blocks(run.budget, loss_without), dtype=torch.long)}
+            order = statistics[cfg.corpora.scored[0]].influence.argsort(stable=True).tolist()
+            return {"gone": torch.tensor(list(dict.fromkeys(run.blocks[b].layer_index for b in order)))}
+        return {"gone": torch.tensor(choose_layers(run.budget, loss_without), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", choose)["gone"].tolist())
-    layers = ", ".join(map(str, removed_layers(budget))) or "none, as a block is more than --sparsity.block_share"
+    layers = ", ".join(map(str, budget.removed)) or "none, as a block is more than --sparsity.block_share"
     run.step(2, f"Removing whole blocks: {layers}")
     return run.with_budget(budget)
 
@@ -402,7 +405,7 @@ def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStati
     def compute() -> dict[str, Tensor]:
         step, tokens = 7 if name == "modules" else 2, len(corpora) * windows * cfg.corpora.seq_len
         run.step(step, f"Measuring the loss caused by errors of {name} on {tokens:,} tokens")
-        errors = block_errors(run.model, scores.ffn, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
+        errors = block_errors(run.model, scores, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
         return {"errors": errors}
 
     return run.folder.tensors(f"errors_{name}", compute)["errors"]
@@ -430,36 +433,36 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     drift is 0.
     """
     run.step(3, "Measuring drift")
-    drift = [drift_of_block(run, block, statistics) for block in run.blocks]
+    drift = [drift_of_block(run, u, statistics) for u in run.budget.of_kind("neurons")]
     mean = float(torch.cat([d.drift for d in drift]).mean())
     noise = float(torch.cat([d.noise_floor for d in drift]).mean())
     log.info("Mean rank drift %.3f; sampling noise alone gives %.3f", mean, noise)
     return drift
 
 
-def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatistics]) -> Drift:
+def drift_of_block(run: Run, u: Units, statistics: Mapping[str, CorpusStatistics]) -> Drift:
     """Return the rank drift of one block's N neurons between the D drift corpora, and its noise floor."""
     cfg = run.cfg
-    if block.down is None:  # without an FFN
+    if not u.count:  # without an FFN
         no_neurons = torch.zeros(len(cfg.corpora.drift), 0, dtype=torch.float64)
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
         return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
-    metric, weights = IMPORTANCE[cfg.importance].drift, ffn_weights(block)
+    metric, weights = IMPORTANCE[cfg.importance].drift, unit_weights(u, run.blocks[u.number].layer)
 
     def score_neurons(moments: Moments) -> Tensor:
         """Score the neurons, (N,), from the moments of a corpus or of half of it."""
-        return score_ffn(metric, block, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
+        return channel_scores(metric, u, weights, moments, generator_for(cfg.run.seed, u))
 
     by_corpus, by_half = [], []
     for corpus in cfg.corpora.drift:
-        channels = statistics[corpus].ffn[block.index]
+        channels = statistics[corpus].channels[u.key]
         by_corpus.append(score_neurons(channels.total))
         by_half.append(torch.stack([score_neurons(channels.half(h)) for h in (0, 1)]))
     scores = torch.stack(by_corpus)  # (D, N)
-    ranks = neuron_ranks(block, scores)
-    half_ranks = neuron_ranks(block, torch.stack(by_half))  # (D, 2, N)
+    ranks = unit_ranks(u, scores)
+    half_ranks = unit_ranks(u, torch.stack(by_half))  # (D, 2, N)
     return Drift(
-        comparable_scores(block, scores), ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks)
+        comparable_scores(u, scores), ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks)
     )
 
 
@@ -489,8 +492,10 @@ def compute_labels(run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) ->
     p, seed = run.cfg.partition, run.cfg.run.seed
     log.info("Partitioning %d blocks into modules", len(blocks))
     embeddings, labels = [], []
+    neurons = run.budget.of_kind("neurons")
     for block in blocks:
-        embedding = parameter_embedding(ffn_weights(block, device_of(block.layer)), dim=p.embedding_dim, seed=seed)
+        weights = unit_weights(neurons[block.index], block.layer, device_of(block.layer))
+        embedding = parameter_embedding(weights, dim=p.embedding_dim, seed=seed)
         initial = initial_partition(
             embedding, drift[block.index].drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
             drift_weight=p.drift_weight, seed=seed,
@@ -555,18 +560,18 @@ def assess(
     switch = "off"
     if r.switch and len(run.cfg.corpora.drift) > 1:
         switch = "everywhere" if r.everywhere else "unreliable"
-    base_ranks = [neuron_ranks(b, s) for s, b in zip(scores.ffn, run.blocks, strict=True)]
+    neurons = run.budget.of_kind("neurons")
+    base_ranks = [unit_ranks(u, scores[u.key]) for u in neurons]
     reliability = assess_reliability(
         labels, base_ranks, [d.drift for d in drift], [d.noise_floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
     switched = [of_block.switched for of_block in reliability]
     by_block = zip(base_ranks, fallback_ranks(run, statistics), labels, switched, strict=True)
-    ranks = ModuleRanks(
-        ffn=[within_module_ranks(*of_block) for of_block in by_block],
-        labels=labels,
-        attention=[fractional_ranks(s, ties="ordinal") for s in scores.attention],
-    )
+    # Other units than neurons are one module in each block.
+    p = {key: fractional_ranks(of_units, ties="ordinal") for key, of_units in scores.items()}
+    p |= {u.key: within_module_ranks(*of_block) for u, of_block in zip(neurons, by_block, strict=True)}
+    ranks = ranks_in_modules(p, labels)
     modules = Modules(
         ranks, drift, reliability,
         agreement=[module_agreements(d.scores, block_labels) for d, block_labels in zip(drift, labels, strict=True)],
@@ -595,13 +600,9 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
         sources = sources[:1]
     if metric in (CONSENSUS, AVERAGED):
         metric = cfg.importance  # the ranks in `Drift` may be of another metric
-    scores_by_source = [
-        score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources
-    ]
-    ranks = []
-    for block, *block_scores in zip(run.blocks, *scores_by_source, strict=True):  # one score tensor per source
-        ranks.append(neuron_ranks(block, torch.stack(block_scores)).mean(0))
-    return ranks
+    by_source = [score_units(metric, run.model, source, seed=cfg.run.seed) for source in sources]
+    neurons = run.budget.of_kind("neurons")
+    return [unit_ranks(u, torch.stack([scores[u.key] for scores in by_source])).mean(0) for u in neurons]
 
 
 # Step 7: sparsity
@@ -621,11 +622,12 @@ def learn_sparsity(
         run = with_learning_budget(run, statistics, start)
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
     if cfg.measures_errors:
-        scores_in_modules = replace(scores, ffn=modules.ranks.ffn)
+        in_modules = {u.key: modules.ranks.p[u.key] for u in run.budget.of_kind("neurons")}
+        scores_in_modules = Scores({**scores, **in_modules}, scores.channels, scores.experts)
         start = allocated_masks(run, "modules", scores_in_modules, statistics, cfg.corpora.drift)
     # Learning keeps the scores of neurons and KV groups of the masks that it starts from. What is removed as a whole is
     # chosen by the scores on all of --corpora.score.
-    start_scores = replace(start.scores, experts=scores.experts)
+    start_scores = Scores(start.scores, start.scores.channels, scores.experts)
     masks = replace(start, scores=start_scores, modules=modules, module_allocation=name)
     run = run.with_budget(run.budget.ranked_by(masks.scores))
     if not learns:
@@ -674,12 +676,13 @@ def fit_thresholds(run: Run, masks: MaskFunction) -> ModuleSparsity:
     return _learned_sparsity(stage, ranks, masks_at(run.budget), run.budget)
 
 
-def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
-    """Give blocks that the budget removes the mean threshold, in place. Other sparsities of the curve may keep them."""
-    for by_block in thresholds:  # of neurons, then of KV groups
-        mean = torch.cat([by_block[b] for b in budget.kept]).mean()
-        for b in budget.removed:
-            by_block[b] = torch.full_like(by_block[b], mean)
+def _set_removed_to_mean(thresholds: dict[str, Tensor], budget: Budget) -> None:
+    """Give units that the budget removes the mean threshold, in place. Other sparsities of the curve may keep them."""
+    for kind in budget.finer:
+        mean = torch.cat([thresholds[u.key] for u in budget.kept(kind)]).mean()
+        for u in budget.of_kind(kind):
+            if u.layer in budget.removed:
+                thresholds[u.key] = torch.full_like(thresholds[u.key], mean)
 
 
 def _learned_sparsity(stage: LightningModule, ranks: ModuleRanks, masks: Masks, budget: Budget) -> ModuleSparsity:
@@ -687,11 +690,10 @@ def _learned_sparsity(stage: LightningModule, ranks: ModuleRanks, masks: Masks, 
     thresholds = getattr(stage, "thresholds", None)
     if thresholds is None:
         return ModuleSparsity(None, fixed_masks=masks)
-    sizes = [ranks.modules, [1] * len(ranks.ffn)]
     offsets = getattr(stage, "offsets", None)
     learned = ModuleSparsity(
-        checked_pair(LEARNER, type(stage).__name__, "thresholds", thresholds, sizes),
-        [of_block.detach().cpu() for of_block in offsets] if offsets else None,
+        checked_units(LEARNER, type(stage).__name__, "thresholds", thresholds, ranks.modules),
+        {key: of_units.detach().cpu() for key, of_units in offsets.items()} if offsets else None,
     )
     return learned if learned.masks(ranks, budget) == masks else replace(learned, fixed_masks=masks)
 

@@ -82,7 +82,7 @@ def save_masks(run: Run, masks: Masks) -> None:
     """Write `masks.safetensors`. Raise UserError if an earlier session has written other masks."""
     earlier = run.folder.read("masks")
     if earlier is None:
-        run.folder.write("masks", masks.tensors())
+        run.folder.write("masks", dict(masks))
     elif Masks.from_tensors(earlier) != masks:
         differences = changed_settings(run.folder.manifest.get("environment") or {}, environment())
         unseen = "no version or machine differs, so a file or a variable that your code reads may have changed"

@@ -115,4 +115,4 @@ def random_masks(model: PreTrainedModel, *, share: float | None = None, scope: s
         kv_groups = kv_groups if "attention" in scope else 0
         order = (torch.arange(block.kv_groups) - block.index) % max(1, block.kv_groups)  # other groups in each block
         attention.append(order >= min(block.kv_groups - 1, kv_groups))
-    return Masks(ffn, attention)
+    return Masks.of_blocks(ffn, attention)

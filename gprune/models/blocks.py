@@ -1,19 +1,14 @@
-"""Blocks of prunable parts in a model, which are found by the record of the model's family.
-
-A `Slice` maps each index along one dimension of a parameter to the unit that it belongs to. Surgery, costs and the
-format of exports are all defined by slices.
-"""
+"""Blocks of prunable parts in a model, which are found by the record of the model's family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, zip_longest
 from operator import attrgetter
 from typing import Any
 
-import torch
 from einops import repeat
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,17 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from gprune.models.families import Family, decoder_layers, record_of
 from gprune.models.modeling_pruned import find_parent
 from gprune.models.parts import PARTS, ExpertPart, Part, attribute_at, names_in, part_row_indices, parts_of
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A parameter that shrinks along `dim` when units are removed. Index i belongs to unit `units[i]`."""
-
-    path: str  # of the parameter, relative to the layer
-    dim: int
-    kind: str  # `ffn`, `attention` or `experts`
-    # (size along dim,) int64. Of stacked experts: neurons of one expert. Of `experts`: numbers >= E belong to no expert
-    units: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,8 +35,6 @@ class Block:
     layer: nn.Module
     family: Family  # the model's record, with the fields of this block's FFN and attention
     head_dim: int
-    order: int = 0  # position among the blocks of its layer
-    other_blocks: tuple[Block, ...] = ()  # other blocks of the layer; only for the first block
 
     @cached_property
     def parts(self) -> dict[str, Part | ExpertPart]:
@@ -124,121 +106,6 @@ class Block:
         (heads x head_dim, ...)."""
         heads_per_group = self.heads // self.kv_groups
         return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=heads_per_group)
-
-    @property
-    def cost(self) -> int:
-        """Number of parameters of the whole block. The costs of a layer's blocks add up to all its parameters."""
-        return self.whole_cost()
-
-    def whole_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """Return `cost`, with each parameter counted `weight(parameter)` times.
-
-        The first block of a layer has all parameters that are in no other block.
-        """
-        if self.order == 0:
-            whole_layer = sum(weight(parameter) * parameter.numel() for parameter in self.layer.parameters())
-            return whole_layer - sum(block.whole_cost(weight) for block in self.other_blocks)
-        return self.neurons * self.unit_cost("ffn", weight) + self.kv_groups * self.unit_cost("attention", weight)
-
-    def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """Return the number of parameters of a neuron (`ffn`; summed over experts) or a KV group (`attention`).
-
-        Each parameter is counted `weight(parameter)` times.
-        """
-        units = max(1, self.neurons if kind == "ffn" else self.kv_groups)
-        parameters = [self.parameter(slice_) for slice_ in self.slices if slice_.kind == kind]
-        return sum(weight(parameter) * (parameter.numel() // units) for parameter in parameters)
-
-    def expert_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """Return the number of parameters of a whole expert, with its row of the router; 0 without experts."""
-        if not self.has_experts:
-            return 0
-        others = [(self.parameter(slice_), slice_.dim) for slice_ in self.slices if slice_.kind == "experts"]
-        of_router = sum(
-            weight(tensor) * tensor.numel() // tensor.shape[dim]
-            for tensor, dim in others if isinstance(tensor, nn.Parameter)  # buffers are not counted
-        )  # fmt: skip
-        return self.neurons * self.unit_cost("ffn", weight) // self.experts + of_router
-
-    def parameter(self, slice_: Slice) -> nn.Parameter:
-        """Return the parameter of a slice, or the buffer, such as the correction bias of a router."""
-        return attrgetter(slice_.path)(self.layer)
-
-    @cached_property
-    def slices(self) -> tuple[Slice, ...]:
-        """All parameters that become smaller by pruning."""
-        return (*self._expert_slices(), *self._ffn_slices(), *self._attention_slices())
-
-    def _expert_slices(self) -> list[Slice]:
-        """Return slices of the tensors without neurons that become smaller if whole experts are removed."""
-        places = self.family.per_expert.items() if self.has_experts else ()
-        tensors = [(path, dim, attribute_at(self.layer, path)) for path, dim in places]
-        return [
-            Slice(path, dim, "experts", torch.arange(tensor.shape[dim]))
-            for path, dim, tensor in tensors if tensor is not None  # a router may lack a bias
-        ]  # fmt: skip
-
-    def _ffn_slices(self) -> list[Slice]:
-        """Return slices of the parameters that become smaller if neurons are removed."""
-        family = self.family
-        if self.down is None:
-            return []
-        neurons = torch.arange(self.neurons)
-        slices = []
-        if self.has_experts:
-            for tensor, (dim, layout) in family.expert_rows.items():
-                # With `gate | up` rows belong to neurons 0, 1, ..., N - 1, 0, 1, ...; with `gate up` to 0, 0, 1, 1, ...
-                units = torch.cat([neurons.repeat_interleave(len(names.split())) for names in layout.split("|")])
-                slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", units))
-            tensor, dim = family.expert_down
-            slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", neurons))
-            return slices
-        slices += self._row_slices("ffn", {"gate": neurons, "up": neurons})
-        slices.append(Slice(f"{family.down}.weight", self._column_dim("down"), "ffn", neurons))
-        return slices
-
-    def _attention_slices(self) -> list[Slice]:
-        """Return slices of the parameters that become smaller if KV groups are removed."""
-        family = self.family
-        if self.output is None:
-            return []
-        groups = {name: self._groups_of_rows(self.parts[name].out_features) for name in ("query", "key", "value")}
-        slices = self._row_slices("attention", groups)
-        for path, (dim, kind) in family.extras.items():
-            parameter = attribute_at(self.layer, path)
-            if parameter is not None:  # a layer may lack it, such as a bias
-                slices.append(Slice(path, dim, kind, self._groups_of_rows(parameter.shape[dim])))
-        for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
-            if norm is not None:
-                slices.append(Slice(f"{norm}.weight", 0, "attention", groups[part]))
-        columns = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group)
-        slices.append(Slice(f"{family.output}.weight", self._column_dim("output"), "attention", columns))
-        return slices
-
-    def _column_dim(self, name: str) -> int:
-        """Return the dimension of columns in the stored weight of a part."""
-        return 0 if self.parts[name].transposed else 1
-
-    def _groups_of_rows(self, length: int) -> Tensor:
-        """Return the KV group of each of `length` rows, which are divided equally among the groups, in order."""
-        return torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
-
-    def _row_slices(self, kind: str, units_of_rows: Mapping[str, Tensor]) -> list[Slice]:
-        """Return slices of weights and biases of modules, fused or not, from part -> the unit of each of its rows."""
-        slices = []
-        paths = {name: getattr(self.family, name) for name in units_of_rows if name in self.parts}
-        for path in dict.fromkeys(paths.values()):
-            names = [name for name in paths if paths[name] == path]  # several if fused
-            first_part = self.parts[names[0]]
-            units = torch.cat([units_of_rows[name] for name in names])
-            if first_part.rows is not None:  # in the order in which they are stored
-                stored_order = torch.cat([self.parts[name].rows for name in names]).argsort()
-                units = units[stored_order]
-            row_dim = 1 if first_part.transposed else 0
-            slices.append(Slice(f"{path}.weight", row_dim, kind, units))
-            if self.module(path).bias is not None:
-                slices.append(Slice(f"{path}.bias", 0, kind, units))
-        return slices
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -314,14 +181,11 @@ def _blocks_of_layer(
         [kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in record.kinds
     )
     pairs = list(zip_longest(pruned_ffns, pruned_attentions, fillvalue={})) or [({}, {})]
-    blocks: list[Block] = []
-    for order, pair in reversed(list(enumerate(pairs))):  # the first block last, because it refers to the others
-        own_record = _record_of_block(record, pair)
-        other_blocks = tuple(blocks) if order == 0 else ()
-        head_dim = _head_dim(layer, own_record, config)
-        block = Block(first_index + order, layer_index, layer, own_record, head_dim, order, other_blocks)
-        blocks.insert(0, block)
-    return blocks
+    records = [_record_of_block(record, pair) for pair in pairs]
+    return [
+        Block(first_index + order, layer_index, layer, own, _head_dim(layer, own, config))
+        for order, own in enumerate(records)
+    ]
 
 
 def sizes_of_layer(blocks: Sequence[Block]) -> tuple[dict[str, int], dict[str, int]]:
@@ -359,50 +223,10 @@ def output_of(kind: Mapping[str, Any]) -> str | None:
     return kind.get("experts") or kind.get("down") or kind.get("output")
 
 
-@dataclass
-class Unpruned:
-    """An FFN, experts or attention that is not pruned."""
-
-    why: str  # the reason
-    layers: int = 0  # number of layers that have it
-    parameters: int = 0  # parameters of its units or modules, over all these layers
-
-
-def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
-    """Return FFNs and attentions that are not pruned, by path of the output.
-
-    They are those next to a larger one of their layer, if the record says so, and refused FFNs.
-    """
-    family = record_of(model)
-    config = model.config.get_text_config(decoder=True)
-    by_output: dict[str, Unpruned] = {}
-    sliced = {id(block.parameter(slice_)) for block in blocks_of(model) for slice_ in block.slices}
-    for layer in decoder_layers(model):
-        for scope, kinds in zip(PARTS, family.kinds, strict=True):
-            for kind, why in kinds_of(layer, kinds):
-                if why is None:
-                    continue
-                record = _record_of_block(family, [kind])
-                block = Block(0, 0, layer, record, _head_dim(layer, record, config))
-                units = block.neurons if scope == "ffn" else block.kv_groups
-                unpruned = by_output.setdefault(output_of(kind), Unpruned(why))
-                unpruned.layers += 1
-                unpruned.parameters += units * block.unit_cost(scope)
-        # One output may have a refused and an accepted candidate.
-        accepted = {output_of(kind) for kind, _ in kinds_of(layer, family.kinds[0])}
-        for kind, _ in kinds_of(layer, family.refused):
-            if output_of(kind) not in accepted:
-                unpruned = by_output.setdefault(output_of(kind), Unpruned(kind["stays"]))
-                unpruned.layers += 1
-                unpruned.parameters += _remaining_parameters(layer, kind, sliced)
-    return by_output
-
-
-def _remaining_parameters(layer: nn.Module, kind: Mapping[str, Any], sliced: Container[int]) -> int:
-    """Return the number of parameters in modules of a kind, without those of other parts, whose ids are `sliced`."""
-    modules = [attribute_at(layer, path) for path in kind["classes"] if path]  # without the layer itself
-    by_id = {id(parameter): parameter for module in modules for parameter in module.parameters()}
-    return sum(parameter.numel() for key, parameter in by_id.items() if key not in sliced)
+def block_of(layer: nn.Module, record: Family, kind: Mapping[str, Any], config: PreTrainedConfig) -> Block:
+    """Return a block that has one kind of FFN or attention of a layer, whether the kind is pruned or not."""
+    record = _record_of_block(record, [kind])
+    return Block(0, 0, layer, record, _head_dim(layer, record, config))
 
 
 def _record_of_block(record: Family, kinds: Sequence[Mapping[str, Any]]) -> Family:

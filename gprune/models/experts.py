@@ -22,6 +22,8 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.modeling_pruned import LayerConfig, find_parent
 from gprune.models.offload import resident
 from gprune.models.parts import attribute_at, is_inside
+from gprune.models.products import PRODUCT_MODULES
+from gprune.units.structure import Units
 
 Watcher = Callable[[Tensor, int, Tensor], Tensor | None]  # see `watch_experts`
 # Fields of configurations with the number of experts to which each token is routed, and of groups of experts.
@@ -46,14 +48,19 @@ class Watch:
                 attributes |= attributes.pop("before")  # the instance's previous forward method, if it had one
 
 
-def watch_experts(block: Block, watcher: Watcher) -> Watch:
+def is_of_experts(layer: nn.Module, u: Units) -> bool:
+    """Return whether experts read these units, and not a linear layer."""
+    return bool(u.reads) and not isinstance(layer.get_submodule(u.reads), PRODUCT_MODULES)
+
+
+def watch_experts(layer: nn.Module, neurons: Units, watcher: Watcher) -> Watch:
     """Call `watcher(x, expert, tokens)` before each expert's down projection, which then reads the returned tensor.
 
     x (n, N) are the activations of the n tokens that are routed to expert number `expert`; `tokens` (n,) int64 are
     their positions in the flattened batch. If a watcher returns None, x is not changed. Watchers are called in the
     order of their registration. A forward method of the instance, such as accelerate's, is replaced too.
     """
-    experts = block.down.host
+    experts, down = layer.get_submodule(neurons.reads), neurons.slices[-1].path
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
         # Restored when the last watcher is removed.
@@ -64,7 +71,7 @@ def watch_experts(block: Block, watcher: Watcher) -> Watch:
             with resident(experts):
                 if is_standard:
                     return _forward_standard(experts, *args, **kwargs)
-                return _forward_of_class(experts, block.down.tensor, *args, **kwargs)
+                return _forward_of_class(experts, down.removeprefix(f"{neurons.reads}."), *args, **kwargs)
 
         attributes |= {"watchers": [], "before": before, "forward": forward}
     attributes["watchers"].append(watcher)
@@ -230,6 +237,17 @@ def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
     return groups, min(max(2, -(-needed // min(chosen, groups))), experts // groups)
 
 
+def router_needs(block: Block, config: PreTrainedConfig) -> tuple[int, int, str]:
+    """Return the groups of a block's router, the least number of experts, and why none may be removed, or ""."""
+    groups, least = least_experts(config, block.experts)
+    needed, why_not = experts_per_token(config.get_text_config(decoder=True)), why_experts_stay(block)
+    if not why_not and needed is None:
+        why_not = "its configuration does not tell how many experts a token needs"
+    if not why_not and needed >= block.experts:
+        why_not = f"its router chooses all {block.experts} experts"
+    return groups, groups * least, why_not
+
+
 def why_experts_stay(block: Block) -> str:
     """Return why experts of a block cannot be removed as a whole; empty if they can."""
     return "" if block.family.per_expert else block.family.whole_experts or "its router is unknown"
@@ -260,22 +278,22 @@ def routing_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
     raise ValueError("experts are not called with numbers of chosen experts and their weights")
 
 
-def watch_routing(block: Block, watcher: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """Call `watcher(chosen, weights)` before the experts of a block compute, with the result of `routing_in`."""
+def watch_routing(experts: nn.Module, watcher: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `watcher(chosen, weights)` before experts compute, with the result of `routing_in`."""
 
     def pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watcher(*routing_in(args, kwargs))
 
-    return block.down.host.register_forward_pre_hook(pre_hook, with_kwargs=True)
+    return experts.register_forward_pre_hook(pre_hook, with_kwargs=True)
 
 
 def expert_output(block: Block, expert: int, x: Tensor) -> Tensor:
     """Return the outputs (n, H) of an expert for inputs x (n, N) of its down projection, not weighted by the router."""
     y = x @ block.down.of_expert(expert).T.to(x)
-    for slice_ in block.slices:
-        is_of_experts = slice_.kind == "experts" and is_inside(slice_.path, block.family.experts)
-        if is_of_experts and block.parameter(slice_).shape == (block.experts, y.shape[1]):  # a bias
-            y = y + block.parameter(slice_)[expert].to(y)
+    for path in block.family.per_expert:
+        bias = attribute_at(block.layer, path) if is_inside(path, block.family.experts) else None
+        if bias is not None and bias.shape == (block.experts, y.shape[1]):
+            y = y + bias[expert].to(y)
     return y
 
 
@@ -300,17 +318,18 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
     E, stack = block.experts, block.family.experts
     kept = torch.tensor([expert for expert in range(E) if expert not in removed])
     numbers = torch.cat([kept, torch.tensor([E])])  # the number after the last expert means none
-    of_router = [s for s in block.slices if s.kind == "experts" and not is_inside(s.path, stack)]
+    of_router = [place for place in block.family.per_expert.items() if not is_inside(place[0], stack)]
     sized = [path for path, size in block.family.attributes.items() if size == "experts" and not is_inside(path, stack)]
     restored = ExitStack()  # what the router had before
 
     def shrink_router(layer: nn.Module, _args: Any) -> None:
         restored.enter_context(resident(layer))
-        for slice_ in of_router:
-            module, name = find_parent(layer, slice_.path)
-            tensor, after = getattr(module, name), slice_.units[slice_.units >= E]
-            rows = torch.cat([kept, after]).to(tensor.device)
-            smaller, values = tensor.detach().index_select(slice_.dim, rows), module._parameters
+        for path, dim in of_router:
+            module, name = find_parent(layer, path)
+            if (tensor := getattr(module, name, None)) is None:  # a router may lack a bias
+                continue
+            rows = torch.cat([kept, torch.arange(E, tensor.shape[dim])]).to(tensor.device)
+            smaller, values = tensor.detach().index_select(dim, rows), module._parameters
             if name in module._buffers:
                 values = module._buffers
             else:

@@ -5,9 +5,9 @@ Hooks exist only inside context managers. Weights do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +15,37 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from gprune.models.blocks import Block, blocks_of
-from gprune.models.experts import Watch, experts_without_neurons, watch_experts, without_experts
+from gprune.models.blocks import blocks_of
+from gprune.models.experts import Watch, experts_without_neurons, is_of_experts, watch_experts, without_experts
+from gprune.models.families import decoder_layers
 from gprune.models.offload import device_of
+from gprune.models.units import units_of
+from gprune.units.structure import Units, current_name, kinds_of_units, of_kind, unit_key
 
 
-@dataclass(frozen=True)
-class Masks:
-    """Keep masks, True = keep, one tensor per block."""
+class Masks(dict[str, Tensor]):
+    """Keep masks by key of units (`units_of`), bool, True = keep.
 
-    # (neurons,) bool, or (experts x neurons,), where experts keep equally many or none. An expert that keeps none is
-    # removed with its row of the router, if others keep some.
-    ffn: list[Tensor]
-    attention: list[Tensor]  # (kv_groups,) bool; all True when attention is out of scope
+    `neurons.BLOCK` is (neurons,), or (experts x neurons,), where experts keep equally many or none: an expert that
+    keeps none is removed with its row of the router, if others keep some. `kv_groups.BLOCK` is (kv_groups,). Units
+    without a mask are kept.
+    """
+
+    @classmethod
+    def of_blocks(cls, ffn: Sequence[Tensor], attention: Sequence[Tensor]) -> Masks:
+        """Return masks from those of the neurons and of the KV groups of each block."""
+        of_kinds = (("neurons", ffn), ("kv_groups", attention))
+        return cls({unit_key(kind, b): mask for kind, masks in of_kinds for b, mask in enumerate(masks)})
+
+    @property
+    def ffn(self) -> tuple[Tensor, ...]:
+        """The masks of neurons, one per block."""
+        return tuple(of_kind(self, "neurons"))
+
+    @property
+    def attention(self) -> tuple[Tensor, ...]:
+        """The masks of KV groups, one per block."""
+        return tuple(of_kind(self, "kv_groups"))
 
     @property
     def blocks(self) -> list[bool]:
@@ -39,34 +57,26 @@ class Masks:
             is_kept.append(ffn.any() | attention.any() | has_no_units)
         return torch.stack(is_kept).tolist()  # one transfer if masks are on a GPU
 
-    def channels(self, block: Block) -> dict[str, Tensor]:
-        """Return which columns are kept, bool.
-
-        `ffn`: (experts x neurons,) of `down`; `attention`: (heads x head_dim,) of the output projection.
-        """
-        groups = self.attention[block.index].repeat_interleave(block.channels_per_group)
-        return {"ffn": self.ffn[block.index], "attention": groups}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return masks by the names `ffn.0`, `attention.0` and so on, as in safetensors files."""
-        ffn = {f"ffn.{index}": mask for index, mask in enumerate(self.ffn)}
-        attention = {f"attention.{index}": mask for index, mask in enumerate(self.attention)}
-        return ffn | attention
+    def kept(self, u: Units) -> Tensor:
+        """Return which of these units are kept, (rows x count,) bool."""
+        if u.kind == "experts":
+            return self[u.key.replace("experts", "neurons")].view(u.count, -1).any(1)
+        return self[u.key] if u.key in self else torch.ones(u.size, dtype=torch.bool)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Masks:
-        """Return masks from the result of `tensors`."""
-        number_of_blocks = len(tensors) // 2
-        ffn = [tensors[f"ffn.{index}"].bool() for index in range(number_of_blocks)]
-        attention = [tensors[f"attention.{index}"].bool() for index in range(number_of_blocks)]
-        return cls(ffn, attention)
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Masks:
+        """Return masks from the tensors of a safetensors file, also of an earlier version."""
+        return cls({current_name(name): mask.bool() for name, mask in tensors.items()})
 
     def __eq__(self, other: object) -> bool:
         """Return whether two masks keep the same units."""
         if not isinstance(other, Masks):
             return False
-        mine, theirs = self.tensors(), other.tensors()
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        return self.keys() == other.keys() and all(torch.equal(mask, other[key]) for key, mask in self.items())
+
+    def __ne__(self, other: object) -> bool:
+        """Return whether two masks keep other units; that of `dict` would compare tensors by `==`."""
+        return not self == other
 
     __hash__ = None
 
@@ -95,59 +105,42 @@ def changed(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iter
 
 @contextmanager
 def gated(
-    model: PreTrainedModel, ffn: Sequence[Tensor] | None, attention: Sequence[Tensor] | None = None
+    model: PreTrainedModel, gates: Mapping[str, Tensor], units: Sequence[Units] | None = None
 ) -> Iterator[PreTrainedModel]:
-    """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
+    """Multiply the channels of units by their gate, (rows x count,), by key; units without a gate are not changed.
 
-    `ffn` and `attention` have a gate per block; None: no gates. They are read in every forward pass, so their elements
-    may be replaced between steps. Norms over all heads are computed over the heads that pass the gate. Leaving the
-    context removes all hooks.
+    Gates are read in every forward pass, so they may be replaced between steps. Norms over all heads are computed over
+    the heads that pass the gate. Leaving the context removes all hooks. `units` are those of the model, found if None.
     """
+    layers = decoder_layers(model)
     with ExitStack() as hooks:
-        for block in blocks_of(model):
-            if ffn is not None and block.down is not None:
-                hooks.callback(_register_ffn_gate(block, ffn).remove)
-            if attention is not None and block.output is not None:
-                for handle in _register_attention_gates(block, attention):
+        for u in units_of(model) if units is None else units:
+            if u.key in gates and u.count:
+                for handle in _register_gates(layers[u.layer], u, gates):
                     hooks.callback(handle.remove)
         yield model
 
 
-def _register_ffn_gate(block: Block, gates: Sequence[Tensor]) -> RemovableHandle | Watch:
-    """Multiply the inputs of a block's down projection by its gate, (N,) or (E x N,). Return a handle with `remove`."""
+def _register_gates(layer: torch.nn.Module, u: Units, gates: Mapping[str, Tensor]) -> Iterator[RemovableHandle | Watch]:
+    """Multiply the channels of units by their gate, and adapt norms over all of them. Yield handles with `remove`."""
 
     def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         """Watcher of experts that multiplies the activations of one expert by its gate."""
-        return x * gates[block.index].view(block.experts, -1)[expert].to(x)
+        return x * gates[u.key].view(u.rows, -1)[expert].to(x)
 
-    if block.has_experts:
-        return watch_experts(block, expert_gate)
-    return _multiply_input(block.down.host, _channel_gate(gates, block.index))
-
-
-def _register_attention_gates(block: Block, gates: Sequence[Tensor]) -> Iterator[RemovableHandle]:
-    """Multiply the heads of a block by the gate of their KV group, and adapt norms over all heads. Yield handles."""
-    query_gate = _channel_gate(gates, block.index, repeats=block.channels_per_group)
-    yield _multiply_input(block.output.host, query_gate)
-    if block.family.query_norm is not None:
-        yield from _renormalise(block.module(block.family.query_norm), query_gate)
-    if block.family.key_norm is not None:
-        key_gate = _channel_gate(gates, block.index, repeats=block.head_dim)
-        yield from _renormalise(block.module(block.family.key_norm), key_gate)
-
-
-def _channel_gate(gates: Sequence[Tensor], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor]:
-    """Return a function of x that returns the current gate of each channel of x, in its dtype and on its device."""
-
-    def gate_for(x: Tensor) -> Tensor:
-        gate = gates[index].to(x)
-        return gate.repeat_interleave(repeats) if repeats > 1 else gate
-
-    return gate_for
+    if is_of_experts(layer, u):
+        yield watch_experts(layer, u, expert_gate)
+        return
+    yield _multiply_input(layer.get_submodule(u.reads), lambda x: u.of_channels(gates[u.key].to(x)))
+    for s in u.slices:
+        if s.is_norm:
+            of_norm = replace(u, slices=(s,))  # whose channels are those of the norm
+            norm = layer.get_submodule(s.path.rpartition(".")[0])
+            yield from _renormalise(norm, lambda x, of_norm=of_norm: of_norm.of_channels(gates[u.key].to(x)))
 
 
 def _multiply_input(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Multiply the input of a module by a gate from now on. `gate_for` is a result of `_channel_gate`."""
+    """Multiply the input x of a module by `gate_for(x)` from now on."""
 
     def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0] * gate_for(inputs[0]), *inputs[1:])
@@ -180,17 +173,15 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor]) ->
 
 @contextmanager
 def bypassed(model: PreTrainedModel, removed: Collection[int]) -> Iterator[PreTrainedModel]:
-    """Let the layers of removed blocks (by number) return their input while the context lasts."""
+    """Let removed layers (by number) return their input while the context lasts."""
 
     def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook that replaces the hidden states in a layer's output by those in its input."""
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
-    blocks = blocks_of(model) if removed else []
-    # By layer, because a layer may have several blocks.
-    layers = {blocks[index].layer_index: blocks[index].layer for index in removed}
     with ExitStack() as hooks:
-        for layer in layers.values():
+        for number in removed:
+            layer = decoder_layers(model)[number]
             hooks.callback(layer.register_forward_hook(return_input, with_kwargs=True).remove)
         yield model
 
@@ -202,18 +193,19 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
 
     Args:
         model: a supported model.
-        masks: one keep mask per block and scope. Their sizes are not checked.
+        masks: keep masks by key of units. Their sizes are not checked.
 
     Raises:
         UserError: if the model's type is not supported.
     """
-    blocks = blocks_of(model)
+    blocks, units, layers = blocks_of(model), units_of(model), decoder_layers(model)
     # Masks are copied to the devices once, and not in every forward pass.
-    devices = [device_of(block.layer) for block in blocks]
-    ffn = [mask.to(device) for mask, device in zip(masks.ffn, devices, strict=True)]
-    attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]
-    all_groups_kept = bool(torch.stack([mask.all() for mask in masks.attention]).all())
-    removed = [index for index, stays in enumerate(masks.blocks) if not stays]
+    gates: dict[str, Tensor] = {}
+    for kind in kinds_of_units(units):
+        alike = [u for u in units if u.kind == kind and u.key in masks]
+        if alike and not torch.stack([masks[u.key].all() for u in alike]).all():
+            gates |= {u.key: masks[u.key].to(device_of(layers[u.layer])) for u in alike}
+    removed = {block.layer_index for block, stays in zip(blocks, masks.blocks, strict=True) if not stays}
     experts = without_experts(model, experts_without_neurons(blocks, masks.ffn))
-    with bypassed(model, removed), experts, gated(model, ffn, None if all_groups_kept else attention):
+    with bypassed(model, removed), experts, gated(model, gates, units):
         yield model

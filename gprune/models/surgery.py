@@ -23,20 +23,22 @@ from typing import Any
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader
-from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block, Slice, blocks_of, by_layer, sizes_of_layer
+from gprune.models.blocks import Block, blocks_of, by_layer, sizes_of_layer
 from gprune.models.copies import copy_without_hooks, skeleton, turn_off_rescaling
 from gprune.models.experts import kept_experts, least_experts, why_experts_stay
 from gprune.models.families import decoder_layers, decoder_of, record_of, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
 from gprune.models.offload import StoredWeights, attach_all_weights, attach_weights, load_parameter
+from gprune.models.parts import attribute_at
+from gprune.models.units import units_of, units_of_blocks
+from gprune.units.structure import KINDS, Slice, Units
 
 # Patterns of names of fields of a configuration: with layer numbers, and with one value per layer.
 LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
@@ -55,7 +57,7 @@ def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
 
     Args:
         model: a supported model, dense or already pruned.
-        masks: one keep mask per block and scope.
+        masks: keep masks by key of units.
         inplace: whether to change `model` itself. Otherwise only its rescaling is turned off (`turn_off_rescaling`),
             and peak memory is the dense model plus the pruned one.
 
@@ -73,12 +75,13 @@ def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     was_aligned = experts_aligned(model)
     if not inplace:
         # The copy shares weights that will be replaced by smaller ones.
-        shared = [block.parameter(slice_) for block in blocks_of(model) for slice_ in block.slices]
-        model = copy_without_hooks(model, {id(parameter): parameter for parameter in shared})
+        layers = decoder_layers(model)
+        shared = [attribute_at(layers[u.layer], s.path) for u in units_of(model) for s in u.slices]
+        model = copy_without_hooks(model, {id(tensor): tensor for tensor in shared})
     text_config = model.config.get_text_config(decoder=True)
     for blocks, is_kept in zip(by_layer(blocks_of(model)), layer_is_kept, strict=True):
         if is_kept:
-            _slice_layer(blocks, text_config, masks)
+            _slice_layer(blocks, model.config, text_config, masks)
     if renumbered is not None:
         _drop_layers(model, layer_is_kept, renumbered)
     if not experts_aligned(model):
@@ -108,25 +111,21 @@ def slice_to_files(
     dense_layers = [blocks for blocks in by_layer(blocks_of(model)) if block_is_kept[blocks[0].index]]
     pruned_layers = by_layer(blocks_of(pruned))
     for index, (dense_blocks, pruned_blocks) in enumerate(zip(dense_layers, pruned_layers, strict=True)):
-        _write_layer(dense_blocks, pruned_blocks, masks, folder / f"{index}.safetensors", revise)
+        cuts = _cuts(units_of_blocks(dense_blocks, model.config), masks)
+        _write_layer(dense_blocks, pruned_blocks, cuts, folder / f"{index}.safetensors", revise)
     return pruned
 
 
 def _write_layer(
-    dense_blocks: Sequence[Block], pruned_blocks: Sequence[Block], masks: Masks, path: Path,
+    dense_blocks: Sequence[Block], pruned_blocks: Sequence[Block], cuts: Mapping[str, Sequence[Cut]], path: Path,
     revise: Callable[[Block, Block], None] | None,
 ) -> None:  # fmt: skip
     """Load and slice the weights of a layer, revise its blocks, write them with saved buffers, and free the weights."""
-    slices = {slice_.path: (block, slice_) for block in dense_blocks for slice_ in block.slices}
     dense_layer, pruned_layer = dense_blocks[0].layer, pruned_blocks[0].layer
     for path_in_layer, _ in list(dense_layer.named_parameters()):
         module_path, _, name = path_in_layer.rpartition(".")
         dense_weight = load_parameter(dense_layer.get_submodule(module_path), name).detach()
-        if path_in_layer in slices:
-            block, slice_ = slices[path_in_layer]
-            weight = _slice_parameter(block, slice_, masks, dense_weight)
-        else:
-            weight = dense_weight.clone()
+        weight = _sliced(dense_weight, cuts[path_in_layer]) if path_in_layer in cuts else dense_weight.clone()
         parameter = nn.Parameter(weight.cpu().contiguous(), requires_grad=False)
         setattr(pruned_layer.get_submodule(module_path), name, parameter)
     if revise is not None:
@@ -137,9 +136,7 @@ def _write_layer(
     stored = StoredWeights(dense_layer)  # a buffer may be offloaded too
     for name, _ in dense_layer.named_buffers():
         if name in saved_names:
-            block, slice_ = slices.get(name, (None, None))  # such as the correction bias of a router
-            buffer = stored[name] if block is None else _slice_parameter(block, slice_, masks, stored[name])
-            weights[name] = buffer.cpu().contiguous()
+            weights[name] = _sliced(stored[name], cuts.get(name, ())).cpu().contiguous()
     save_file(weights, path)
     pruned_layer.to("meta")
     files = {name: {"safetensors_file": path} for name in weights}
@@ -292,26 +289,29 @@ def _shapes_and_attributes(layer: nn.Module) -> dict[str, object]:
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise UserError unless the model is not quantised, and masks are bool, fit the widths, and can be applied.
+    """Raise UserError unless the model is not quantised, and masks are bool, fit the units, and can be applied.
 
-    The latter needs at least one block; units of both scopes or of neither in each block; equally many neurons of all
+    The latter needs at least one block; units of both kinds or of neither in each block; equally many neurons of all
     kept experts of a block, and enough of these for its router; and all or none of the blocks of a layer.
     """
     refuse_quantised(model.config)
-    blocks = blocks_of(model)
-    sizes = {
-        "ffn": [block.experts * block.neurons for block in blocks],
-        "attention": [block.kv_groups for block in blocks],
-    }
-    for scope, expected in sizes.items():
-        of_scope = getattr(masks, scope)
-        other_types = [type(mask).__name__ for mask in of_scope if not isinstance(mask, Tensor)]
-        if other_types:
-            raise UserError(f"Masks.{scope} must be tensors; got {other_types[0]}. Use torch.tensor(mask).")
-        shapes_fit = [mask.shape for mask in of_scope] == [(size,) for size in expected]
-        if not shapes_fit or any(mask.dtype != torch.bool for mask in of_scope):
-            descriptions = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)
-            raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {descriptions}.")
+    blocks, units = blocks_of(model), {u.key: u for u in units_of(model)}
+    sizes = {key: u.size for key, u in units.items() if u.kind in ("neurons", "kv_groups") or key in masks}
+    if unknown := list(masks.keys() - sizes.keys()) + list(sizes.keys() - masks.keys()):
+        raise UserError(f"Masks must have the keys {', '.join(sizes)}; got {', '.join(masks)} ('{unknown[0]}').")
+    for key, size in sizes.items():
+        mask = masks[key]
+        if not isinstance(mask, Tensor):
+            raise UserError(f"Masks['{key}'] must be a tensor; got {type(mask).__name__}. Use torch.tensor(mask).")
+        if mask.shape != (size,) or mask.dtype != torch.bool:
+            raise UserError(
+                f"Masks['{key}'] must be torch.bool of length {size}; got {mask.dtype} {tuple(mask.shape)}."
+            )
+        if units[key].kind not in KINDS and not mask.all():
+            raise UserError(
+                f"Masks must keep all units of kind '{units[key].kind}', which can be masked, but not removed: modules "
+                f"of transformers have no size for them; got masks that remove {int((~mask).sum())} of '{key}'."
+            )
     if not any(masks.blocks):
         raise UserError(f"Masks must keep at least 1 of {len(blocks)} blocks; got 0.")
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
@@ -331,7 +331,7 @@ def _check_experts(block: Block, keep: Tensor, config: PreTrainedConfig) -> None
     """Raise UserError unless the experts of a block that keep neurons keep equally many, and suffice for its router."""
     counts = set(keep.view(block.experts, -1).sum(1).tolist())
     if len(counts - {0}) > 1:
-        raise UserError(f"Masks.ffn[{block.index}] must keep equally many neurons of every expert; got {counts}.")
+        raise UserError(f"Masks['neurons.{block.index}'] must keep equally many neurons of every expert; got {counts}.")
     if len(counts) == 1:  # all experts are kept, or the whole block is removed
         return
     name = f"Experts of block {block.index} (model type '{config.model_type}')"
@@ -353,35 +353,50 @@ def widths(model: PreTrainedModel) -> dict[str, list[int]]:
     return {"neurons": [block.neurons for block in blocks], "kv_groups": [block.kv_groups for block in blocks]}
 
 
-def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks) -> None:
+Cut = tuple[
+    Slice, Tensor
+]  # a slice, and which of its units are kept: (count,), or (rows, count) if they are side by side
+
+
+def _cuts(units: Sequence[Units], masks: Masks) -> dict[str, list[Cut]]:
+    """Return the cuts of each tensor of a layer by path, from coarse to fine."""
+    cuts: dict[str, list[Cut]] = {}
+    for u in units:
+        keep = masks.kept(u)
+        if u.inside:  # a row for each kept expert
+            by_expert = keep.view(u.rows, -1)
+            keep = by_expert[by_expert.any(1)]
+        for s in u.slices:
+            cuts.setdefault(s.path, []).append((s, keep))
+    return cuts
+
+
+def _sliced(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Return the kept part of a tensor as a new tensor; the tensor itself without cuts."""
+    for s, keep in cuts:
+        if keep.dim() == 1:
+            tensor = _select(tensor, s.dim, torch.where(s.unit < 0, True, keep[s.unit]))
+        else:  # experts, each with its own neurons
+            tensor = torch.stack([_select(t, s.dim - 1, k[s.unit]) for t, k in zip(tensor, keep, strict=True)])
+    return tensor
+
+
+def _slice_layer(
+    blocks: Sequence[Block], config: PreTrainedConfig, text_config: PreTrainedConfig, masks: Masks
+) -> None:
     """Slice the blocks of a layer in place, and update size attributes of its modules."""
-    for block in blocks:
-        for slice_ in block.slices:
-            module_path, _, name = slice_.path.rpartition(".")
-            module, parameter = block.module(module_path), block.parameter(slice_)
-            smaller = _slice_parameter(block, slice_, masks, load_parameter(module, name).detach())
-            if name in module._buffers:
-                module._buffers[name] = smaller
-            else:
-                setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-            update_linear_sizes(module)
+    layer = blocks[0].layer
+    for path, cuts in _cuts(units_of_blocks(blocks, config), masks).items():
+        module, name = find_parent(layer, path)
+        dense = getattr(module, name)
+        smaller = _sliced(load_parameter(module, name).detach(), cuts)
+        if name in module._buffers:
+            module._buffers[name] = smaller
+        else:
+            setattr(module, name, nn.Parameter(smaller, requires_grad=dense.requires_grad))
+        update_linear_sizes(module)
     sliced_blocks = [replace(block) for block in blocks]  # without the cached properties of the dense blocks
-    set_layer_sizes(blocks[0].layer, config, *sizes_of_layer(sliced_blocks))
-
-
-def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:
-    """Return the kept part of a weight as a new tensor."""
-    if slice_.kind == "experts":
-        kept = kept_experts(block, masks.ffn[block.index])
-        after = kept.new_ones(len(slice_.units) - len(kept))  # indices after the last expert are kept
-        return _select(weight, slice_.dim, torch.cat([kept, after]))
-    keep = getattr(masks, slice_.kind)[block.index]
-    if slice_.kind == "ffn" and block.has_experts:
-        keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]
-        dim = slice_.dim - 1  # without the dimension of experts
-        pairs = zip(weight, keep_by_expert, strict=True)
-        return torch.stack([_select(of_expert, dim, of_keep) for of_expert, of_keep in pairs if of_keep.any()])
-    return _select(weight, slice_.dim, keep[slice_.units])
+    set_layer_sizes(layer, text_config, *sizes_of_layer(sliced_blocks))
 
 
 def _select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:

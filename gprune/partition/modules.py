@@ -8,12 +8,15 @@ GPrune-LLM (arXiv 2603.13418). A weighted mean of both orders was not better.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from gprune.units.structure import of_kind, unit_key
 
 
 @dataclass(frozen=True)
@@ -40,48 +43,44 @@ class ModuleReliability:
 
 @dataclass(frozen=True)
 class ModuleRanks:
-    """Ranks of units inside their modules, one entry per block. Thresholds are applied to these ranks.
+    """Ranks of units inside their modules, by key of units. Thresholds are applied to these ranks.
 
-    The KV groups of a block form a separate module.
+    Units that were not partitioned, such as the KV groups of a block, are one module.
     """
 
-    ffn: list[Tensor]  # p, (N,) float64 in (0, 1)
-    labels: list[Tensor]  # (N,) int64 in [0, K)
-    attention: list[Tensor]  # p of KV groups, (G,) float64
+    p: Mapping[str, Tensor]  # (N,) float64 in (0, 1)
+    labels: Mapping[str, Tensor]  # (N,) int64 in [0, K)
 
     @property
-    def modules(self) -> list[int]:
-        """K, the number of modules of each block."""
-        return [count_modules(block_labels) for block_labels in self.labels]
+    def modules(self) -> dict[str, int]:
+        """K, the number of modules, by key."""
+        return {key: count_modules(labels) for key, labels in self.labels.items()}
 
     @cached_property
-    def logits(self) -> tuple[list[Tensor], list[Tensor]]:
-        """logit p per block, of neurons (N,) and of KV groups (G,)."""
-        return [torch.logit(p) for p in self.ffn], [torch.logit(p) for p in self.attention]
+    def logits(self) -> dict[str, Tensor]:
+        """logit p, (N,), by key."""
+        return {key: torch.logit(p) for key, p in self.p.items()}
 
     @cached_property
-    def sizes(self) -> list[Tensor]:
-        """(K,) int64: number of neurons of each module."""
-        return [torch.bincount(block_labels) for block_labels in self.labels]
+    def sizes(self) -> dict[str, Tensor]:
+        """(K,) int64: number of units of each module, by key."""
+        return {key: torch.bincount(labels) for key, labels in self.labels.items()}
 
     def to(self, device: torch.device) -> ModuleRanks:
         """Copy to a device. Cached logits and sizes are copied too, so that they keep the same bits."""
 
-        def copy(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.to(device) for tensor in tensors]
+        def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {key: tensor.to(device) for key, tensor in tensors.items()}
 
-        result = ModuleRanks(copy(self.ffn), copy(self.labels), copy(self.attention))
-        neuron_logits, group_logits = self.logits
+        result = ModuleRanks(copy(self.p), copy(self.labels))
         # Fill the cached properties, which cannot be assigned to a frozen dataclass.
-        result.__dict__["logits"] = copy(neuron_logits), copy(group_logits)
-        result.__dict__["sizes"] = copy(self.sizes)
+        result.__dict__["logits"], result.__dict__["sizes"] = copy(self.logits), copy(self.sizes)
         return result
 
-    def with_offsets(self, offsets: list[Tensor]) -> ModuleRanks:
-        """Shift every neuron's rank by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
-        neuron_logits, _ = self.logits
-        ffn = [torch.sigmoid(logits + offset) for logits, offset in zip(neuron_logits, offsets, strict=True)]
-        return replace(self, ffn=ffn)
+    def with_offsets(self, offsets: Mapping[str, Tensor]) -> ModuleRanks:
+        """Shift the ranks of units by their offsets, (N,) in logits by key: p_i' = sigmoid(logit p_i + o_i)."""
+        shifted = {key: torch.sigmoid(self.logits[key] + offset) for key, offset in offsets.items()}
+        return replace(self, p={**self.p, **shifted})
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,15 @@ class Modules:
 
     @property
     def labels(self) -> list[Tensor]:
-        """(N,) int64 in [0, K): the module of each neuron."""
-        return self.ranks.labels
+        """(N,) int64 in [0, K): the module of each neuron, one tensor per block."""
+        return of_kind(self.ranks.labels, "neurons")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return tensors by flat names, as in safetensors files."""
         flat = {"block_agreement": torch.tensor(self.block_agreement, dtype=torch.float64)}
+        flat |= {f"rank.{key}": p for key, p in self.ranks.p.items()}
         for b, labels in enumerate(self.labels):
             flat |= {f"{b}.labels": labels, f"{b}.agreement": self.agreement[b]}
-            flat |= {f"{b}.rank": self.ranks.ffn[b], f"{b}.group_rank": self.ranks.attention[b]}
             flat |= {f"{b}.drift.{name}": value for name, value in vars(self.drift[b]).items()}
             flat |= {f"{b}.reliability.{name}": value for name, value in vars(self.reliability[b]).items()}
         return flat
@@ -123,7 +122,7 @@ class Modules:
             return [record(**{field: flat[f"{b}.{name}.{field}"] for field in fields}) for b in blocks]
 
         return cls(
-            ranks=ModuleRanks(by_block("rank"), by_block("labels"), by_block("group_rank")),
+            ranks=ranks_in_modules(_ranks_in(flat), by_block("labels")),
             drift=records_by_block(Drift, "drift"),
             reliability=records_by_block(ModuleReliability, "reliability"),
             agreement=by_block("agreement"),
@@ -146,6 +145,35 @@ class Modules:
                     "switched": bool(reliability.switched[k]),
                 })  # fmt: skip
         return rows
+
+
+def ranks_in_modules(p: Mapping[str, Tensor], labels: Sequence[Tensor]) -> ModuleRanks:
+    """Return ranks, by key, with the modules of the neurons of each block; other units are one module.
+
+    Neurons come first, in any case: sums over units, and checkpoints, have the order of the keys, and files another.
+    """
+    p = dict(sorted(p.items(), key=lambda item: (not item[0].startswith("neurons."), *_kind_and_number(item[0]))))
+    of_neurons = {unit_key("neurons", b): of_block for b, of_block in enumerate(labels)}
+    return ModuleRanks(
+        p, {key: of_neurons.get(key, torch.zeros(len(ranks), dtype=torch.long)) for key, ranks in p.items()}
+    )
+
+
+def _kind_and_number(key: str) -> tuple[str, int]:
+    """Return the parts of a key of units."""
+    kind, _, number = key.rpartition(".")
+    return kind, int(number)
+
+
+def _ranks_in(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the ranks in the result of `Modules.tensors`, by key; also from a file of an earlier version."""
+    former = {"rank": "neurons", "group_rank": "kv_groups"}  # such as `3.rank`
+    ranks = {name.removeprefix("rank."): p for name, p in flat.items() if name.startswith("rank.")}
+    for suffix, kind in former.items():
+        ranks |= {
+            unit_key(kind, int(b)): p for name, p in flat.items() if (b := name.removesuffix(f".{suffix}")).isdigit()
+        }
+    return ranks
 
 
 def count_modules(labels: Tensor) -> int:

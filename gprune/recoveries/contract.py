@@ -26,7 +26,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.registry import Registry
@@ -168,18 +167,19 @@ class Projection(Recovery):
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block by `solve`."""
         from gprune.models.offload import device_of
+        from gprune.models.units import units_of_blocks
 
         def revise(dense: Block, block: Block) -> None:
             """Correct those output projections of a sliced block that lost channels."""
-            kept_channels = material.masks.channels(dense)
-            for scope, part in OUTPUT_PROJECTIONS.items():
-                keep = kept_channels[scope]
-                if bool(keep.all()):
+            units = units_of_blocks([dense], material.dense.config)
+            for u, part in zip(units[-2:], ("output", "down"), strict=True):  # its KV groups and its neurons
+                keep = material.masks[u.key] if u.count else None
+                if keep is None or bool(keep.all()):
                     continue
-                moments = getattr(material.statistics, scope)[dense.index].total
+                moments = material.statistics.channels[u.key].total
                 weight = dense.parts[part].weight.to(device_of(dense.layer))
-                experts = dense.experts if scope == "ffn" else 1
-                new_weight, bias = self.solve(weight, keep, moments, experts=experts, ridge=material.ridge)
+                keep = u.of_channels(keep) if u.rows == 1 else keep
+                new_weight, bias = self.solve(weight, keep, moments, experts=u.rows, ridge=material.ridge)
                 block.parts[part].set(new_weight, bias)
 
         return revise

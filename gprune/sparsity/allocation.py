@@ -8,7 +8,7 @@ then removed until the budget is met. A rule may return keep masks instead of ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gprune.checks import AtLeast1Float, NonNegative
@@ -18,16 +18,16 @@ from gprune.registry import Registry, UserCode
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
 
-    from gprune.calibration.statistics import ChannelStatistics, CorpusStatistics
+    from gprune.calibration.statistics import CorpusStatistics
     from gprune.importance.scores import Scores
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
     from gprune.partition.modules import ModuleRanks
     from gprune.sparsity.budget import Budget
     from gprune.sparsity.thresholds import Thresholds
+    from gprune.units.structure import Units
 
-# Per block: neurons (N,), KV groups (G,); float64; smallest is removed first.
-Margins = tuple[list["Tensor"], list["Tensor"]]
+Margins = Mapping[str, "Tensor"]  # (N,) by key of units, floats; the smallest is removed first
 Rule = Callable[..., Any]
 ALLOCATION: Registry[Rule] = Registry("allocation")
 
@@ -46,12 +46,13 @@ def allocation(
     The rule is called as `function(scores, statistics, blocks, budget, **options)`. It returns margins, of which the
     smallest are removed until the budget is met, or `models.masks.Masks` that meet the budget.
 
-    - scores: `importance.scores.Scores`, float64, per block: ffn, (N,) for neurons; attention, (G,) for KV groups.
+    - scores: `importance.scores.Scores`, float64 by key of units, such as (N,) for the neurons `neurons.0`.
     - statistics: `calibration.statistics.CorpusStatistics` of the scoring corpus.
-    - blocks: `models.blocks.Block` of the dense model; budget: `sparsity.budget.Budget`.
+    - blocks: `models.blocks.Block` of the dense model.
+    - budget: `sparsity.budget.Budget`, with `units`.
     - options: numbers and bools from `--sparsity.options.OPTION`; the rule has them as keyword-only parameters. They
       have the type of the parameter's annotation, such as int or bool; without one, float.
-    - margins: a pair of lists with the shapes of scores.ffn and scores.attention; any float dtype, finite.
+    - margins: by key of units, with the shapes of the scores; any float dtype, finite.
 
     Example:
 
@@ -59,7 +60,7 @@ def allocation(
 
         @allocation("powers")
         def powers(scores, statistics, blocks, budget, *, power=2.0):
-            return [s**power for s in scores.ffn], [s**power for s in scores.attention]
+            return {key: s**power for key, s in scores.items()}
 
     Args:
         name: the value of `--sparsity.allocation`.
@@ -98,9 +99,8 @@ def allocate(
     result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
     if isinstance(result, Masks):
         return checked_masks(ALLOCATION, name, result, budget)
-    sizes = [len(s) for s in scores.ffn], [len(s) for s in scores.attention]
-    neuron_margins, group_margins = checked_pair(ALLOCATION, name, "Masks, or margins", result, sizes)
-    return keep_masks(budget, neuron_margins, group_margins)
+    sizes = {u.key: u.size for u in budget.units if u.kind in budget.finer}
+    return keep_masks(budget, checked_units(ALLOCATION, name, "Masks, or margins", result, sizes))
 
 
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
@@ -111,8 +111,7 @@ def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds
     if not ALLOCATION[name].modules:
         name = "learned"
     result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
-    sizes = ranks.modules, [1] * len(ranks.attention)
-    return checked_pair(ALLOCATION, name, "thresholds", result, sizes)
+    return checked_units(ALLOCATION, name, "thresholds", result, ranks.modules)
 
 
 def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget) -> Masks:
@@ -125,8 +124,8 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget) -> 
     entry = f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
         raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
-    sizes = tuple([u.rows * u.count for u in budget.of_kind(kind)] for kind in ("neurons", "kv_groups"))
-    masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), sizes, "bool"))
+    sizes = {u.key: u.size for u in budget.units if u.kind in ("neurons", "kv_groups", *budget.finer)}
+    masks = Masks(checked_units(registry, name, "masks", value, sizes, "bool"))
     step = budget.largest_step
     removed = budget.removed_by(masks)
     target = budget.target
@@ -136,31 +135,24 @@ def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget) -> 
     return masks
 
 
-def checked_pair(
-    registry: UserCode, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU.
+def checked_units(
+    registry: UserCode, name: str, what: str, value: Any, sizes: Mapping[str, int], of: str = "finite numbers"
+) -> dict[str, Tensor]:
+    """Check that a value has a tensor for each key of `sizes`, with this length, and return these on the CPU.
 
-    Errors call it `what`. Tensors have the lengths `sizes` and the content `of`, see `UserCode.checked`.
+    Errors call it `what`; the content is `of`, see `UserCode.checked`.
     """
-
-    def checked_kind(kind: str, tensors: Any, kind_sizes: Sequence[int]) -> list[Tensor]:
-        """Check the tensors of all blocks for one kind of units."""
-        pairs = zip(tensors, kind_sizes, strict=True)
-        return [
-            registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
-            for b, (tensor, size) in enumerate(pairs)
-        ]
-
-    try:
-        return tuple(checked_kind(*kind) for kind in zip(("neurons", "KV groups"), value, sizes, strict=True))
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:  # not lists, or lists of other lengths
+    if not isinstance(value, Mapping) or not value.keys() >= sizes.keys():
+        missing = next((key for key in sizes if isinstance(value, Mapping) and key not in value), "")
+        received = f"none for '{missing}'" if missing else type(value).__name__
         raise UserError(
-            f"{registry.kind.capitalize()} '{name}' must return {what} as (neurons, KV groups), each a list with a "
-            f"tensor for each of {len(sizes[0])} blocks; got {type(value).__name__}."
-        ) from error
+            f"{registry.kind.capitalize()} '{name}' must return {what} as a dictionary with a tensor for each of "
+            f"{len(sizes)} keys of units, such as '{next(iter(sizes))}'; got {received}."
+        )
+    return {
+        key: registry.checked(name, f"{what} of '{key}'", value[key], (size,), of=of).cpu()
+        for key, size in sizes.items()
+    }
 
 
 @allocation("learned", modules=True, learned=True)
@@ -181,24 +173,20 @@ def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """
     import torch
 
-    neurons = [torch.zeros(modules, dtype=torch.float64) for modules in ranks.modules]
-    groups = [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]
-    return neurons, groups
+    return {key: torch.zeros(modules, dtype=torch.float64) for key, modules in ranks.modules.items()}
 
 
 @allocation("uniform")
 def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
     """m_i = r_i, the rank inside the block in (0, 1): every block loses the same fraction."""
-    return _ranks(scores, blocks)
+    return _ranks(scores, budget)
 
 
-def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
-    """Return ranks in (0, 1): of every neuron (`neuron_ranks`), and of every KV group in its block."""
-    from gprune.importance.scores import fractional_ranks, neuron_ranks
+def _ranks(scores: Scores, budget: Budget) -> dict[str, Tensor]:
+    """Return ranks in (0, 1) of all units, of each expert separately."""
+    from gprune.importance.scores import unit_ranks
 
-    ffn = [neuron_ranks(b, s, ties="ordinal") for s, b in zip(scores.ffn, blocks, strict=True)]
-    attention = [fractional_ranks(s, ties="ordinal") for s in scores.attention]
-    return ffn, attention
+    return {u.key: unit_ranks(u, scores[u.key], ties="ordinal") for u in budget.units if u.key in scores}
 
 
 @allocation("global")
@@ -219,12 +207,11 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
         std = s.std(correction=0)
         return (s - s.mean()) / std if std > 0 else torch.zeros_like(s)
 
-    ffn = [standardise(s) for s in scores.ffn]
-    pairs = zip(scores.channels, scores.attention, strict=True)
-    attention = [
-        standardise(channels).view(len(groups), -1).mean(1) if len(groups) else groups for channels, groups in pairs
-    ]
-    return ffn, attention
+    margins = {}
+    for key, s in scores.items():
+        channels = standardise(scores.channels.get(key, s))
+        margins[key] = channels.view(len(s), -1).mean(1) if key in scores.channels else channels
+    return margins
 
 
 @allocation("owl")
@@ -246,24 +233,26 @@ def outlier_weighted(
     """
     import torch
 
-    def sparsities(part: str, channels: Sequence[ChannelStatistics]) -> Tensor:
-        """Return S_b per block, (L,) float64, from the weight of `part` and the statistics of its inputs."""
-        outlier_shares = torch.zeros(len(blocks), dtype=torch.float64)
-        remaining = [b for b in budget.kept if part in blocks[b].parts]
-        for block, channel in zip(blocks, channels, strict=True):
-            if part in block.parts:
-                A = block.parts[part].weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
-                outlier_shares[block.index] = (multiple * A.mean() < A).double().mean()
-        low, high = outlier_shares[remaining].aminmax() if remaining else (0.0, 0.0)
+    from gprune.models.units import output_weight
+
+    layers = {block.layer_index: block.layer for block in blocks}
+
+    def outlier_share(u: Units) -> Tensor:
+        """Return D_b before it is scaled, from the weight that reads units and the statistics of its inputs."""
+        A = output_weight(u, layers[u.layer]).abs() * statistics.channels[u.key].total.mean_sq.sqrt().float()
+        return (multiple * A.mean() < A).double().mean()
+
+    margins = _ranks(scores, budget)
+    for kind in budget.finer:
+        units = [u for u in budget.kept(kind) if u.reads]
+        outlier_shares = torch.tensor([outlier_share(u) for u in units], dtype=torch.float64)
+        low, high = outlier_shares.aminmax() if units else (0.0, 0.0)
         D = torch.zeros_like(outlier_shares)
         if high > low:  # otherwise all blocks lose the same fraction
             D = (outlier_shares - low) / (high - low) * 2 * spread
-        return budget.sparsity - (D - D[remaining].mean())
-
-    neuron_ranks, group_ranks = _ranks(scores, blocks)
-    ffn = [r - S for r, S in zip(neuron_ranks, sparsities("down", statistics.ffn), strict=True)]
-    attention = [r - S for r, S in zip(group_ranks, sparsities("output", statistics.attention), strict=True)]
-    return ffn, attention
+        for u, S in zip(units, budget.sparsity - (D - D.mean()), strict=True):
+            margins[u.key] = margins[u.key] - S
+    return margins
 
 
 @allocation("reconstruction", errors=True)
@@ -286,35 +275,30 @@ def reconstruction(
     development text of SmolLM2."""
     import torch
 
-    units = budget.of_kind("neurons")
+    units = budget.kept("neurons")
     # S, the sparsity of the blocks that are not removed as a whole, protected ones included.
     share = budget.rest.target / budget.rest.total
-    neuron_costs = {}  # index of a block -> average cost of a neuron
-    for b in budget.kept:
-        by_width = budget.price[units[b].key]
-        neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, units[b].count)
-    target = share * sum(cost * units[b].count for b, cost in neuron_costs.items())  # cost of neurons to remove
-    open_costs = {b: cost for b, cost in neuron_costs.items() if cost and not units[b].stays}
-    # Index of a block that is not protected -> prices of its neurons, in order of removal.
-    prices = {b: _error_per_neuron(statistics.errors[b], units[b].count) / cost for b, cost in open_costs.items()}
+    cost = {u.key: (budget.price[u.key][-1] - budget.price[u.key][0]) / max(1, u.count) for u in units}  # of a neuron
+    target = share * sum(cost[u.key] * u.count for u in units)  # cost of neurons to remove
+    open_units = [u for u in units if cost[u.key] and not u.stays]
+    # Key of the neurons of a block -> prices of its neurons, in order of removal.
+    prices = {u.key: _error_per_neuron(statistics.errors[u.number], u.count) / cost[u.key] for u in open_units}
 
-    shares = [share] * len(blocks)  # S_b
+    ranks = _ranks(scores, budget)
+    margins = {key: r - share for key, r in ranks.items()}
     if prices:
         all_prices = torch.cat(list(prices.values()))
-        all_costs = torch.cat([torch.full((len(p),), open_costs[b], dtype=torch.float64) for b, p in prices.items()])
+        all_costs = torch.cat([torch.full((len(p),), cost[key], dtype=torch.float64) for key, p in prices.items()])
         order = all_prices.argsort(stable=True)
         removed = torch.zeros(len(all_prices), dtype=torch.bool)
         # The cheapest neurons, as long as at least half of the next one fits into the target.
         removed[order] = all_costs[order].cumsum(0) - all_costs[order] / 2 < target
         mean_share = min(1.0, target / float(all_costs.sum()))  # S, if only these blocks lose neurons
         by_block = removed.split([len(p) for p in prices.values()])
-        for b, removed_neurons in zip(prices, by_block, strict=True):
+        for key, removed_neurons in zip(prices, by_block, strict=True):
             cheapest_share = float(removed_neurons.double().mean())  # S*_b
-            shares[b] = mean_share + strength * (cheapest_share - mean_share)
-    neuron_ranks, group_ranks = _ranks(scores, blocks)
-    ffn = [r - S for r, S in zip(neuron_ranks, shares, strict=True)]
-    attention = [r - share for r in group_ranks]
-    return ffn, attention
+            margins[key] = ranks[key] - (mean_share + strength * (cheapest_share - mean_share))  # S_b
+    return margins
 
 
 def _error_per_neuron(errors: Tensor, neurons: int) -> Tensor:

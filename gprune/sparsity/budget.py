@@ -14,109 +14,87 @@ from torch import Tensor
 
 from gprune.errors import UserError
 from gprune.importance.scores import Scores
-from gprune.models.blocks import Block, by_layer
 from gprune.models.masks import Masks
-from gprune.sparsity.experts import rounds_of_experts, router_needs
-from gprune.sparsity.price import Price, cost_beyond, costs_of_blocks, price_of, unit_key
+from gprune.sparsity.experts import rounds_of_experts
+from gprune.sparsity.price import Price, cost_beyond, parameters_of
 from gprune.sparsity.target import Target, format_cost
-from gprune.units.structure import KINDS, Units
+from gprune.units.structure import KINDS, Units, kinds_of_units, unit_key
 
 PROTECTED = "protected"  # why units of `--sparsity.protect` stay
 Round = tuple[float, tuple[int, ...]]  # score, and numbers of the units that are removed together
 Lost = dict[str, tuple[int, ...]]  # key of units -> numbers of the removed ones, in order of removal
 
 
-def units_in(
-    blocks: Sequence[Block], *, protect: Sequence[int] = (), width_multiple: int = 1, config: Any = None
-) -> list[Units]:
-    """Return the units of a model's blocks: the layers, and in each block its experts, KV groups and neurons.
+def rounds_of_layers(units: Sequence[Units], layers: Iterable[int]) -> dict[str, list[Round]]:
+    """Return the rounds of layers in the order of their removal.
 
-    There is one set of neurons and one of KV groups per block, which may be empty. The `config` of the model tells what
-    its routers need; without it every expert but one may be removed.
+    Layers that are protected or have no units are ignored, and at least one layer with units is kept.
     """
-    layers = by_layer(blocks)
-    for index in protect:
-        if not -len(layers) <= index < len(layers):
-            raise UserError(
-                f"--sparsity.protect must name layers from {-len(layers)} to {len(layers) - 1}, as there are "
-                f"{len(layers)}; got {index}."
-            )
-    protected_layers = {index % len(layers) for index in protect}
-    units = []
-    for of_layer in layers:
-        layer = of_layer[0].layer_index
-        common = {"layer": layer, "stays": PROTECTED if layer in protected_layers else ""}
-        units.append(Units(unit_key("layer", layer), "layer", count=1, least=0, **common))
-        for block in of_layer:
-            experts = unit_key("experts", block.index) if block.experts > 1 else ""
-            if experts:
-                groups, least, why_not = (1, 1, "") if config is None else router_needs(block, config)
-                of_experts = common | {"stays": why_not or common["stays"]}
-                units.append(Units(experts, "experts", count=block.experts, least=least, step=groups, **of_experts))
-            units += [
-                Units(unit_key("kv_groups", block.index), "kv_groups", count=block.kv_groups, **common),
-                Units(
-                    unit_key("neurons", block.index), "neurons", count=block.neurons, rows=block.experts,
-                    inside=experts, least=width_multiple, step=width_multiple, **common,
-                ),
-            ]  # fmt: skip
-    return units
-
-
-def rounds_of_layers(units: Sequence[Units], blocks: Iterable[int]) -> dict[str, list[Round]]:
-    """Return the rounds of layers from blocks in the order of their removal.
-
-    A layer is listed once, at the place of its first block. Layers that are protected or have no units are ignored, and
-    at least one layer with units is kept.
-    """
-    layer_of_block = [u.layer for u in units if u.kind == "neurons"]
     with_units = {u.layer for u in units if u.kind != "layer" and u.count}
     removable = {u.layer for u in units if u.kind == "layer" and not u.stays} & with_units
-    order = [layer for layer in dict.fromkeys(layer_of_block[b] for b in blocks) if layer in removable]
+    order = [layer for layer in dict.fromkeys(layers) if layer in removable]
     return {unit_key("layer", layer): [(place, (0,))] for place, layer in enumerate(order[: len(with_units) - 1])}
 
 
-def default_width_multiple(blocks: Sequence[Block]) -> int:
+def default_width_multiple(units: Iterable[Units]) -> int:
     """Return the width multiple of `--sparsity.width_multiple default`.
 
     It is 8 for models with experts, for their grouped kernels, and 32 for others, for the blocks of q8_0. It is 1 if
     that is more than a sixteenth of the narrowest FFN.
     """
-    multiple = 8 if max(block.experts for block in blocks) > 1 else 32
-    return multiple if 16 * multiple <= min(block.neurons for block in blocks if block.neurons) else 1
+    neurons = [u for u in units if u.kind == "neurons" and u.count]
+    multiple = 8 if max(u.rows for u in neurons) > 1 else 32
+    return multiple if 16 * multiple <= min(u.count for u in neurons) else 1
+
+
+def with_limits(units: Sequence[Units], *, protect: Sequence[int], width_multiple: int) -> list[Units]:
+    """Return units of which those in the layers `protect` stay, and neurons are removed `width_multiple` at a time."""
+    layers = 1 + max(u.layer for u in units)
+    for index in protect:
+        if not -layers <= index < layers:
+            raise UserError(
+                f"--sparsity.protect must name layers from {-layers} to {layers - 1}, as there are {layers}; got "
+                f"{index}."
+            )
+    protected = {index % layers for index in protect}
+    limited = []
+    for u in units:
+        if u.kind == "neurons":
+            u = replace(u, least=width_multiple, step=width_multiple)
+        limited.append(replace(u, stays=u.stays or PROTECTED) if u.layer in protected else u)
+    return limited
 
 
 def budget_of(
-    blocks: Sequence[Block], setting: float | str | None = None, width_multiple: int = 1, *, scope: str = "ffn",
+    units: Sequence[Units], setting: float | str | None = None, width_multiple: int = 1, *, scope: str = "ffn",
     uniform: bool = False, protect: Sequence[int] = (), price: Price | None = None, outside: int = 0,
-    block_share: float = 0.25, expert_share: float = 1.0, uniform_experts: bool = True, config: Any = None,
+    block_share: float = 0.25, expert_share: float = 1.0, uniform_experts: bool = True,
 ) -> Budget:  # fmt: skip
-    """Return the budget of a model's blocks for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost.
+    """Return the budget of a model's units for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost.
 
     Args:
-        blocks: the blocks of the dense model.
+        units: those of the dense model (`units_of`).
         setting: the target; None: nothing is removed yet.
         width_multiple: widths of FFNs that change become multiples of it.
-        scope: a `--sparsity.scope`.
+        scope: a `--sparsity.scope`; kinds of units of users have their own names.
         uniform: whether all blocks must have the same widths and numbers of KV groups.
         protect: numbers of layers that keep everything.
         price: costs of the units; by default in parameters.
         outside: cost of everything outside of layers.
         block_share, expert_share: largest shares of the target for whole layers and for whole experts.
         uniform_experts: whether all layers lose the same number of experts.
-        config: the model's configuration, for what routers need.
 
     Raises:
         UserError: if the target cannot be met.
     """
-    parameters, _ = price_of((costs_of_blocks(blocks), 0), blocks)
-    units = units_in(blocks, protect=protect, width_multiple=width_multiple, config=config)
+    units = with_limits(units, protect=protect, width_multiple=width_multiple)
+    parameters = parameters_of(units)
     kinds = {"ffn": "neurons", "attention": "kv_groups", "experts": "experts", "blocks": "layer"}
-    in_scope = frozenset(kinds[part] for part in scope.split("+"))
+    in_scope = frozenset(kinds.get(part, part) for part in scope.split("+"))
     shares = {"layer": block_share, "experts": expert_share}
     # Until they are chosen, layers and experts are removed in the order of their numbers.
     rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
-    rounds |= rounds_of_layers(units, (block.index for block in blocks))
+    rounds |= rounds_of_layers(units, (u.layer for u in units))
     equal = [*(["neurons", "kv_groups"] if uniform else []), *(["experts"] if uniform_experts else [])]
     everything = Budget(
         units, price or parameters, scope=in_scope,
@@ -170,7 +148,7 @@ class Budget:
         if target > budget.removable:
             raise UserError(
                 f"{flag} must be {goal.limit(budget.removable, self.total, self.model)}, because {self.least}, and "
-                f"{len(self.protected)} blocks keep everything; got {setting}."
+                f"{len(self.protected)} layers keep everything; got {setting}."
             )
         if target < budget.unavoidable:
             raise UserError(
@@ -208,9 +186,9 @@ class Budget:
             said.append(f"each block keeps {self.width_multiple} neurons and a KV group")
         return ", ".join(said)
 
-    def without(self, blocks: Iterable[int]) -> Budget:
-        """Return this budget, with layers removed: those of the given blocks in order, as many as fit."""
-        ordered = self.ordered("layer", rounds_of_layers(self.units, blocks))
+    def without(self, layers: Iterable[int]) -> Budget:
+        """Return this budget, with layers removed: the given ones in order, as many as fit."""
+        ordered = self.ordered("layer", rounds_of_layers(self.units, layers))
         return ordered.meeting(self.setting or self.sparsity)
 
     def ordered(self, kind: str, rounds: Mapping[str, Sequence[Round]]) -> Budget:
@@ -222,9 +200,8 @@ class Budget:
         """Return the budget in which the experts with the lowest scores are removed, if experts are in scope."""
         if "experts" not in self.share:
             return self
-        of_experts = {u.inside: of_block for u, of_block in zip(self.of_kind("neurons"), scores.experts, strict=True)}
         routers = self.of_kind("experts")
-        return self.ordered("experts", {u.key: rounds_of_experts(u, of_experts[u.key].tolist()) for u in routers})
+        return self.ordered("experts", {u.key: rounds_of_experts(u, scores.experts[u.key].tolist()) for u in routers})
 
     def with_chosen_layers(self) -> Budget:
         """Return the budget that, for other targets too, removes no layers but those that it removes now."""
@@ -310,21 +287,20 @@ class Budget:
         """What tells budgets of the same units and possible widths apart."""
         return self.target, str(self.lost)
 
-    # Views by block: the place of the block's neurons and KV groups among the units of their kind
+    # Units by kind
 
     def of_kind(self, kind: str) -> list[Units]:
         """Return the units of a kind. There is one set of neurons and one of KV groups per block."""
         return [u for u in self.units if u.kind == kind]
 
+    def kept(self, kind: str) -> list[Units]:
+        """Return the units of a kind in the layers that are kept."""
+        return [u for u in self.of_kind(kind) if unit_key("layer", u.layer) not in self.lost]
+
     @property
     def finer(self) -> tuple[str, ...]:
         """Kinds in scope that have no share and are removed in a common order, from coarse to fine."""
-        return tuple(kind for kind in KINDS if kind in self.scope and kind not in self.share)
-
-    @property
-    def attention(self) -> bool:
-        """Whether KV groups may be removed."""
-        return "kv_groups" in self.scope
+        return tuple(kind for kind in kinds_of_units(self.units) if kind in self.scope and kind not in self.share)
 
     @property
     def width_multiple(self) -> int:
@@ -336,62 +312,47 @@ class Budget:
         """Whether all blocks must have the same widths."""
         return "neurons" in self.equal
 
-    @cached_property
-    def by_layer(self) -> list[list[int]]:
-        """The blocks of each layer."""
-        blocks: dict[int, list[int]] = {}
-        for block, u in enumerate(self.of_kind("neurons")):
-            blocks.setdefault(u.layer, []).append(block)
-        return list(blocks.values())
-
     @property
     def protected(self) -> frozenset[int]:
-        """Blocks that keep everything."""
-        return frozenset(b for b, u in enumerate(self.of_kind("neurons")) if u.stays)
+        """Layers that keep everything."""
+        return frozenset(u.layer for u in self.of_kind("layer") if u.stays)
 
     @cached_property
     def removed(self) -> tuple[int, ...]:
-        """Blocks that are removed with their layers, in the order of choice."""
-        layers = [u.key for u in self.of_kind("layer")]
-        return tuple(b for key in self.lost_layers for b in self.by_layer[layers.index(key)])
-
-    @property
-    def kept(self) -> list[int]:
-        """Blocks that are not removed with their layers."""
-        return [b for b in range(len(self.of_kind("neurons"))) if b not in self.removed]
+        """Layers that are removed as a whole, in the order of choice."""
+        layers = {u.key: u.layer for u in self.of_kind("layer")}
+        return tuple(layers[key] for key in self.lost_layers)
 
     @cached_property
     def removed_experts(self) -> dict[int, list[int]]:
         """Experts that are removed, by block, in the order of their numbers."""
-        neurons = enumerate(self.of_kind("neurons"))
-        return {b: sorted(self.lost[u.inside]) for b, u in neurons if u.inside in self.lost}
+        return {u.number: sorted(self.lost[u.key]) for u in self.of_kind("experts") if u.key in self.lost}
 
-    def of_kept_experts(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Return values of all neurons, (E x N,) per block, without those of removed experts."""
-        values = list(values)
-        for b, experts in self._kept_experts.items():
-            by_expert = values[b].view(self.of_kind("neurons")[b].rows, -1)
-            values[b] = by_expert[experts.to(by_expert.device)].flatten()
-        return values
+    def of_kept_experts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values of units by key, (rows x count,), without those of removed experts."""
+        kept = dict(values)
+        for key, (u, experts) in self._kept_experts.items():
+            if key in kept:
+                by_expert = kept[key].view(u.rows, -1)
+                kept[key] = by_expert[experts.to(by_expert.device)].flatten()
+        return kept
 
-    def with_removed_experts(self, masks: Sequence[Tensor]) -> list[Tensor]:
+    def with_removed_experts(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return keep masks of all neurons from those of kept experts: the inverse of `of_kept_experts`."""
-        masks = list(masks)
-        for b, experts in self._kept_experts.items():
-            u = self.of_kind("neurons")[b]
-            whole = masks[b].new_zeros(u.rows, u.count)
-            whole[experts.to(whole.device)] = masks[b].view(len(experts), -1)
-            masks[b] = whole.flatten()
-        return masks
+        whole = dict(masks)
+        for key, (u, experts) in self._kept_experts.items():
+            of_all = masks[key].new_zeros(u.rows, u.count)
+            of_all[experts.to(of_all.device)] = masks[key].view(len(experts), -1)
+            whole[key] = of_all.flatten()
+        return whole
 
     @cached_property
-    def _kept_experts(self) -> dict[int, Tensor]:
-        """Numbers of the kept experts, int64, of blocks that lose experts."""
-        rows = {b: u.rows for b, u in enumerate(self.of_kind("neurons"))}
+    def _kept_experts(self) -> dict[str, tuple[Units, Tensor]]:
+        """Neurons in layers that lose experts, and the numbers of the kept experts, int64."""
         return {
-            b: torch.tensor([e for e in range(rows[b]) if e not in removed])
-            for b, removed in self.removed_experts.items()
-        }
+            u.key: (u, torch.tensor([e for e in range(u.rows) if e not in self.lost[u.inside]]))
+            for u in self.units if u.inside in self.lost
+        }  # fmt: skip
 
     # Costs
 
@@ -468,21 +429,22 @@ class Budget:
 
     def _removed(self, price: Price, masks: Masks) -> int:
         """Return the cost that masks remove, by a price."""
-        removed, is_kept = 0, masks.blocks
-        units = list(zip(self.of_kind("neurons"), self.of_kind("kv_groups"), strict=True))
-        for layer, blocks in zip(self.of_kind("layer"), self.by_layer, strict=True):
-            if not all(is_kept[b] for b in blocks):
+        removed = 0
+        for layer in self.of_kind("layer"):
+            units = [u for u in self.units if u.layer == layer.layer and u.kind != "layer" and u.count]
+            if units and not any(masks.kept(u).any() for u in units):
                 removed += price[layer.key][-1]
                 continue
-            for b in blocks:
-                neurons, groups = units[b]
-                # Kept experts keep equally many neurons, and removed ones none.
-                by_expert = masks.ffn[b].view(neurons.rows, neurons.count)
-                kept = int(by_expert.any(1).sum()) or 1
-                if neurons.inside:
-                    removed += cost_beyond(price[neurons.inside], kept)
-                removed += cost_beyond(price[neurons.key], int(by_expert.sum()) // kept) * kept // neurons.rows
-                removed += cost_beyond(price[groups.key], int(masks.attention[b].sum()))
+            for u in units:
+                kept = masks.kept(u)
+                if u.rows > 1:  # kept experts keep equally many neurons, and removed ones none
+                    by_expert = kept.view(u.rows, u.count)
+                    experts = int(by_expert.any(1).sum()) or 1
+                    removed += cost_beyond(price[u.key], int(by_expert.sum()) // experts) * experts // u.rows
+                elif u.kind == "experts":
+                    removed += cost_beyond(price[u.key], int(kept.sum()) or 1)
+                else:
+                    removed += cost_beyond(price[u.key], int(kept.sum()))
         return removed
 
     @property

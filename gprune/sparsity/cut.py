@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gprune.importance.scores import fractional_ranks
-from gprune.models.blocks import Block
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.price import cost_beyond
@@ -33,11 +32,6 @@ def keep_top(margins: Tensor, kept: int | Tensor) -> Tensor:
     units = order.shape[-1]
     keep_in_order = torch.arange(units, device=margins.device) >= units - kept
     return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, keep_in_order.expand_as(order))
-
-
-def keep_top_neurons(block: Block, margin: Tensor, kept: int | Tensor) -> Tensor:
-    """Return the keep mask, (E x N,) bool, of the `kept` neurons with the largest margins in each expert of a block."""
-    return keep_top(margin.view(block.experts, -1), kept).flatten()
 
 
 class Segments:
@@ -159,31 +153,27 @@ class Cut:
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.budget, self.rest, self.kept = budget, budget.rest, budget.kept
+        self.budget, self.rest, self.device = budget, budget.rest, device
         # Kinds in scope without a share, from coarse to fine
         self.steps = {kind: Steps(self.rest.of_kind(kind), self.rest, device) for kind in self.rest.finer}
 
-    def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
+    def __call__(self, margins: Mapping[str, Tensor]) -> Masks:
         """Return masks from margins; see `keep_masks`."""
-        margins = {"neurons": self.budget.of_kept_experts(neuron_margins), "kv_groups": group_margins}
-        in_kept = self.cut({kind: [margins[kind][b] for b in self.kept] for kind in self.steps})
-
-        def all_equal(u: Units, is_kept: bool) -> Tensor:
-            """Return the mask of units that are all kept, or all removed."""
-            return torch.full((u.rows * u.count,), is_kept, device=neuron_margins[0].device)
-
+        in_kept = self.cut(self.budget.of_kept_experts(margins))
+        in_rest = {u.key: u for u in self.rest.units}
         masks = {}
-        for kind in margins:
-            of_kept = in_kept.get(kind) or [all_equal(u, True) for u in self.rest.of_kind(kind)]
-            by_block = dict(zip(self.kept, of_kept, strict=True))
-            masks[kind] = [
-                by_block[b] if b in by_block else all_equal(u, False) for b, u in enumerate(self.budget.of_kind(kind))
-            ]
-        return Masks(self.budget.with_removed_experts(masks["neurons"]), masks["kv_groups"])
+        for u in self.budget.units:
+            if u.key in in_kept:
+                masks[u.key] = in_kept[u.key]
+            elif u.kind in ("neurons", "kv_groups", *self.steps):  # all units are kept, or all removed with their layer
+                size = in_rest.get(u.key, u).size
+                masks[u.key] = torch.full((size,), u.key in in_rest, device=self.device)
+        return Masks(self.budget.with_removed_experts(masks))
 
-    def cut(self, margins: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-        """Return keep masks from margins, in the order of the rest's units of each kind."""
-        in_order = {kind: steps.sort(margins[kind]) for kind, steps in self.steps.items()}
+    def cut(self, margins: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return keep masks of the rest's units of each kind in scope from margins, by key."""
+        of_kinds = {kind: [margins[u.key] for u in steps.units] for kind, steps in self.steps.items()}
+        in_order = {kind: steps.sort(of_kinds[kind]) for kind, steps in self.steps.items()}
         removed, target, kinds = {}, self.rest.target, list(self.steps)
         for place, (kind, steps) in enumerate(self.steps.items()):
             keys, finer = in_order[kind][0], kinds[place + 1 :]
@@ -195,7 +185,9 @@ class Cut:
         if self.rest.uniform:
             removed = equal_numbers(self.rest, removed)
         return {
-            kind: steps.masks(margins[kind], in_order[kind][1], removed[kind]) for kind, steps in self.steps.items()
+            u.key: mask
+            for kind, steps in self.steps.items()
+            for u, mask in zip(steps.units, steps.masks(of_kinds[kind], in_order[kind][1], removed[kind]), strict=True)
         }
 
 
@@ -256,61 +248,65 @@ def _equal_number(budget: Budget, kind: str, removed: Tensor, finest: str, targe
     return kept
 
 
-def keep_masks(
-    budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
-) -> Masks:
+def keep_masks(budget: Budget, margins: Mapping[str, Tensor]) -> Masks:
     """Remove units in order of margin (ties by block, then index) until their cost reaches `budget.target`.
 
-    With attention in scope, KV groups that come before the target in the common order of all units are removed first,
-    and neurons make up the rest. So the overshoot is less than one step of `width_multiple` neurons, and no group is
-    removed that exceeds the target by far. Each block keeps at least `width_multiple` neurons and one KV group.
+    Units of a coarse kind that come before the target in the common order of all units are removed first, and finer
+    ones make up the rest. So the overshoot is less than one step of the finest kind, such as `width_multiple` neurons,
+    and no KV group is removed that exceeds the target by far. All units but the `least` of each set may be removed.
 
-    Blocks and experts that the budget removes as a whole keep nothing. Other units make up the rest of the target.
-    Protected blocks keep everything. If all blocks must have the same widths, the overshoot is less than one step in
+    Layers and experts that the budget removes as a whole keep nothing. Other units make up the rest of the target.
+    Protected layers keep everything. If all blocks must have the same widths, the overshoot is less than one step in
     every block.
 
-    Margins are (N,) or (E x N,) per block for neurons, and (G,) for KV groups if attention is in scope. Widths of
-    blocks that lose neurons are multiples of `width_multiple`.
+    Margins are (rows x count,) by key, for the kinds in scope. Widths of FFNs that lose neurons are multiples of
+    `width_multiple`.
     """
-    return Cut(budget, neuron_margins[0].device)(neuron_margins, group_margins)
+    device = next((m.device for m in margins.values()), torch.device("cpu"))  # no kinds but experts may be in scope
+    return Cut(budget, device)(margins)
 
 
 def uniform_masks(budget: Budget) -> Masks:
     """Return masks that meet a budget with equally sparse blocks and arbitrary units, to estimate sizes."""
-    neurons, groups = (
-        [fractional_ranks(torch.arange(u.count)).repeat(u.rows) for u in budget.of_kind(kind)]
-        for kind in ("neurons", "kv_groups")
-    )
-    return keep_masks(budget, neurons, groups)
+    units = [u for u in budget.units if u.kind not in ("layer", "experts")]
+    return keep_masks(budget, {u.key: fractional_ranks(torch.arange(u.count)).repeat(u.rows) for u in units})
 
 
 Removal = tuple[Tensor, Tensor]  # margins of units (or slots), and which of them are kept
 
 
-def slots_of(budget: Budget, margins: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Removal]:
-    """Return the margins of the neurons (or slots) of each block and which are kept, without removed experts."""
-    rows = [u.rows - len(budget.lost.get(u.inside, ())) for u in budget.of_kind("neurons")]
-    pairs = zip(budget.of_kept_experts(margins), budget.of_kept_experts(masks), rows, strict=True)
-    # All experts keep the same number of neurons, and these have the largest margins.
-    return [(slot_margins(m, e), keep if e == 1 else keep.view(e, -1).sort(1).values[0]) for m, keep, e in pairs]
+def slots_of(budget: Budget, margins: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Removal]:
+    """Return the margins of units (or slots) by key and which of them are kept, without removed experts."""
+    margins, masks, slots = budget.of_kept_experts(margins), budget.of_kept_experts(masks), {}
+    for u in budget.units:
+        if u.key in margins:
+            rows = u.rows - len(budget.lost.get(u.inside, ()))
+            keep = masks[u.key]
+            # All experts keep the same number of neurons, and these have the largest margins.
+            kept_slots = keep if rows == 1 else keep.view(rows, -1).sort(1).values[0]
+            slots[u.key] = slot_margins(margins[u.key], rows), kept_slots
+    return slots
 
 
-def cut_margin(neurons: Sequence[Removal], groups: Sequence[Removal] = ()) -> Tensor:
+def cut_margin(slots: Mapping[str, Removal], kinds: Sequence[str]) -> Tensor:
     """Return the margin at which the budget cuts the common order of units, ().
 
-    It is the largest margin among removed neurons (or slots). If no neuron is removed, because only KV groups cost
-    something, it is the largest among removed KV groups; if none is removed either, 0.
+    It is the largest margin among removed units (or slots) of the finest kind. If none of them is removed, because only
+    coarser ones cost something, it is the largest among the next coarser kind; if none is removed at all, 0. `kinds`
+    are those in scope, from coarse to fine.
     """
-    largest = _largest_removed(neurons)
-    if groups:
-        largest = torch.where(largest == -torch.inf, _largest_removed(groups), largest)
+    largest = next(iter(slots.values()))[0].new_full((), -torch.inf)
+    for kind in reversed(kinds):
+        of_kind = [slot for key, slot in slots.items() if key.startswith(f"{kind}.")]
+        if of_kind:
+            largest = torch.where(largest == -torch.inf, _largest_removed(of_kind), largest)
     return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
-def _largest_removed(blocks: Sequence[Removal]) -> Tensor:
+def _largest_removed(slots: Sequence[Removal]) -> Tensor:
     """Return the largest margin among removed units, (); -inf if none is removed.
 
-    A block that keeps nothing was removed as a whole, independently of its margins, and is ignored.
+    Units of which nothing is kept were removed as a whole, independently of their margins, and are ignored.
     """
-    removed = [margin.masked_fill(keep | ~keep.any(), -torch.inf) for margin, keep in blocks]
-    return torch.cat([*removed, removed[0].new_full((1,), -torch.inf)]).max()  # a model may have no units of a kind
+    removed = [margin.masked_fill(keep | ~keep.any(), -torch.inf) for margin, keep in slots]
+    return torch.cat([*removed, removed[0].new_full((1,), -torch.inf)]).max()  # the sets may be empty

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block
-from gprune.models.experts import experts_per_token, least_experts, why_experts_stay
 from gprune.units.structure import Units
 
 
-def router_needs(block: Block, config: Any) -> tuple[int, int, str]:
-    """Return the groups of a block's router, the least number of experts, and why none may be removed, or ""."""
-    groups, least = least_experts(config, block.experts)
-    needed, why_not = experts_per_token(config.get_text_config(decoder=True)), why_experts_stay(block)
-    if not why_not and needed is None:
-        why_not = "its configuration does not tell how many experts a token needs"
-    if not why_not and needed >= block.experts:
-        why_not = f"its router chooses all {block.experts} experts"
-    return groups, groups * least, why_not
-
-
-def check_routers(blocks: Sequence[Block], config: Any, scope: str) -> None:
+def check_routers(units: Sequence[Units], model_type: str, scope: str) -> None:
     """Raise UserError, which names the `--sparsity.scope`, if no expert can be removed."""
-    of_experts = [block for block in blocks if block.has_experts]
+    of_experts = [u for u in units if u.kind == "experts"]
     if not of_experts:
         raise UserError(
-            f"--sparsity.scope {scope} needs a mixture of experts; model type '{config.model_type}' has none. Use ffn."
+            f"--sparsity.scope {scope} needs a mixture of experts; model type '{model_type}' has none. Use ffn."
         )
-    if why_not := next((why for block in of_experts if (why := router_needs(block, config)[2])), ""):
+    if why_not := next((u.stays for u in of_experts if u.stays), ""):
         raise UserError(
-            f"--sparsity.scope {scope} cannot remove experts of model type '{config.model_type}': {why_not}. Use ffn, "
-            "which narrows every expert."
+            f"--sparsity.scope {scope} cannot remove experts of model type '{model_type}': {why_not}. Use ffn, which "
+            "narrows every expert."
         )
 
 

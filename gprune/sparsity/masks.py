@@ -13,7 +13,7 @@ from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
 from gprune.models.masks import Masks
-from gprune.partition.modules import Modules
+from gprune.partition.modules import ModuleRanks, Modules
 from gprune.sparsity.allocation import allocate, module_thresholds
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.thresholds import ModuleSparsity
@@ -65,11 +65,8 @@ class MaskFunction:
         """Return the sparsity of modules: the learned one, or thresholds for a budget that is ranked by the scores."""
         if self.learned is not None:
             return self.learned
-        masks, ranks = self.allocated(budget), self.modules.ranks
-        masks = replace(masks, ffn=budget.of_kept_experts(masks.ffn))
-        ranks = replace(ranks, ffn=budget.of_kept_experts(ranks.ffn), labels=budget.of_kept_experts(ranks.labels))
-        ffn, attention = module_thresholds(self.module_allocation, masks, ranks)
+        masks, ranks = Masks(budget.of_kept_experts(self.allocated(budget))), self.modules.ranks
+        kept = ModuleRanks(budget.of_kept_experts(ranks.p), budget.of_kept_experts(ranks.labels))
+        thresholds = module_thresholds(self.module_allocation, masks, kept)
         # The last modules of a block may have only neurons that are removed as a whole.
-        missing = [K - len(thresholds) for K, thresholds in zip(self.modules.ranks.modules, ffn, strict=True)]
-        ffn = [pad(thresholds, (0, number)) for thresholds, number in zip(ffn, missing, strict=True)]
-        return ModuleSparsity((ffn, attention))
+        return ModuleSparsity({key: pad(t, (0, ranks.modules[key] - len(t))) for key, t in thresholds.items()})

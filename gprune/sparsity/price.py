@@ -1,24 +1,29 @@
 """Prices: what it costs to keep 0, 1, ..., all of each set of units, in parameters or another currency.
 
 Currencies are parameters, the KV cache, bytes, seconds, or a function that is registered in `COST`. The function is
-called with the model and its blocks. It returns whole numbers: for each block the cost of a neuron, of a KV group and
-of the whole block, and optionally of an expert; and the cost of the rest of the model. `bytes` and `seconds` depend on
-the run, so `method.plan.Pricing` computes them.
+called with the model and its units (`units_of`). It returns whole numbers by key of units: the cost of a unit, or the
+costs of 0, 1, ..., all units. Units without a cost are free, and a layer without one costs as much as its units. The
+key `REST` has the cost of everything outside of layers. `bytes` and `seconds` depend on the run, so
+`method.plan.Pricing` computes them.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gprune.registry import Registry
 
-# Result of a registered function: costs of (a neuron, a KV group, the whole block) for each block, and of the rest. A
-# fourth number is the cost of an expert with its row of the router; by default that of its neurons.
-Costs = tuple[Sequence[tuple[int, ...]], int]
+if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
+    from torch import Tensor
+
+    from gprune.units.structure import Units
+
+Costs = Mapping[str, int | Sequence[int]]  # result of a registered function
 COST: Registry[Callable[..., Costs]] = Registry("cost")
 Price = Mapping[str, Sequence[int]]  # key of `Units` -> cost of keeping 0, 1, ..., `count` of them
+REST = "rest"  # key of the cost outside of layers
 
 
 def cost_beyond(table: Sequence[int], kept: int) -> int:
@@ -26,40 +31,35 @@ def cost_beyond(table: Sequence[int], kept: int) -> int:
     return table[-1] - table[min(kept, len(table) - 1)]
 
 
-def unit_key(kind: str, number: int) -> str:
-    """Return the key of the units of a kind in a block (or of a layer, by its number)."""
-    return f"{kind}.{number}"
+def price_of(costs: Costs, units: Sequence[Units]) -> tuple[dict[str, Sequence[int]], int]:
+    """Convert the result of a registered function to a price of the model, and the cost of the rest.
 
-
-def price_of(costs: Costs, blocks: Sequence[Any]) -> tuple[dict[str, Sequence[int]], int]:
-    """Convert the result of a registered function to a price of the model, and the cost of the rest."""
-    by_block, rest = costs
-    tables, wholes = [], []
-    for block, of_block in zip(blocks, by_block, strict=True):
-        neuron, group, whole, *of_expert = map(_whole_number, of_block)
-        (expert,) = of_expert or [neuron * block.neurons // block.experts]
-        counts = {"neurons": (neuron, block.neurons), "kv_groups": (group, block.kv_groups)}
-        counts["experts"] = expert, block.experts
-        tables.append({kind: _table(cost, units) for kind, (cost, units) in counts.items()})
-        wholes.append(whole)
-    return price_of_tables(tables, wholes, blocks), _whole_number(rest)
-
-
-def price_of_tables(
-    tables: Sequence[Mapping[str, Sequence[int]]], wholes: Sequence[int], blocks: Sequence[Any]
-) -> dict[str, Sequence[int]]:
-    """Return the price of a model from the tables of each block by kind of unit, and the cost of each whole block."""
+    Raise TypeError or ValueError if costs are not whole numbers, or not those of the model's units.
+    """
     price: dict[str, Sequence[int]] = {}
-    for block, of_block, whole in zip(blocks, tables, wholes, strict=True):
-        price |= {unit_key(kind, block.index): table for kind, table in of_block.items()}
-        layer = unit_key("layer", block.layer_index)
-        price[layer] = [0, price.get(layer, [0])[-1] + whole]
-    return price
+    if unknown := set(costs) - {REST, *(u.key for u in units)}:
+        raise ValueError(f"the model has no units '{min(unknown)}'")
+    for u in units:
+        cost = costs.get(u.key, 0)
+        if isinstance(cost, Sequence):
+            if len(cost) != u.count + 1:
+                raise ValueError(
+                    f"'{u.key}' has {len(cost)} costs, and must have {u.count + 1}, of 0 to {u.count} units"
+                )
+            price[u.key] = [_whole_number(number) for number in cost]
+        else:
+            number = _whole_number(cost)
+            price[u.key] = range(0, number * u.count + 1, number) if number else [0] * (u.count + 1)
+    for u in units:
+        if u.kind == "layer" and u.key not in costs:
+            inner = (v for v in units if v.layer == u.layer and v.kind != "layer" and not v.inside)
+            price[u.key] = [0, sum(price[v.key][-1] for v in inner)]
+    return price, _whole_number(costs.get(REST, 0))
 
 
-def _table(cost: int, units: int) -> Sequence[int]:
-    """Return the costs of 0, 1, ..., all units."""
-    return range(0, cost * units + 1, cost) if cost else [0] * (units + 1)
+def parameters_of(units: Sequence[Units]) -> dict[str, Sequence[int]]:
+    """Return the price of units in parameters."""
+    return price_of({u.key: u.parameters for u in units}, units)[0]
 
 
 def _whole_number(cost: Any) -> int:
@@ -71,35 +71,28 @@ def _whole_number(cost: Any) -> int:
 
 
 @COST.register("parameters")
-def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1) -> Costs:
+def parameter_costs(
+    model: Any, units: Sequence[Units], weight: Callable[[Tensor], int] = lambda parameter: 1
+) -> dict[str, int]:
     """Return numbers of parameters, each multiplied by the weight of its tensor."""
-    by_block = costs_of_blocks(blocks, weight)
+    from gprune.models.families import decoder_layers
+    from gprune.models.units import unit_cost
+
+    layers = decoder_layers(model)
+    costs = {u.key: unit_cost(u, layers[u.layer], weight) if u.count else 0 for u in units}
     total = sum(weight(parameter) * parameter.numel() for parameter in model.parameters())
-    return by_block, total - sum(whole for _, _, whole, _ in by_block)
-
-
-def costs_of_blocks(
-    blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1
-) -> list[tuple[int, int, int, int]]:
-    """Return the costs of each block in parameters, as a registered function does."""
-    return [
-        (
-            block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight),
-            block.expert_cost(weight),
-        )
-        for block in blocks
-    ]  # fmt: skip
+    return costs | {REST: total - sum(costs[u.key] for u in units if u.kind == "layer")}
 
 
 @COST.register("kv_cache")
-def kv_cache(model: Any, blocks: Sequence[Any]) -> Costs:
+def kv_cache(model: Any, units: Sequence[Units]) -> dict[str, int]:
     """Return how many numbers the KV cache stores per token: a key and a value of `head_dim` for each KV group."""
-    by_block = [(0, 2 * block.head_dim, 2 * block.head_dim * block.kv_groups) for block in blocks]
-    return by_block, 0
+    groups = [u for u in units if u.kind == "kv_groups" and u.count]
+    return {u.key: 2 * int((u.inputs[0].unit >= 0).sum()) // u.count for u in groups}
 
 
 @COST.register("bytes")
 @COST.register("seconds")
-def costs_of_run(model: Any, blocks: Sequence[Any]) -> Costs:
+def costs_of_run(model: Any, units: Sequence[Units]) -> Costs:
     """Costs of the export (half bits, 1/16 byte) and of this machine (picoseconds), which depend on the run."""
     raise NotImplementedError("method.plan.Pricing computes these costs")

@@ -17,31 +17,23 @@ from gprune.models.surgery import attention_by_layer, slice_model
 from gprune.sparsity.budget import Budget, rounds_of_layers
 
 
-def removed_layers(budget: Budget) -> list[int]:
-    """Return the layers that are removed as a whole, in the order of choice."""
-    neurons = budget.of_kind("neurons")
-    return list(dict.fromkeys(neurons[block].layer for block in budget.removed))
+def layers_that_fit(budget: Budget, layers: Iterable[int]) -> tuple[int, ...]:
+    """Return the layers that are removed if they are chosen in this order."""
+    return budget.ordered("layer", rounds_of_layers(budget.units, layers)).removed
 
 
-def blocks_that_fit(budget: Budget, blocks: Iterable[int]) -> tuple[int, ...]:
-    """Return the blocks that are removed if layers are chosen in this order of blocks."""
-    return budget.ordered("layer", rounds_of_layers(budget.units, blocks)).removed
-
-
-def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
-    """Choose blocks to remove as a whole, greedily by the loss of the model without them.
+def choose_layers(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
+    """Choose layers to remove as a whole, greedily by the loss of the model without them.
 
     In each round the layer is added without which the loss is lowest, as long as a layer fits into the budget.
     """
-    chosen: list[int] = []
+    layers, chosen = [u.layer for u in budget.of_kind("layer")], []
     while True:
-        candidates = [
-            blocks for blocks in budget.by_layer
-            if blocks[0] not in chosen and blocks[0] in blocks_that_fit(budget, [*chosen, blocks[0]])
-        ]  # fmt: skip
+        others = (layer for layer in layers if layer not in chosen)
+        candidates = [layer for layer in others if layer in layers_that_fit(budget, [*chosen, layer])]
         if not candidates:
             return chosen
-        chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))
+        chosen.append(min(candidates, key=lambda layer: loss([*chosen, layer])))
 
 
 def trial_tokens(plan: Any) -> int:
@@ -50,8 +42,8 @@ def trial_tokens(plan: Any) -> int:
     Each round removes one layer. It has a trial for every layer that is left, so one less than the round before.
     """
     budget, corpora = plan.budget, plan.cfg.corpora
-    open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
-    trials = sum(range(open_layers, open_layers - len(removed_layers(budget)), -1))
+    open_layers = len(budget.of_kind("layer")) - len(budget.protected)
+    trials = sum(range(open_layers, open_layers - len(budget.removed), -1))
     return trials * len(corpora.drift) * corpora.seq_len
 
 
@@ -64,12 +56,10 @@ def check_attention_remains(plan: Any) -> None:
     has_attention = attention_by_layer(config)
     if all(has_attention) or not any(has_attention):
         return
-    layers = [blocks for blocks, has in zip(budget.by_layer, has_attention, strict=True) if has]
-    if any(budget.of_kind("neurons")[b].stays for blocks in layers for b in blocks):
+    numbers = [layer for layer, has in enumerate(has_attention) if has]
+    if not budget.protected.isdisjoint(numbers):
         return
-    in_order = [block for blocks in layers for block in blocks]
-    if set(in_order) <= set(blocks_that_fit(budget, in_order)):
-        numbers = [layer for layer, has in enumerate(has_attention) if has]
+    if set(numbers) <= set(layers_that_fit(budget, numbers)):
         raise UserError(
             f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "
             f"are removed, because generation needs one; these are {numbers}, such as --sparsity.protect "
@@ -82,10 +72,7 @@ def check_renumbering(plan: Any) -> None:
 
     The first layer that is not protected is removed from the model without weights; `slice_model` checks the others.
     """
-    units = plan.budget.units
-    first = min(u.layer for u in units if u.kind == "layer" and not u.stays)
-    ffn, attention = (
-        [torch.full((u.rows * u.count,), u.layer != first) for u in plan.budget.of_kind(kind)]
-        for kind in ("neurons", "kv_groups")
-    )
-    slice_model(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error
+    first = min(u.layer for u in plan.budget.of_kind("layer") if not u.stays)
+    units = [u for u in plan.budget.units if u.kind in ("neurons", "kv_groups")]
+    masks = Masks({u.key: torch.full((u.size,), u.layer != first) for u in units})
+    slice_model(plan.skeleton, masks)  # the result is not needed, only its error

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import Part, blocks_of, decoder_layers, fused_rows, fused_tensors
+from gprune.models.units import units_of
+from gprune.units.structure import of_kind
 
 
 class Student:
@@ -132,8 +134,9 @@ class Student:
 def trained_weights(model: PreTrainedModel, targets: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the names and weights that distillation trains: of FFNs (`mlp`), or `all` of decoder layers, each once."""
     seen = set()  # weights may be tied to those of another layer
-    for block in blocks_of(model):
-        ffn_modules = {slice_.path.rpartition(".")[0] for slice_ in block.slices if slice_.kind == "ffn"}
+    neurons = of_kind({u.key: u for u in units_of(model)}, "neurons")
+    for block, u in zip(blocks_of(model), neurons, strict=True):
+        ffn_modules = {s.path.rpartition(".")[0] for s in u.slices}
         for name, parameter in block.layer.named_parameters():
             # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
             separator = ".parametrizations." if ".parametrizations." in name else "."

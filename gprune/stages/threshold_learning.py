@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from gprune.models.experts import without_experts
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks, bypassed, gated
+from gprune.models.units import units_of
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import Cut, Removal, cut_margin, keep_masks, slots_of
+from gprune.sparsity.cut import Cut, cut_margin, keep_masks, slots_of
 from gprune.sparsity.thresholds import Thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
@@ -68,6 +69,7 @@ class ThresholdLearning(FrozenLMStage):
         super().__init__(model)
         self.save_hyperparameters(ignore=["model", "ranks", "start", "budget"], logger=False)
         self._ranks = ranks
+        self.units = units_of(model)
         self.budget = budget
         self.loss = loss
         self.centred = centred
@@ -75,71 +77,65 @@ class ThresholdLearning(FrozenLMStage):
         self.offset_learning_rate = offset_learning_rate
         self.offset_limit = offset_limit
         self._cut: Cut | None = None  # cached cut of the budget, on the device of the thresholds
-        ffn_start, attention_start = start
-        learns_thresholds = learn != "offsets"
-        self.ffn_thresholds = nn.ParameterList(
-            nn.Parameter(t.float(), requires_grad=learns_thresholds) for t in ffn_start
-        )
-        ranks_with_offsets = ranks.ffn if learn != "thresholds" else []
-        self.ffn_offsets = nn.ParameterList(nn.Parameter(torch.zeros(len(p))) for p in ranks_with_offsets)
-        # Thresholds of KV groups always exist, but are trained only if KV groups are in scope.
-        self.attention_thresholds = nn.ParameterList(
-            nn.Parameter(t.float(), requires_grad=budget.attention) for t in attention_start
-        )
-        for b in budget.removed:  # the loss does not depend on thresholds of removed blocks
-            for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
-                learned[b : b + 1].requires_grad_(False)
-        self.ffn_gates: list[Tensor] = []
-        self.attention_gates: list[Tensor] | None = [] if budget.attention else None
+        # Parameters by position, because names of parameters must not have dots. Neurons always have thresholds, and
+        # other units learn them if they are in scope. Layers that are removed have no influence on the loss.
+        units = {u.key: u for u in budget.units}
+        self.keys, lost = list(start), set(budget.removed)
+        self.with_offsets = [key for key in start if learn != "thresholds" and units[key].kind == "neurons"]
+        self.learned_thresholds, self.learned_offsets = nn.ParameterList(), nn.ParameterList()
+        for key, t in start.items():
+            u = units[key]
+            learns = learn != "offsets" if u.kind == "neurons" else u.kind in budget.finer
+            self.learned_thresholds.append(nn.Parameter(t.float(), requires_grad=learns and u.layer not in lost))
+        for key in self.with_offsets:
+            zeros = torch.zeros(len(ranks.p[key]))
+            self.learned_offsets.append(nn.Parameter(zeros, requires_grad=units[key].layer not in lost))
+        self.gates: dict[str, Tensor] = {}  # of the units in scope
 
     @property
     def ranks(self) -> ModuleRanks:
         """Ranks of units on the device of the thresholds."""
-        device = self.ffn_thresholds[0].device
-        if self._ranks.labels[0].device != device:
+        device = self.learned_thresholds[0].device
+        if next(iter(self._ranks.labels.values())).device != device:
             self._ranks = self._ranks.to(device)
             self._cut = None
         return self._ranks
 
     @property
-    def thresholds(self) -> Thresholds:
-        """Thresholds per block, (M,) float32: of modules of neurons, and of modules of KV groups."""
-        return list(self.ffn_thresholds), list(self.attention_thresholds)
+    def thresholds(self) -> dict[str, nn.Parameter]:
+        """Thresholds of modules by key of units, (K,) float32."""
+        return dict(zip(self.keys, self.learned_thresholds, strict=True))
 
     @property
-    def offsets(self) -> list[Tensor] | None:
-        """Offsets per block, (N,) float32; None if offsets are not learned."""
-        return list(self.ffn_offsets) or None
+    def offsets(self) -> dict[str, nn.Parameter]:
+        """Offsets of neurons by key, (N,) float32; empty if offsets are not learned."""
+        return dict(zip(self.with_offsets, self.learned_offsets, strict=True))
 
     @property
     def offset_ranks(self) -> ModuleRanks:
         """Ranks shifted by the offsets, differentiable in the offsets."""
-        return self.ranks if self.offsets is None else self.ranks.with_offsets(self.offsets)
+        return self.ranks.with_offsets(self.offsets) if self.with_offsets else self.ranks
 
     @torch.no_grad()
     def masks(self, budget: Budget | None = None) -> Masks:
         """Compute the hard masks of the current thresholds for a budget; by default the budget of the stage."""
         margins = unit_margins(self.offset_ranks, self.thresholds)
         if budget is not None:
-            return keep_masks(budget, *margins)
+            return keep_masks(budget, margins)
         if self._cut is None:
-            self._cut = Cut(self.budget, self.ffn_thresholds[0].device)
-        return self._cut(*margins)
+            self._cut = Cut(self.budget, self.learned_thresholds[0].device)
+        return self._cut(margins)
 
     def refresh_gates(self) -> None:
-        """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
+        """Compute the gates of a training step: (rows x count,) by key, of the units in scope."""
         hard = self.masks()
-        ranks = self.ranks
-        ffn_thresholds, attention_thresholds = self._gate_thresholds(hard)
-        blocks = zip(hard.ffn, self.offset_ranks.ffn, ffn_thresholds, ranks.labels, ranks.sizes, strict=True)
-        self.ffn_gates[:] = [
-            straight_through(keep, soft_gate(p.float(), t, labels, sizes)) for keep, p, t, labels, sizes in blocks
-        ]
-        if self.attention_gates is not None:
-            blocks = zip(hard.attention, ranks.attention, attention_thresholds, strict=True)
-            self.attention_gates[:] = [straight_through(keep, _group_gate(p.float(), t)) for keep, p, t in blocks]
+        ranks, p, thresholds = self.ranks, self.offset_ranks.p, self._gate_thresholds(hard)
+        for u in self.budget.units:
+            if u.kind in self.budget.finer:
+                of_module = thresholds[u.key], ranks.labels[u.key], ranks.sizes[u.key]
+                self.gates[u.key] = straight_through(hard[u.key], soft_gate(p[u.key].float(), *of_module))
 
-    def _gate_thresholds(self, hard: Masks) -> Thresholds:
+    def _gate_thresholds(self, hard: Masks) -> Mapping[str, Tensor]:
         """Return the thresholds of the soft gates, shifted so that the slope of the gates is largest at the cut.
 
         `recentre` has moved the cut to margin 0, so thresholds are usually not shifted. If all blocks must have the
@@ -148,21 +144,15 @@ class ThresholdLearning(FrozenLMStage):
         if not self.budget.uniform:
             return self.thresholds
         with torch.no_grad():
-            neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
-
-        def shifted(thresholds: nn.ParameterList, blocks: Sequence[Removal]) -> list[Tensor]:
-            """Return the thresholds of each block, shifted by the margin of the block's cut."""
-            return [t + cut_margin([block]).float() for t, block in zip(thresholds, blocks, strict=True)]
-
-        ffn = shifted(self.ffn_thresholds, slots_of(self.budget, neuron_margins, hard.ffn))
-        return ffn, shifted(self.attention_thresholds, list(zip(group_margins, hard.attention, strict=True)))
+            slots = slots_of(self.budget, unit_margins(self.offset_ranks, self.thresholds), hard)
+        kinds = self.budget.finer
+        return {key: t + cut_margin({key: slots[key]}, kinds).float() for key, t in self.thresholds.items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam, with a learning rate for thresholds and one for offsets."""
-        thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
         groups = [
-            {"params": thresholds, "lr": self.learning_rate},
-            {"params": list(self.ffn_offsets), "lr": self.offset_learning_rate},
+            {"params": [p for p in self.learned_thresholds if p.requires_grad], "lr": self.learning_rate},
+            {"params": list(self.learned_offsets), "lr": self.offset_learning_rate},
         ]
         return torch.optim.Adam([group for group in groups if group["params"]])
 
@@ -182,7 +172,7 @@ class ThresholdLearning(FrozenLMStage):
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
-        gates = gated(self.lm, self.ffn_gates, self.attention_gates)
+        gates = gated(self.lm, self.gates, self.units)
         experts = without_experts(self.lm, self.budget.removed_experts)
         with bypassed(self.lm, self.budget.removed), experts, gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
@@ -209,13 +199,17 @@ class ThresholdLearning(FrozenLMStage):
         the same width, neurons compete inside their block only, so the mean of their block is subtracted. KV groups
         compete with all neurons in either case.
         """
-        ranks, uniform = self.ranks, self.budget.uniform
-        open_blocks = [b for b in range(len(ranks.labels)) if b not in self.budget.protected]
-        neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], uniform) for b in open_blocks]
-        groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
-        offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, uniform) for b in open_blocks if self.offsets]
+        finest, offsets = self.budget.finer[-1], self.offsets
+        of_thresholds, of_offsets = [], []
+        units = {u.key: u for u in self.budget.units if u.layer not in self.budget.protected}
+        for key, t in self.thresholds.items():
+            if key in units:
+                uses_own_mean = self.budget.uniform and units[key].kind == finest
+                of_thresholds.append(UnitGradient(t.grad, self.ranks.sizes[key], uses_own_mean))
+                if key in offsets:
+                    of_offsets.append(UnitGradient(offsets[key].grad, 1, uses_own_mean))
         # Thresholds and offsets are centred separately.
-        for gradients in ([*neurons, *groups], offsets):
+        for gradients in (of_thresholds, of_offsets):
             learned = [gradient for gradient in gradients if gradient.grad is not None]
             if not learned:
                 continue
@@ -228,39 +222,31 @@ class ThresholdLearning(FrozenLMStage):
         """Update the parameters, limit the offsets, and move the cut to margin 0."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
-            for offsets in self.ffn_offsets:
+            for offsets in self.learned_offsets:
                 offsets.clamp_(-self.offset_limit, self.offset_limit)
         self.recentre(self.masks())
 
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
-        neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
-        groups = list(zip(group_margins, hard.attention, strict=True))
-        shift = cut_margin(slots_of(self.budget, neuron_margins, hard.ffn), groups)
-        for t in (*self.ffn_thresholds, *self.attention_thresholds):
+        slots = slots_of(self.budget, unit_margins(self.offset_ranks, self.thresholds), hard)
+        shift = cut_margin(slots, self.budget.finer)
+        for t in self.learned_thresholds:
             t += shift.to(t.dtype)
 
 
-class BlockGradient(NamedTuple):
-    """Gradient of the thresholds or offsets of a block."""
+class UnitGradient(NamedTuple):
+    """Gradient of the thresholds or offsets of units."""
 
     grad: Tensor | None  # (M,) for M parameters; None if they are not learned
     units: Tensor | int  # number of units that each parameter moves, (M,) or the same for all
-    uses_own_mean: bool  # whether the mean over the units of this block is subtracted, not that over all blocks
+    uses_own_mean: bool  # whether the mean over these units is subtracted, not that over all blocks
 
 
-def _unit_mean(blocks: Sequence[BlockGradient]) -> Tensor:
+def _unit_mean(gradients: Sequence[UnitGradient]) -> Tensor:
     """Return the mean gradient over units, ()."""
-    units = sum((torch.ones_like(block.grad) * block.units).sum() for block in blocks)
-    return sum(block.grad.sum() for block in blocks) / units
-
-
-def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
-    """Return `soft_gate` for ranks (G,) and a threshold (1,) of the KV groups of a block, which form one module."""
-    labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    sizes = torch.full((1,), len(p), device=p.device)
-    return soft_gate(p, threshold, labels, sizes)
+    units = sum((torch.ones_like(g.grad) * g.units).sum() for g in gradients)
+    return sum(g.grad.sum() for g in gradients) / units
 
 
 def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:

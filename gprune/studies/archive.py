@@ -246,7 +246,7 @@ def _split_common(records: Sequence[Record]) -> tuple[Record, list[Record]]:
 def pack_masks(masks: Masks) -> dict[str, dict[str, Any]]:
     """Encode masks as base64 of their bits: 8 kB for 46,080 neurons."""
     packed = {}
-    for field, block_masks in vars(masks).items():
+    for field, block_masks in (("ffn", masks.ffn), ("attention", masks.attention)):
         bits = np.packbits(torch.cat(block_masks).numpy())
         sizes = [len(mask) for mask in block_masks]
         packed[field] = {"sizes": sizes, "bits": base64.b64encode(bits).decode()}
@@ -260,4 +260,4 @@ def unpack_masks(packed: dict[str, dict[str, Any]]) -> Masks:
         packed_bits = np.frombuffer(base64.b64decode(content["bits"]), dtype=np.uint8)
         bits = np.unpackbits(packed_bits, count=sum(content["sizes"])).astype(bool)
         masks[field] = list(torch.from_numpy(bits).split(content["sizes"]))
-    return Masks(**masks)
+    return Masks.of_blocks(**masks)

@@ -14,14 +14,15 @@ from gprune.cli import main
 from gprune.errors import UserError
 from gprune.evaluation import speed
 from gprune.method import evaluate
-from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.blocks import decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.runs import trainer
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
-from tests.world import make_tiny_llama
+from tests.world import by_key, make_tiny_llama
 
 TABLE = {"neurons": [[1, 2e-3], [24, 3e-3], [48, 4e-3]], "groups": [[1, 3.5e-3], [2, 4e-3]], "rest": 2e-3}
 
@@ -68,19 +69,19 @@ def test_an_implausible_table_is_measured_again_then_refused_and_not_stored(chan
 
 
 def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the_maximum():
-    blocks = blocks_of(make_tiny_llama())
-    price, outside = speed.costs_from_table(TABLE, blocks)
+    units = units_of(make_tiny_llama())
+    price, outside = speed.costs_from_table(TABLE, units)
     options = {"scope": "attention+ffn", "price": price, "outside": outside}
     neurons = price["neurons.0"]
     assert [neurons[n] for n in (1, 24, 48)] == [0, 10**9, 2 * 10**9]  # the measured widths
     assert neurons[36] == pytest.approx(15 * 10**8)  # linear between them
-    budget = budget_of(blocks, "1.4x", **options)
+    budget = budget_of(units, "1.4x", **options)
     assert budget.model == 14 * 10**9  # picoseconds of three blocks and the rest
-    masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
+    masks = keep_masks(budget, by_key([torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3))
     remaining = budget.model - budget.removed_by(masks)
     assert 0 <= budget.model / 1.4 - remaining < 10**9  # the cost of a KV group, the most expensive unit
     with pytest.raises(UserError, match=r"^--sparsity.target must be at most \d\.\d\dx.*; got 9x"):
-        budget_of(blocks, "9x", **options)
+        budget_of(units, "9x", **options)
 
 
 @pytest.mark.slow
@@ -95,7 +96,9 @@ def test_a_measured_table_has_the_widths_that_may_be_pruned(attention, groups, m
 def narrowed_llama(*widths):
     """Return a tiny model whose layers have these numbers of neurons."""
     model = make_tiny_llama()
-    return slice_model(model, Masks([torch.arange(48) < n for n in widths], [torch.ones(2, dtype=torch.bool)] * 3))
+    return slice_model(
+        model, Masks.of_blocks([torch.arange(48) < n for n in widths], [torch.ones(2, dtype=torch.bool)] * 3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,21 +113,21 @@ def narrowed_llama(*widths):
 def test_if_time_is_proportional_to_parameters_so_are_the_prices(make_model, monkeypatch, tmp_path):
     with tiny_run.isolated(tmp_path):
         model = make_model()
-        blocks = blocks_of(model)
+        units = units_of(model)
 
         # a nanosecond per parameter
         monkeypatch.setattr(speed, "time_generation", lambda models: [1e-9 * m.num_parameters() for m in models])
         measured = speed.measure_table(model.to("meta"), torch.device("cpu"), torch.float32, True)
-    assert speed.why_implausible(measured, blocks) == ""
-    price, outside = speed.costs_from_table(measured, blocks)
+    assert speed.why_implausible(measured, units) == ""
+    price, outside = speed.costs_from_table(measured, units)
 
-    def picoseconds(units, parameters):
+    def picoseconds(count, parameters):
         """Return the prices of keeping 0, 1, ..., all units; the first one is free, as no smaller width is timed."""
-        return pytest.approx([1000 * parameters * max(0, n - 1) for n in range(units + 1)], abs=5)
+        return pytest.approx([1000 * parameters * max(0, n - 1) for n in range(count + 1)], abs=5)
 
-    for b in blocks:
-        assert price[f"neurons.{b.index}"] == picoseconds(b.neurons, b.unit_cost("ffn"))
-        assert price[f"kv_groups.{b.index}"] == picoseconds(b.kv_groups, b.unit_cost("attention"))
+    for u in units:
+        if u.kind in ("neurons", "kv_groups"):
+            assert price[u.key] == picoseconds(u.count, u.parameters)
     layers = len(decoder_layers(model))
     model_cost = sum(table[-1] for key, table in price.items() if key.startswith("layer.")) + outside
     assert model_cost == pytest.approx(1e12 * (layers * measured["neurons"][-1][1] + measured["rest"]), rel=1e-6)

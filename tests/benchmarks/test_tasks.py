@@ -82,7 +82,9 @@ def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
 
 def test_a_masked_model_gives_the_answers_of_the_sliced_one_and_minimal_pairs_have_no_acc_norm(data):
     generator = torch.Generator().manual_seed(0)
-    masks = Masks([torch.rand(48, generator=generator) < 0.2 for _ in range(3)], [torch.ones(2, dtype=torch.bool)] * 3)
+    masks = Masks.of_blocks(
+        [torch.rand(48, generator=generator) < 0.2 for _ in range(3)], [torch.ones(2, dtype=torch.bool)] * 3
+    )
     model = make_tiny_llama()
     with masked(model, masks):
         (of_masked,) = measured("blimp", model=model)

@@ -13,11 +13,12 @@ from gprune.calibration import block_errors as errors_module
 from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
 from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
+from gprune.models.units import units_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.price import price_of
 from tests.calibration.test_collector import batches
-from tests.world import collect, hooks_of, make_tiny_llama
+from tests.world import by_key, collect, hooks_of, make_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def measured():
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 6), gram=True)
-    return model, tokens, statistics, score_units("act_norm", blocks_of(model), statistics)
+    return model, tokens, statistics, score_units("act_norm", model, statistics)
 
 
 def reference(weight, x, energy, ridge, floor):
@@ -68,8 +69,8 @@ def test_errors_also_of_singular_gram_matrices_equal_damped_least_squares_token_
 
 def test_errors_measured_in_bfloat16_are_close_to_float32(measured):
     model, tokens, statistics, scores = measured
-    exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
-    errors = block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True)
+    exact = block_errors(model, scores, statistics, tokens.split(2))
+    errors = block_errors(model, scores, statistics, tokens.split(2), bfloat16=True)
     assert hooks_of(model) == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not torch.equal(errors, exact)
@@ -78,14 +79,14 @@ def test_errors_measured_in_bfloat16_are_close_to_float32(measured):
 
 def test_a_loss_that_overflows_in_bfloat16_is_computed_in_float32(measured, monkeypatch, caplog):
     model, tokens, statistics, scores = measured
-    exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    exact = block_errors(model, scores, statistics, tokens.split(2))
     losses = errors_module.next_token_losses
 
     def overflowing(*args):
         return losses(*args) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
 
     monkeypatch.setattr(errors_module, "next_token_losses", overflowing)
-    assert torch.equal(block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True), exact)
+    assert torch.equal(block_errors(model, scores, statistics, tokens.split(2), bfloat16=True), exact)
     assert caplog.text.count("not finite in bfloat16") == 1
 
 
@@ -118,15 +119,15 @@ def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(stre
     model, tokens = make_tiny_llama(), torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
-    blocks, statistics = blocks_of(model), collect(model, batches(tokens, 2), gram=True)
-    scores = score_units("act_norm", blocks, statistics)
-    errors = block_errors(model, scores.ffn, statistics, [tokens], ridge=0.0)
+    statistics = collect(model, batches(tokens, 2), gram=True)
+    scores = score_units("act_norm", model, statistics)
+    errors = block_errors(model, scores, statistics, [tokens], ridge=0.0)
     assert errors.isfinite().all()
     assert (errors[0] == 0).all()
     assert errors[1, 0] > errors[1, LEVELS // 2] >= 0
     statistics = replace(statistics, errors=errors)
-    budget = budget_of(blocks, 1 / 3, scope="ffn")
-    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=strength)
+    budget = budget_of(units_of(model), 1 / 3, scope="ffn")
+    masks = allocate("reconstruction", scores, statistics, blocks_of(model), budget, strength=strength)
     widths = [int(keep.sum()) for keep in masks.ffn]
     assert sum(widths) == 2 * 48
     assert widths[0] == min(widths)  # a block without error is pruned first
@@ -161,27 +162,29 @@ def reconstruction_shares(errors, costs, protected, target, strength) -> list[fl
 def test_reconstruction_equals_its_formula_in_plain_loops(strength, protected, measured):
     """Neurons of the blocks cost 3, 1 and 2. The default strength is 0.75."""
     model, _, statistics, scores = measured
-    blocks, costs = blocks_of(model), [3, 1, 2]
+    units, costs = units_of(model), [3, 1, 2]
     steps = torch.rand(3, LEVELS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     errors = convex_errors((0.1 + steps).sort(1, descending=True).values)
-    price, _ = price_of(([(cost, 1, 999) for cost in costs], 0), blocks)
-    budget = budget_of(blocks, 0.4, scope="ffn", protect=protected, price=price)
+    price, _ = price_of(by_key(costs, [1] * 3) | {f"layer.{b}": 999 for b in range(3)}, units)
+    budget = budget_of(units, 0.4, scope="ffn", protect=protected, price=price)
     options = {} if strength is None else {"strength": strength}
-    margins, _ = ALLOCATION["reconstruction"](scores, replace(statistics, errors=errors), blocks, budget, **options)
+    statistics = replace(statistics, errors=errors)
+    margins = ALLOCATION["reconstruction"](scores, statistics, blocks_of(model), budget, **options)
     strength = 0.75 if strength is None else strength
     expected = reconstruction_shares(errors.tolist(), costs, protected, budget.target, strength)
-    for block, of_block, share in zip(scores.ffn, margins, expected, strict=True):
-        torch.testing.assert_close(of_block, fractional_ranks(block) - share, rtol=0, atol=1e-12)
+    for key, share in by_key(expected).items():
+        torch.testing.assert_close(margins[key], fractional_ranks(scores[key]) - share, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_errors_are_those_of_removing_the_lowest_scores_first(sign, measured):
     model, tokens, statistics, scores = measured
-    given = [sign * s for s in scores.ffn]
+    given = {key: sign * s for key, s in scores.items()}
     errors = block_errors(model, given, statistics, tokens.split(2), ridge=0.01)
     inputs = tokens_with_gradients(model, tokens.split(2))
-    for block, of_block, block_errors_ in zip(blocks_of(model), given, errors, strict=True):
-        kept_longest_first = [i for _, i in sorted((-score, i) for i, score in enumerate(of_block.tolist()))]
+    for block, block_errors_ in zip(blocks_of(model), errors, strict=True):
+        of_block = given[f"neurons.{block.index}"].tolist()
+        kept_longest_first = [i for _, i in sorted((-score, i) for i, score in enumerate(of_block))]
         x, energy = (tensor.double() for tensor in inputs[block.index])
         weight = block.down.weight.detach().double()
         expected = reference(weight[:, kept_longest_first], x[:, kept_longest_first], energy, 0.01, 0.0)

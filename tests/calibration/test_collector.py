@@ -14,9 +14,10 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.stages.calibration import CalibrationStage
-from tests.world import collect, hooks_of, make_tiny_llama
+from gprune.units.structure import of_kind
+from tests.world import by_key, collect, hooks_of, make_tiny_llama
 
-KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
+KINDS = {"neurons": lambda layer: layer.mlp.down_proj, "kv_groups": lambda layer: layer.self_attn.o_proj}
 
 
 def projection_inputs(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
@@ -76,7 +77,7 @@ def test_moments_and_gram_matrices_equal_those_of_raw_activations(size, tiny_mod
     text = [dict(zip(("input_ids", "half", "weight"), part, strict=True)) for part in parts]
     statistics, counted = collect(tiny_model, text, gram=True), weight.bool()
     for kind in KINDS:
-        for channel, x in zip(getattr(statistics, kind), raw[kind], strict=True):
+        for channel, x in zip(of_kind(statistics.channels, kind), raw[kind], strict=True):
             for h in (0, 1):
                 assert_moments(channel.halves[h], x[(half == h) & counted])
             assert_moments(channel.total, x[counted])
@@ -85,16 +86,16 @@ def test_moments_and_gram_matrices_equal_those_of_raw_activations(size, tiny_mod
             gram = flat.T @ flat
             np.testing.assert_allclose(channel.gram.numpy(), gram, rtol=0, atol=2e-6 * np.abs(gram).max())
     # Neurons are distinguished from attention channels, and blocks from each other.
-    assert [len(c.total.sum) for c in statistics.ffn] == [48] * 3
-    assert [len(c.total.sum) for c in statistics.attention] == [32] * 3
-    assert not torch.allclose(statistics.ffn[0].total.sum, statistics.ffn[1].total.sum)
+    assert {key: len(c.total.sum) for key, c in statistics.channels.items()} == by_key([48] * 3, [32] * 3)
+    first, second, _ = of_kind(statistics.channels, "neurons")
+    assert not torch.allclose(first.total.sum, second.total.sum)
 
 
 def test_pooled_statistics_equal_those_of_concatenated_corpora(tiny_model, token_batch):
     other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     pool = pool_statistics(collect(tiny_model, batches(tokens, 3), gram=True) for tokens in (token_batch, other))
-    raw = projection_inputs(tiny_model, torch.cat([token_batch, other]))["ffn"]
-    for channel, x in zip(pool.ffn, raw, strict=True):
+    raw = projection_inputs(tiny_model, torch.cat([token_batch, other]))["neurons"]
+    for channel, x in zip(of_kind(pool.channels, "neurons"), raw, strict=True):
         for h in (0, 1):  # the first corpus has an even number of windows, so windows of the second alternate as well
             assert_moments(channel.halves[h], x[h::2])
         flat = x.reshape(-1, x.shape[-1])
@@ -104,8 +105,8 @@ def test_pooled_statistics_equal_those_of_concatenated_corpora(tiny_model, token
 def test_pooled_statistics_have_only_extras_that_all_corpora_have(tiny_model, token_batch):
     extras = ({"gram": True, "saliency": ("ffn", "attention")}, {"saliency": ("ffn",)})
     pool = pool_statistics([collect(tiny_model, batches(token_batch, 6), **extra) for extra in extras])
-    assert all(channel.gram is None and channel.saliency is not None for channel in pool.ffn)
-    assert all(channel.gram is None and channel.saliency is None for channel in pool.attention)
+    assert all(channel.gram is None for channel in pool.channels.values())
+    assert {key for key, channel in pool.channels.items() if channel.saliency} == {f"neurons.{b}" for b in range(3)}
 
 
 def test_influence_is_the_mean_cosine_distance_of_raw_hidden_states(tiny_model, token_batch):
@@ -140,7 +141,8 @@ def test_statistics_round_trip_through_tensors_in_any_order(gram, saliency):
     tensors = statistics.tensors()
     assert flat.keys() == tensors.keys()
     assert all(torch.equal(flat[name], tensors[name]) for name in flat)
-    for part in (statistics.attention[1].total, statistics.attention[1].half(1)):
+    channels = statistics.channels["kv_groups.1"]
+    for part in (channels.total, channels.half(1)):
         assert (part.saliency is not None) == ("attention" in saliency)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import (
     CorpusStatistics,
@@ -17,7 +16,7 @@ from gprune.calibration.statistics import (
 )
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
-from gprune.models.blocks import blocks_of
+from gprune.models.units import units_of
 from gprune.storage.files import read_json, read_tensors
 from tests import tiny_run
 from tests.world import collect, make_tiny
@@ -52,7 +51,7 @@ def test_statistics_of_ranges_are_together_those_of_one_pass(family):
     """Of moments, Gram matrices and gradients; with experts, of routing instead of gradients."""
     model = make_tiny(family)
     kinds = {"gram": True, "saliency": ("ffn", "attention")} if family == "llama" else {"gram": True, "routing": True}
-    ranges = ranges_in_memory(blocks_of(model), gram_bytes(blocks_of(model)) // 2)
+    ranges = ranges_in_memory(units_of(model), gram_bytes(units_of(model)) // 2)
     assert len(ranges) > 1
     collected = []
     for blocks in ranges:
@@ -64,20 +63,19 @@ def test_statistics_of_ranges_are_together_those_of_one_pass(family):
 
 
 def test_ranges_have_whole_layers_and_fit_into_the_limit_unless_a_layer_does_not():
-    blocks = blocks_of(make_tiny("qwen2_moe"))  # experts and a shared expert in each layer
-    layers = [(0, 1), (2, 3), (4, 5)]
-    of_layer = [gram_bytes([blocks[number] for number in layer]) for layer in layers]
+    units = units_of(make_tiny("qwen2_moe"))  # experts and a shared expert in each layer
+    of_layer = [gram_bytes([u for u in units if u.layer == layer]) for layer in range(3)]
     for limit, expected in (
         (1, [[0, 1], [2, 3], [4, 5]]), (sum(of_layer[:2]), [[0, 1, 2, 3], [4, 5]]), (sum(of_layer), [[*range(6)]]),
     ):  # fmt: skip
-        assert ranges_in_memory(blocks, limit) == expected
+        assert ranges_in_memory(units, limit) == expected
 
 
 def test_gram_bytes_equals_the_size_of_the_gram_tensors():
     for family in ("llama", "mixtral"):
         model = make_tiny(family)
         tensors = collect(model, batches(), gram=True).tensors()
-        assert gram_bytes(blocks_of(model)) == sum(t.nbytes for name, t in tensors.items() if name.endswith("gram"))
+        assert gram_bytes(units_of(model)) == sum(t.nbytes for name, t in tensors.items() if name.endswith("gram"))
 
 
 # --- files
@@ -86,10 +84,10 @@ def test_gram_bytes_equals_the_size_of_the_gram_tensors():
 def store(model: torch.nn.Module, seeds: tuple[int, ...]) -> tuple[StatisticsCache, list[CorpusStatistics]]:
     """Store the Gram matrices of a text for each seed. Return the cache, and the statistics that read from it."""
     corpora = [str(seed) for seed in seeds]
-    cache = StatisticsCache(dict(zip(corpora, corpora, strict=True)), {}, ("ffn",), len(blocks_of(model)))
-    blocks = range(len(blocks_of(model)))
+    keys = [u.key for u in units_of(model) if u.kind in ("neurons", "kv_groups")]
+    cache = StatisticsCache(dict(zip(corpora, corpora, strict=True)), {}, ("ffn",), keys)
     for corpus, seed in zip(corpora, seeds, strict=True):
-        statistics = cache.store(corpus, collect(model, batches(seed), gram=True), blocks)
+        statistics = cache.store(corpus, collect(model, batches(seed), gram=True))
         cache.write(corpus, statistics, ["moments", "gram"])
     return cache, [cache.read(corpus, ["moments", "gram"]) for corpus in corpora]
 
@@ -102,21 +100,22 @@ def test_gram_matrices_read_from_files_equal_those_in_memory(family, tmp_path):
         in_memory = [collect(model, batches(seed), gram=True) for seed in (1, 2, 3)]
         pooled = pool_statistics(in_files), pool_statistics(in_memory)
         for one, two in [*zip(in_files, in_memory, strict=True), pooled]:
-            for scope in OUTPUT_PROJECTIONS:
-                for mine, theirs in zip(getattr(one, scope), getattr(two, scope), strict=True):
-                    assert isinstance(mine.gram, StoredGram)
-                    assert torch.equal(mine.total.gram, theirs.gram)
-                    if theirs.gram.dim() == 3:  # one matrix per expert
-                        assert torch.equal(mine.total.of_expert(2, 4).gram, theirs.gram[2])
+            assert one.channels.keys() == two.channels.keys()
+            for mine, theirs in ((one.channels[key], two.channels[key]) for key in two.channels):
+                assert isinstance(mine.gram, StoredGram)
+                assert torch.equal(mine.total.gram, theirs.gram)
+                if theirs.gram.dim() == 3:  # one matrix per expert
+                    assert torch.equal(mine.total.of_expert(2, 4).gram, theirs.gram[2])
 
 
 def test_a_missing_gram_matrix_file_raises_a_user_error(tmp_path):
     with tiny_run.isolated(tmp_path):
         cache, (statistics,) = store(make_tiny("llama"), (1,))
-        statistics.ffn[1].gram.paths[0].unlink()
-        assert statistics.ffn[1].total is not None  # the file is read on access of `gram` only
+        channels = statistics.channels["neurons.1"]
+        channels.gram.paths[0].unlink()
+        assert channels.total is not None  # the file is read on access of `gram` only
         with pytest.raises(UserError, match=r"is missing or incomplete. Remove it, and run again"):
-            _ = statistics.ffn[1].total.gram
+            _ = channels.total.gram
         assert cache.read("1", ["gram"]) is None
 
 
@@ -136,7 +135,7 @@ FLAGS = [
 def test_a_run_with_gram_matrices_beyond_max_memory_has_the_same_bits(world, tmp_path, monkeypatch):
     """Three layers are collected in passes of two and one. With --model.device_map cpu no weights are offloaded."""
     ordinary = world.run(tmp_path, *FLAGS)
-    limit = gram_bytes(blocks_of(make_plan(ordinary.config).skeleton)[:2])
+    limit = gram_bytes([u for u in units_of(make_plan(ordinary.config).skeleton) if u.layer < 2])
     flags = [*FLAGS, "--model.device_map=cpu", f"--model.max_memory={{cpu: {limit}B}}"]
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     result = world.run(tmp_path, *flags, name="ranges")
@@ -146,7 +145,7 @@ def test_a_run_with_gram_matrices_beyond_max_memory_has_the_same_bits(world, tmp
     assert result.summary["forward_tokens"] <= make_plan(result.config).forward_tokens
 
     grams = [path for path in (tmp_path / "cache" / "statistics").iterdir() if read_tensors(path).keys() == {"gram"}]
-    assert len(grams) == 3 * 3 * 2  # corpora, blocks, scopes
+    assert len(grams) == 3 * 3 * 2  # corpora, blocks, kinds of units
     # The second run reads the statistics from the cache.
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "observe", lambda *_: pytest.fail("calibrated"))

@@ -137,8 +137,8 @@ def test_an_exception_leaves_no_hooks_and_no_gradients(tiny_model, token_batch, 
 def test_a_non_finite_gradient_raises_a_user_error(token_batch):
     model = make_tiny_llama(tie_word_embeddings=False)
     model.lm_head.weight.data *= 1e38  # the logits overflow, the inputs of the projections do not
-    assert all(np.isfinite(x).all() for x in projection_inputs(model, token_batch)["ffn"])
-    assert collect(model, batches(token_batch, 6)).ffn[0].total.count == 192
+    assert all(np.isfinite(x).all() for x in projection_inputs(model, token_batch)["neurons"])
+    assert collect(model, batches(token_batch, 6)).channels["neurons.0"].total.count == 192
     with pytest.raises(UserError, match=r"non-finite gradient.*--model\.dtype float32"):
         collect(model, batches(token_batch, 6), saliency=BOTH)
     assert hooks_of(model) == 0

@@ -13,9 +13,9 @@ from scipy.stats import f_oneway, kendalltau
 
 import gprune
 from experiments import heterogeneity
-from gprune.importance.scores import ffn_weights, fractional_ranks, score_ffn
-from gprune.models.blocks import blocks_of
+from gprune.importance.scores import channel_scores, fractional_ranks, unit_weights
 from gprune.models.loading import load_model
+from gprune.models.units import units_of
 from gprune.runs.results import read_run
 from tests import tiny_run
 
@@ -59,10 +59,13 @@ def agreement_of_halves(folder) -> list[float]:
     by_corpus = []
     for statistics in result.statistics.values():
         by_block = []
-        for block in blocks_of(model):
-            halves = [statistics.ffn[block.index].half(half) for half in (0, 1)]
+        for u in units_of(model):
+            if u.kind != "neurons":
+                continue
+            weights = unit_weights(u, model.model.layers[u.layer])
+            halves = [statistics.channels[u.key].half(half) for half in (0, 1)]
             first_half, second_half = (
-                score_ffn("wanda_sp", block, ffn_weights(block), moments, torch.Generator()) for moments in halves
+                channel_scores("wanda_sp", u, weights, moments, torch.Generator()) for moments in halves
             )
             by_block.append(kendalltau(first_half, second_half).statistic)
         by_corpus.append(by_block)

@@ -154,7 +154,7 @@ def test_save_writes_a_model_that_computes_the_same_as_the_cut_layers(world, tmp
     for index, layer in enumerate(masked.model.layers):
         ffn = torch.rand(config.intermediate_size, generator=generator) < 0.5
         groups = torch.arange(config.num_key_value_heads) != index % 2
-        cut |= {f"ffn.{index}": ffn, f"attention.{index}": groups}
+        cut |= {f"neurons.{index}": ffn, f"kv_groups.{index}": groups}
         for name, keep in (("mlp.down_proj", ffn), ("self_attn.o_proj", groups.repeat_interleave(channels))):
             linear = layer.get_submodule(name)
             bias = torch.randn(config.hidden_size, generator=generator)

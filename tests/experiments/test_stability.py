@@ -24,7 +24,7 @@ def draw(units: int, kept: int, seed: int) -> torch.Tensor:
 
 def run_of(seed: int, *ffn: torch.Tensor, model: str = "m") -> FinishedRun:
     """Return a run named `a` with the given masks of its FFNs. No KV group is removed."""
-    masks = Masks(list(ffn), [torch.ones(2, dtype=torch.bool)] * len(ffn))
+    masks = Masks.of_blocks(list(ffn), [torch.ones(2, dtype=torch.bool)] * len(ffn))
     settings = {"run": {"seed": seed}, "inputs": {"model": model}, "gprune": True}
     return FinishedRun(Path(f"{seed}"), "a", settings, [], {}, masks)
 

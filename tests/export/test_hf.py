@@ -23,6 +23,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import slice_model, widths
+from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
 from tests.tiny_run import WORDS, environment, tiny_tokenizer
@@ -124,8 +125,9 @@ def test_experts_with_a_single_token_reload_with_the_same_bits(tmp_path):
     model = make_tiny("olmoe", neurons=168, num_experts=64, num_local_experts=64, num_experts_per_tok=8)
     ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
-    margins = [torch.rand(b.neurons * b.experts, generator=generator) for b in blocks_of(model)]
-    small = slice_model(model, keep_masks(budget_of(blocks_of(model), 0.3, scope="ffn"), margins))
+    budget = budget_of(units_of(model), 0.3, scope="ffn")
+    margins = {u.key: torch.rand(u.size, generator=generator) for u in budget.of_kind("neurons")}
+    small = slice_model(model, keep_masks(budget, margins))
     folder = hf.save_pruned(small, None, tmp_path / "model")
     assert hf.check_reload(misaligned(small, 2), folder, ids) == 0.0
 

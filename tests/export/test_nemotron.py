@@ -125,7 +125,7 @@ def test_layers_that_all_lost_a_kv_group_are_written(kept, tmp_path):
     """Also if the number of heads, as 3 here or 28 of Llama-3.2-1B's 32, does not divide the hidden size."""
     model = make_tiny("llama", num_key_value_heads=len(kept))
     masks = some_masks(model, attention=False)
-    model = slice_model(model, Masks(masks.ffn, [torch.tensor(kept)] * 3))
+    model = slice_model(model, Masks.of_blocks(masks.ffn, [torch.tensor(kept)] * 3))
     assert written_config(model, tmp_path / "folder")["num_key_value_heads"] == sum(kept)
     assert difference_after_reloading(model, tmp_path / "folder") == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)

@@ -21,12 +21,13 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import score_units
-from gprune.models.blocks import blocks_of
-from tests.calibration.test_collector import batches, projection_inputs
+from gprune.units.structure import of_kind
+from tests.calibration.test_collector import KINDS, batches, projection_inputs
 from tests.world import BUILT_IN_METRICS, collect, make_tiny_llama
 
 BUILT_IN = BUILT_IN_METRICS
 BOTH = ("ffn", "attention")
+NEURONS = {f"neurons.{b}" for b in range(3)}
 # Grouped-query, multi-query and multi-head attention; a head size other than hidden size / heads.
 SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]
 
@@ -48,8 +49,7 @@ def all_statistics(model, tokens: torch.Tensor, size: int = 6) -> CorpusStatisti
 
 def scores_of(name: str, model, statistics: CorpusStatistics, **options) -> list[torch.Tensor]:
     """Scores of the neurons of each block, and then of the KV groups of each block."""
-    scores = score_units(name, blocks_of(model), statistics, **options)
-    return [*scores.ffn, *scores.attention]
+    return list(score_units(name, model, statistics, scope=KINDS, **options).values())
 
 
 def norms(m: np.ndarray, axis: int) -> np.ndarray:
@@ -87,19 +87,19 @@ def reference_scores(model, tokens: torch.Tensor, name: str) -> list[np.ndarray]
         found = [p for part, p in module.named_parameters() if part.endswith("proj.weight")]
         return [np.abs(p.detach() * p.grad).numpy() if name == "taylor" else p.numpy() for p in found]
 
-    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in BOTH}
+    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for index, layer in enumerate(double.model.layers):
         gate, up, down = weights_of(layer.mlp)
         query, key, value, output = weights_of(layer.self_attn)
-        x, y = (inputs[kind][index].reshape(-1, inputs[kind][index].shape[-1]) for kind in BOTH)
+        x, y = (inputs[kind][index].reshape(-1, inputs[kind][index].shape[-1]) for kind in KINDS)
         if name == "taylor":
-            scores["ffn"].append(gate.sum(1) + up.sum(1) + down.sum(0))
-            scores["attention"].append(sum(w.reshape(groups, -1).sum(1) for w in (query, key, value, output.T.copy())))
+            scores["neurons"].append(gate.sum(1) + up.sum(1) + down.sum(0))
+            scores["kv_groups"].append(sum(w.reshape(groups, -1).sum(1) for w in (query, key, value, output.T.copy())))
         else:
-            scores["ffn"].append(FORMULAS[name](x, down, [gate, up]))
+            scores["neurons"].append(FORMULAS[name](x, down, [gate, up]))
             channels = FORMULAS[name](y, output, [value[value_rows]])
-            scores["attention"].append(channels.reshape(groups, -1).sum(1))
-    return [*scores["ffn"], *scores["attention"]]
+            scores["kv_groups"].append(channels.reshape(groups, -1).sum(1))
+    return [*scores["neurons"], *scores["kv_groups"]]
 
 
 # Relative tolerances. Gradients have the precision of a float32 backward pass.
@@ -122,8 +122,8 @@ class Cached:
         """Scores of neurons and KV groups from statistics of all windows, or of those of one half."""
         statistics = self.statistics(shape, size)
         if half is not None:
-            halves = {k: [SimpleNamespace(total=c.half(half)) for c in getattr(statistics, k)] for k in BOTH}
-            statistics = SimpleNamespace(**halves)
+            halves = {key: SimpleNamespace(total=c.half(half)) for key, c in statistics.channels.items()}
+            statistics = SimpleNamespace(channels=halves)
         return scores_of(name, self.model(shape), statistics)
 
 
@@ -173,11 +173,10 @@ def test_kv_groups_out_of_scope_score_zero_and_neuron_scores_do_not_change(tiny_
     statistics = collect(tiny_model, batches(token_batch, 6), saliency=("ffn",))
     full = all_statistics(tiny_model, token_batch)
     for name in BUILT_IN:
-        scores = score_units(name, blocks_of(tiny_model), statistics, attention=False)
-        both = score_units(name, blocks_of(tiny_model), full)
-        assert all(torch.equal(a, b) for a, b in zip(scores.ffn, both.ffn, strict=True)), name
+        scores, both = score_units(name, tiny_model, statistics), score_units(name, tiny_model, full, scope=KINDS)
         nothing = torch.zeros(2, dtype=torch.float64)
-        assert all(torch.equal(s, nothing) for s in [*scores.attention, *scores.channels]), name
+        assert all(torch.equal(s, both[key] if key in NEURONS else nothing) for key, s in scores.items()), name
+        assert (scores.keys(), scores.channels) == (both.keys(), {}), name
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -193,10 +192,10 @@ def test_metrics_read_only_the_statistics_that_they_declare(name, shared):
 
 
 def test_random_scores_are_seeded_differ_between_blocks_and_keep_the_global_random_state(tiny_model, token_batch):
-    blocks, statistics = blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6))
+    statistics = collect(tiny_model, batches(token_batch, 6))
 
     def draw(seed: int) -> list[torch.Tensor]:
-        return score_units("random", blocks, statistics, seed=seed).ffn
+        return of_kind(score_units("random", tiny_model, statistics, seed=seed), "neurons")
 
     assert all(torch.equal(a, b) for a, b in zip(draw(3), draw(3), strict=True))
     of_two_seeds = [*draw(3), *draw(4)]
@@ -234,7 +233,7 @@ def test_a_run_needs_the_extras_of_its_metrics():
 def test_a_metric_that_modifies_weights_is_refused_by_name(tiny_model, token_batch):
     gprune.metric("mine")(lambda w, m, g: w.output.abs_().sum(0))
     with pytest.raises(UserError, match=r"^Importance metric 'mine' must not change its inputs[^\n]*$"):
-        score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
+        score_units("mine", tiny_model, collect(tiny_model, batches(token_batch, 6)))
 
 
 @pytest.mark.usefixtures("scratch_registry")

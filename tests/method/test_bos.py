@@ -65,7 +65,7 @@ def test_runs_with_and_without_bos_share_no_text_and_no_statistics(world, tmp_pa
         manifest = json.loads((run.path / "manifest.json").read_text())
         text_hashes[bos] = manifest["settings"]["inputs"]["text"]
         nll[bos] = [r["nll"] for r in run.records]
-        statistics[bos] = run.statistics[str(world.corpora["alpha"])].ffn[0].total.mean_sq
+        statistics[bos] = run.statistics[str(world.corpora["alpha"])].channels["neurons.0"].total.mean_sq
     assert text_hashes["auto"] == text_hashes["always"]
     assert not set(text_hashes["auto"].values()) & set(text_hashes["never"].values())
     assert nll["auto"] == nll["always"]

@@ -22,9 +22,14 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.runs.numbers import keyed
 from gprune.studies.archive import fold_records, unfold_records
+from gprune.units.structure import of_kind
 from tests import tiny_run
 
 CONFIGURATIONS = configurations(real=False)
+CONFIGURATIONS |= {  # what the compared configurations do not reach
+    "layers": [*CONFIGURATIONS["default"], "--sparsity.scope=ffn+blocks", "--sparsity.block_share=0.8"],
+    "reconstruction_of_modules": [*CONFIGURATIONS["default"], "--sparsity.allocation=reconstruction"],
+}
 FIELDS = {
     "stage", "importance", "allocation", "recovery", "sparsity", "scope", "corpus", "split", "seen", "perplexity",
     "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "precision", "float32_matmul_precision",
@@ -131,7 +136,7 @@ def test_only_units_in_scope_are_removed_in_whole_steps(result):
     cfg, masks = result.config, result.masks
     multiple = make_plan(cfg).budget.width_multiple
     for b, (neurons, groups, is_kept) in enumerate(zip(masks.ffn, masks.attention, masks.blocks, strict=True)):
-        assert is_kept or cfg.sparsity.blocks
+        assert is_kept or "blocks" in cfg.sparsity.scope
         if is_kept:
             assert neurons.all() or (neurons.any() and int(neurons.sum()) % multiple == 0)
             assert groups.all() if not cfg.attention else groups.any()
@@ -153,7 +158,7 @@ def test_modules_partition_the_neurons_and_thresholds_are_finite(result):
     if result.config.learns:
         smallest = min(int(labels.bincount().min()) for labels in result.modules.labels)
         largest = torch.logit(torch.tensor(1 - 0.25 / smallest))
-        assert all(thresholds.abs().max() <= largest for thresholds in result.thresholds[0])
+        assert all(thresholds.abs().max() <= largest for thresholds in of_kind(result.thresholds, "neurons"))
 
 
 def test_the_numbers_are_those_of_the_dense_and_of_the_exported_model(result):

@@ -30,7 +30,8 @@ from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
-from gprune.partition.modules import ModuleRanks
+from gprune.models.units import units_of
+from gprune.partition.modules import ranks_in_modules
 from gprune.recoveries import Material, recoveries_of
 from gprune.runs.results import load_run
 from gprune.sparsity.budget import budget_of
@@ -83,18 +84,17 @@ def calibrate(place: Place, **kinds: Any) -> CorpusStatistics:
 
 def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any) -> list[Tensor]:
     """Return thresholds and offsets after `steps` steps under Lightning's Trainer."""
-    blocks = blocks_of(place.model)
+    units = [u for u in units_of(place.model) if u.kind in ("neurons", "kv_groups")]
+    units.sort(key=lambda u: u.kind, reverse=True)  # first the neurons of all blocks
     generator = torch.Generator().manual_seed(0)
-    labels = [torch.arange(b.experts * b.neurons) % 3 for b in blocks]
+    labels = [torch.arange(u.size) % 3 for u in units if u.kind == "neurons"]
 
     def random_ranks(units: int) -> Tensor:
         return torch.rand(units, generator=generator, dtype=torch.float64) * 0.98 + 0.01
 
-    ffn_ranks = [random_ranks(len(block_labels)) for block_labels in labels]
-    group_ranks = [random_ranks(b.kv_groups) for b in blocks]
-    ranks = ModuleRanks(ffn_ranks, labels, group_ranks)
-    budget = budget_of(blocks, 0.4, scope="attention+ffn" if attention else "ffn")
-    start = start_thresholds(keep_masks(budget, ffn_ranks, group_ranks), ranks)
+    ranks = ranks_in_modules({u.key: random_ranks(u.size) for u in units}, labels)
+    budget = budget_of(units_of(place.model), 0.4, scope="attention+ffn" if attention else "ffn")
+    start = start_thresholds(keep_masks(budget, ranks.p), ranks)
     stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | settings)
     train(stage, DataLoader(place.batches(steps), batch_size=None))
     return [t.detach().cpu() for t in stage.state_dict().values()]

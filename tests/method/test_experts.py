@@ -68,7 +68,7 @@ def test_a_run_removes_experts_of_lowest_reap_exports_a_stock_folder_and_reports
     }  # fmt: skip
     # The experts with the lowest REAP score, by the pooled statistics of both corpora.
     for layer, mask in enumerate(result.masks.ffn[0::2]):  # experts and shared experts of each layer
-        sums = sum(result.statistics[name].ffn[2 * layer].routing for name in map(str, world_paths(world)))
+        sums = sum(result.statistics[str(path)].channels[f"neurons.{2 * layer}"].routing for path in world_paths(world))
         reap = sums[3] / sums[0].clamp_min(1)
         kept = mask.view(8, -1).any(1)
         assert kept.sum() == 4

@@ -62,10 +62,7 @@ def data_with_validation(model, batch_size: int = 4) -> CorpusDataModule:
 
 def test_a_stage_supports_early_stopping_and_checkpoints_under_any_trainer(tiny_model, tmp_path):
     default_stage = make_stage(tiny_model, lr=0.5)
-    start = (
-        [t.detach().clone() for t in default_stage.ffn_thresholds],
-        [t.detach().clone() for t in default_stage.attention_thresholds],
-    )
+    start = {key: t.detach().clone() for key, t in default_stage.thresholds.items()}
     arguments = {"model": tiny_model, "ranks": default_stage.ranks, "start": start, "budget": default_stage.budget}
     stage = ThresholdLearning(**arguments, learning_rate=0.5, centred=False)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(tmp_path, monitor="development/perplexity")
@@ -192,7 +189,7 @@ def test_validation_does_not_change_training(tiny_model):
         torch.manual_seed(0)
         stage = make_stage(tiny_model, lr=0.5)
         trainer_of(ApplyMasks(stage.masks), epochs=3, val_check_interval=1).fit(stage, data)
-        learned[name] = [*stage.ffn_thresholds, torch.rand(1)]  # validation draws no random number either
+        learned[name] = [*stage.learned_thresholds, torch.rand(1)]  # validation draws no random number either
     assert all(torch.equal(*pair) for pair in zip(*learned.values(), strict=True))
 
 
@@ -239,7 +236,7 @@ def test_a_fast_dev_run_trains_on_one_batch_and_calibrates_on_all_windows(world,
     result = prune(parse(flags(world, tmp_path, *LEARNS[:3], "--trainer.fast_dev_run=true")))
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert manifest["learning"]["steps"] == 1
-    assert all(int(s.ffn[0].total.count) == 4 * 32 for s in result.statistics.values())
+    assert all(int(s.channels["neurons.0"].total.count) == 4 * 32 for s in result.statistics.values())
     assert not list((result.path / "checkpoints").rglob("*.ckpt"))
 
 
@@ -260,7 +257,7 @@ def test_masks_of_a_stage_that_a_callback_changed_are_refused_if_they_are_not_on
         def on_train_end(self, trainer, pl_module):
             if isinstance(pl_module, ThresholdLearning):
                 masks = pl_module.masks()
-                nothing_removed = type(masks)([k | True for k in masks.ffn], masks.attention)
+                nothing_removed = type(masks)({key: keep | True for key, keep in masks.items()})
                 pl_module.masks = lambda budget=None: nothing_removed
 
     with pytest.raises(UserError, match=r"^Learner 'ThresholdLearning' must return masks on budget"):

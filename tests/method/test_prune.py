@@ -29,9 +29,9 @@ from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.method.evaluate import leaks
 from gprune.method.plan import make_plan
-from gprune.models.blocks import blocks_of
 from gprune.report import sentences
 from gprune.report.sentences import first_look
+from gprune.units.structure import of_kind
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -298,7 +298,7 @@ def test_switched_modules_with_metric_consensus_rank_by_the_mean_rank_over_drift
     result = world.run(tmp_path, *flags, *everywhere)
     assert result.modules.reliability[0].switched.any()
     scores_by_corpus = [
-        score_units(importance, blocks_of(dense), result.statistics[corpus], seed=0).ffn
+        of_kind(score_units(importance, dense, result.statistics[corpus], seed=0), "neurons")
         for corpus in result.config.corpora.drift
     ]
     mean_ranks = [  # by block
@@ -320,9 +320,9 @@ def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corp
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
     pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
-    scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
+    scores = of_kind(score_units(result.config.importance, dense, pool, seed=0), "neurons")
     of_scoring_corpus = result.statistics[result.config.corpora.scored[0]]
-    base_scores = score_units(result.config.importance, blocks_of(dense), of_scoring_corpus, seed=0).ffn
+    base_scores = of_kind(score_units(result.config.importance, dense, of_scoring_corpus, seed=0), "neurons")
     in_order_of_base_scores = []
     for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
         assert bool(result.modules.reliability[b].switched.all())

@@ -24,6 +24,7 @@ from gprune.method import quality
 from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
+from gprune.models.units import units_of
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import budget_of
@@ -132,14 +133,15 @@ def test_the_removed_share_is_the_largest_within_the_limit(trained, rise, tmp_pa
     """The model has 480 neurons, so the resolution of a thousandth is one neuron."""
     flags = with_target("+20%", "--gprune=false", f"--corpora.score={trained.names(*tiny_run.SEEN)}")
     results = {limit: trained.run(tmp_path, *flags, f"--sparsity.limit={limit}", name=limit) for limit in LIMITS}
-    blocks = blocks_of(AutoModelForCausalLM.from_pretrained(trained.model))
+    model = AutoModelForCausalLM.from_pretrained(trained.model)
     statistics = pool_statistics(results["mean"].statistics.values())
-    scores = score_units("wanda_sp", blocks, statistics, seed=0)
-    budget, neuron_cost = budget_of(blocks, "+20%", scope="ffn"), blocks[0].unit_cost("ffn")
+    scores = score_units("wanda_sp", model, statistics, seed=0)
+    budget = budget_of(units_of(model), "+20%", scope="ffn")
+    neuron_cost = budget.price["neurons.0"][1]
     rises = {}  # by the number of removed neurons
     found = {limit: sum(int((~keep).sum()) for keep in result.masks.ffn) for limit, result in results.items()}
     for cut in {*range(1, 3 * tiny_run.NEURONS - 2, 8), *found.values(), *(removed + 1 for removed in found.values())}:
-        rises[cut] = rise(allocate("uniform", scores, statistics, blocks, budget.removing(cut * neuron_cost)))
+        rises[cut] = rise(allocate("uniform", scores, statistics, blocks_of(model), budget.removing(cut * neuron_cost)))
     for limit, result in results.items():
         removed = found[limit]
         limited = {cut: LIMITS[limit](of_cut) for cut, of_cut in rises.items()}

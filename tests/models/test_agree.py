@@ -29,6 +29,7 @@ from gprune.models.loading import load_weights
 from gprune.models.losses import iter_logits, next_token_losses, why_not_measurable
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from tests import tiny_run
 from tests.world import MIXTURES, TYPES, hooks_of, make_tiny, masks_without, mixture, tiny_of
@@ -123,7 +124,7 @@ def masks_of(model: PreTrainedModel, scope: str, *, equal: bool) -> Masks:
         is_kept = "blocks" not in scope or block.layer_index != 1
         ffn.append(keep.flatten() & is_kept)
         attention.append(groups & is_kept)
-    return Masks(ffn, attention)
+    return Masks.of_blocks(ffn, attention)
 
 
 def is_part_of(small: Tensor, tensor: Tensor) -> bool:
@@ -175,7 +176,7 @@ def test_masked_sliced_and_reloaded_models_agree(name, settings, scope, equal, t
     sliced = logits(small)
     torch.testing.assert_close(sliced, expected, atol=1e-4 * scale, rtol=0)
     removed = model.num_parameters() - small.num_parameters()
-    assert removed == budget_of(blocks, scope="attention+ffn+experts").removed_by(masks) > 0
+    assert removed == budget_of(units_of(model), scope="attention+ffn+experts").removed_by(masks) > 0
     assert_kept_weights_are_unchanged(model, small, removed_layers)
     kept_blocks = [block for block in blocks if block.layer_index not in removed_layers]
     for before, after in zip(kept_blocks, blocks_of(small), strict=True):  # KV groups are removed with all heads

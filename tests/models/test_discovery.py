@@ -17,11 +17,12 @@ from gprune.discovery.search import agree, check_by_copy, discover_from_tiny, di
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
 from gprune.models import experts
-from gprune.models.blocks import Block, blocks_of, decoder_layers, find_unpruned
+from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.copies import skeleton
 from gprune.models.families import FAMILIES, Family, attach_record
 from gprune.models.loading import register_type
 from gprune.models.surgery import slice_model
+from gprune.models.units import find_unpruned, units_of
 from tests import tiny_run
 from tests.world import tiny_of
 
@@ -174,7 +175,7 @@ def test_experts_shared_between_layers_are_refused():
 def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, output, modules):
     model = model()
     unpruned = find_unpruned(model)
-    pruned = {slice_.path for block in blocks_of(model) for slice_ in block.slices if slice_.kind == "ffn"}
+    pruned = {s.path for u in units_of(model) if u.kind == "neurons" for s in u.slices}
     assert pruned
     if output is None:
         assert unpruned == {}

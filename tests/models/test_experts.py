@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,15 @@ from experiments.architectures import example
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE
-from gprune.importance.scores import idle_experts, score_experts, score_units
+from gprune.importance.scores import Scores, idle_experts, score_experts, score_units
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, decoder_layers
+from gprune.models.experts import router_needs
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
-from gprune.sparsity.experts import router_needs
+from gprune.units.structure import of_kind
 from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, restored, some_masks
 
 # Types whose routers divide weights by their sum only with a setting.
@@ -43,7 +44,7 @@ def experts_only(model: PreTrainedModel, kept: int | None = None) -> Masks:
             if kept is not None:
                 by_expert = (torch.arange(block.experts) < kept)[:, None].expand(-1, block.neurons)
         ffn.append(by_expert.flatten())
-    return Masks(ffn, [torch.ones_like(keep) for keep in masks.attention])
+    return Masks.of_blocks(ffn, [torch.ones_like(keep) for keep in masks.attention])
 
 
 def mixtures(model: PreTrainedModel) -> list[Block]:
@@ -60,7 +61,7 @@ def test_statistics_of_experts_equal_those_of_activations_computed_expert_by_exp
     for block in blocks_of(model):
         block.down.host.register_forward_pre_hook(lambda m, x: calls.append((m, x[0].flatten(0, -2), x[1])))
     statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
-    for (module, hidden, routed), channel in zip(calls, statistics.ffn, strict=True):
+    for (module, hidden, routed), channel in zip(calls, of_kind(statistics.channels, "neurons"), strict=True):
         for expert in range(8):
             chosen = (routed == expert).any(-1).flatten().nonzero()[:, 0]
             if name == "gpt_oss":
@@ -86,11 +87,9 @@ def test_an_expert_without_tokens_is_ranked_by_an_activation_free_metric():
 
     with gate.register_forward_hook(constant_routing):
         statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}])
-    assert statistics.ffn[0].total.count.view(8, -1)[:, 0].tolist() == [ids.numel()] * 2 + [0] * 6
-    blocks = blocks_of(model)
+    assert statistics.channels["neurons.0"].total.count.view(8, -1)[:, 0].tolist() == [ids.numel()] * 2 + [0] * 6
     scores, activation_free = (
-        score_units(metric, blocks, statistics, attention=False).ffn[0].view(8, -1)
-        for metric in ("wanda_sp", "magnitude")
+        score_units(metric, model, statistics)["neurons.0"].view(8, -1) for metric in ("wanda_sp", "magnitude")
     )
     # Idle experts have the order of the other metric, and the mean distribution of the experts with tokens.
     mean_of_busy_experts = scores[:2].sort(1).values.mean(0)
@@ -128,13 +127,13 @@ def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
     model, ids = mixture(name, **RENORMALISING.get(name, {})).double(), tokens()
     statistics = collect_routing(model, ids)
-    scores = score_experts("reap", blocks_of(model), statistics)
+    scores = score_experts("reap", model, statistics)
     assert hooks_of(model) == 0
     for block, expected in zip(mixtures(model), reference_routing(model, ids), strict=True):
-        routing = statistics.ffn[block.index].routing
+        routing = statistics.channels[f"neurons.{block.index}"].routing
         torch.testing.assert_close(routing, expected, rtol=1e-6, atol=1e-9)
         reap = expected[3] / expected[0].clamp_min(1)
-        torch.testing.assert_close(scores[block.index], reap.where(expected[0] > 0, -torch.inf))
+        torch.testing.assert_close(scores[f"experts.{block.index}"], reap.where(expected[0] > 0, -torch.inf))
 
 
 def collect_routing(model: PreTrainedModel, ids: Tensor, weight: Tensor | None = None) -> CorpusStatistics:
@@ -148,20 +147,23 @@ def test_routing_ignores_padded_windows_is_pooled_and_does_not_change_other_stat
     alone = collect_routing(model, ids[[0, 2]])
     both = pool_statistics([alone, collect_routing(model, ids[[1, 3]])])
     together = collect_routing(model, ids)
-    for index in range(3):
-        torch.testing.assert_close(counted.ffn[index].routing, alone.ffn[index].routing, rtol=1e-6, atol=0)
-        torch.testing.assert_close(both.ffn[index].routing, together.ffn[index].routing, rtol=1e-6, atol=0)
-        assert float(together.ffn[index].routing[0].sum()) == 2 * ids.numel()  # top-2
+    for key in (f"neurons.{index}" for index in range(3)):
+        texts = counted, alone, both, together
+        of_counted, of_alone, of_both, of_together = (text.channels[key].routing for text in texts)
+        torch.testing.assert_close(of_counted, of_alone, rtol=1e-6, atol=0)
+        torch.testing.assert_close(of_both, of_together, rtol=1e-6, atol=0)
+        assert float(of_together[0].sum()) == 2 * ids.numel()  # top-2
     flat, plain = together.tensors(), collect(model, [{"input_ids": ids, "index": torch.arange(4)}]).tensors()
     assert all(torch.equal(flat[name], plain[name]) for name in plain)
-    assert flat.keys() - plain.keys() == {f"ffn.{index}.routing" for index in range(3)}
-    assert torch.equal(CorpusStatistics.from_tensors(flat).ffn[2].routing, together.ffn[2].routing)
+    assert flat.keys() - plain.keys() == {f"neurons.{index}.routing" for index in range(3)}
+    read = CorpusStatistics.from_tensors(flat)
+    assert torch.equal(read.channels["neurons.2"].routing, together.channels["neurons.2"].routing)
 
 
 def test_expert_metrics_equal_their_formulas_and_scores_of_a_registered_one_are_checked():
     model, ids = mixture("mixtral"), tokens()
     statistics = collect_routing(model, ids)
-    sums = statistics.ffn[1].routing
+    sums = statistics.channels["neurons.1"].routing
     with restored(EXPERT_IMPORTANCE):
 
         @gprune.expert_metric("energy")
@@ -171,7 +173,7 @@ def test_expert_metrics_equal_their_formulas_and_scores_of_a_registered_one_are_
             return routing.weight * weights.output.unflatten(1, (8, 64)).square().sum((0, 2))
 
         def scores(name: str, seed: int = 0) -> Tensor:
-            return score_experts(name, blocks_of(model), statistics, seed=seed)[1]
+            return score_experts(name, model, statistics, seed=seed)["experts.1"]
 
         assert torch.equal(scores("frequency"), sums[0])
         torch.testing.assert_close(scores("output_norm"), sums[2] / sums[0])
@@ -195,17 +197,18 @@ def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
     for layer in model.model.layers:  # scores far below 1
         layer.mlp.experts.down_proj *= 1e-3
         layer.mlp.experts.down_proj_bias *= 1e-3
-    blocks, statistics = blocks_of(model), collect_routing(model, ids)
-    idle = {block.index: (statistics.ffn[block.index].routing[0] == 0).nonzero()[:, 0].tolist() for block in blocks}
+    units, statistics = units_of(model), collect_routing(model, ids)
+    routed = of_kind(statistics.channels, "neurons")
+    idle = {index: (of_block.routing[0] == 0).nonzero()[:, 0].tolist() for index, of_block in enumerate(routed)}
     idle = {index: experts for index, experts in idle.items() if experts}
     number = sum(map(len, idle.values()))
-    budget = budget_of(blocks, (number - 0.5) / 24, scope="experts", uniform_experts=False, config=model.config)
+    budget = budget_of(units, (number - 0.5) / 24, scope="experts", uniform_experts=False)
     with restored(EXPERT_IMPORTANCE):
         gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
-        scores = score_units("magnitude", blocks, statistics)
-        budget = budget.ranked_by(replace(scores, experts=score_experts(metric, blocks, statistics)))
+        scores = score_units("magnitude", model, statistics)
+        budget = budget.ranked_by(Scores(scores, experts=score_experts(metric, model, statistics)))
     assert idle[1] == [2, 5]
-    assert "layer 1: 2, 5" in idle_experts(blocks, [statistics])
+    assert "layer 1: 2, 5" in idle_experts(units, [statistics])
     assert budget.removed_experts == idle
 
 
@@ -251,7 +254,7 @@ def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_exper
     masks, handles = experts_only(model), []
     for block in mixtures(model):
         kept = ~torch.isin(torch.arange(8), torch.tensor(removed))
-        masks.ffn[block.index] = kept.repeat_interleave(block.neurons)
+        masks[f"neurons.{block.index}"] = kept.repeat_interleave(block.neurons)
         router = block.layer.mlp.router if name == "gpt_oss" else block.layer.mlp.gate
 
         def without(router: nn.Module, _inputs: tuple, output: tuple) -> tuple:
@@ -272,7 +275,7 @@ def test_masks_with_experts_of_unequal_widths_are_refused():
     model = make_tiny("mixtral")
     masks = some_masks(model, attention=False)
     masks.ffn[0][:] = torch.arange(4 * 48) > 0
-    with pytest.raises(ValueError, match=r"Masks\.ffn\[0\] must keep equally many neurons of every expert"):
+    with pytest.raises(ValueError, match=r"Masks\['neurons.0'\] must keep equally many neurons of every expert"):
         slice_model(model, masks)
 
 
@@ -282,7 +285,7 @@ def test_experts_of_a_router_with_groups_must_be_removed_equally_from_each_group
         masks = experts_only(model, kept=8)
         block = mixtures(model)[0]
         keep = torch.isin(torch.arange(8), torch.tensor(kept))
-        masks.ffn[block.index] = keep.repeat_interleave(block.neurons)
+        masks[f"neurons.{block.index}"] = keep.repeat_interleave(block.neurons)
         with pytest.raises(UserError, match=rf"must be at least 2 in each of 2 groups, the same number; got {found}"):
             slice_model(model, masks)
 

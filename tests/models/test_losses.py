@@ -20,7 +20,7 @@ from gprune.models.losses import (
 )
 from gprune.models.masks import gated
 from gprune.models.products import CastWeights
-from tests.world import make_tiny, make_tiny_llama, tiny_of
+from tests.world import by_key, make_tiny, make_tiny_llama, tiny_of
 
 
 def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def test_losses_of_bfloat16_models_are_float32(token_batch):
     losses = []
     for dtype in (torch.bfloat16, torch.float32):
         model, gates = make_tiny_llama().to(dtype), random_gates()
-        with gated(model, gates):
+        with gated(model, by_key(gates)):
             losses.append(next_token_losses(model, token_batch).mean())
             losses[-1].backward()
         assert all(g.grad.dtype == torch.float32 and bool(torch.isfinite(g.grad).all()) for g in gates)
@@ -107,7 +107,7 @@ def test_losses_and_gradients_equal_autograd_through_all_logits(dtype, tied, div
 
     def loss_and_gradient(lm, losses_of) -> tuple[torch.Tensor, torch.Tensor]:
         gates = random_gates(next(lm.parameters()).dtype)
-        with gated(lm, gates):
+        with gated(lm, by_key(gates)):
             losses = losses_of()
             (losses * weight.to(losses)).sum().backward()
         return losses.detach().double(), torch.cat([g.grad for g in gates]).double()
@@ -128,7 +128,7 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
     def gradient(loss_of) -> torch.Tensor:
         """The gradient of a loss with respect to gates of neurons."""
         gates = [torch.linspace(0.2, 1, 48, requires_grad=True) for _ in range(3)]
-        with gated(model, gates):
+        with gated(model, by_key(gates)):
             loss_of().backward()
         return torch.stack([gate.grad for gate in gates])
 
@@ -196,7 +196,7 @@ def step(model, ids, copies=None):
     """Losses of a pass under autocast, with bfloat16 copies if given, and the gradient of the last block's gates."""
     gate = torch.ones(model.config.intermediate_size, requires_grad=True)
     gates = [torch.ones_like(gate)] * (model.config.num_hidden_layers - 1) + [gate]
-    with torch.autocast("cpu", torch.bfloat16), gated(model, gates):
+    with torch.autocast("cpu", torch.bfloat16), gated(model, by_key(gates)):
         if copies is None:
             losses = next_token_losses(model, ids)
         else:

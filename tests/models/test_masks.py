@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gprune.models.masks import Masks, gated, masked
-from tests.world import hooks_of
+from tests.world import by_key, hooks_of
 
 
 def some_masks(seed: int = 0, depth: int = 3) -> Masks:
     """Masks that keep about 60 % of 48 neurons, and one of two KV groups in every second block."""
     generator = torch.Generator().manual_seed(seed)
-    return Masks(
+    return Masks.of_blocks(
         [torch.rand(48, generator=generator) < 0.6 for _ in range(depth)],
         [torch.tensor([True, b % 2 == 0]) for b in range(depth)],
     )
@@ -24,22 +24,23 @@ def some_masks(seed: int = 0, depth: int = 3) -> Masks:
 @pytest.mark.parametrize("depth", [1, 3, 12])
 def test_masks_round_trip_through_tensors(depth):
     masks = some_masks(depth=depth)
-    flat = masks.tensors()
-    assert len(flat) == 2 * depth
-    assert Masks.from_tensors({name: flat[name] for name in sorted(flat)}) == masks
-    assert Masks.from_tensors({name: mask.to(torch.uint8) for name, mask in flat.items()}) == masks
+    assert len(masks) == 2 * depth
+    assert Masks.from_tensors({name: masks[name] for name in sorted(masks)}) == masks
+    former = {"neurons": "ffn", "kv_groups": "attention"}  # names in files of earlier versions
+    stored = {f"{former[key.split('.')[0]]}.{key.split('.')[1]}": mask.to(torch.uint8) for key, mask in masks.items()}
+    assert Masks.from_tensors(stored) == masks
 
 
 def test_a_block_is_removed_if_its_masks_keep_no_unit():
     some, none = torch.tensor([False, True]), torch.zeros(2, dtype=torch.bool)
-    assert Masks([some, none, some, none], [some, some, none, none]).blocks == [True, True, True, False]
+    assert Masks.of_blocks([some, none, some, none], [some, some, none, none]).blocks == [True, True, True, False]
 
 
 def test_masks_are_equal_if_all_bits_are_and_cannot_be_hashed():
     masks, other, shorter = some_masks(), some_masks(), some_masks()
     assert masks == other
     other.attention[1][0] = False
-    shorter.attention.pop()
+    shorter.pop("kv_groups.1")
     assert all(masks != different for different in (other, shorter, some_masks(depth=2), "masks"))
     with pytest.raises(TypeError):
         hash(masks)
@@ -59,15 +60,15 @@ def zeroed(model, masks: Masks):
 def without_blocks(masks: Masks, *removed: int) -> Masks:
     """The masks with these blocks removed."""
     no_neuron, no_group = torch.zeros(48, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
-    return Masks(
+    return Masks.of_blocks(
         [no_neuron if b in removed else mask for b, mask in enumerate(masks.ffn)],
         [no_group if b in removed else mask for b, mask in enumerate(masks.attention)],
     )
 
 
 def test_gates_of_attention_only_equal_zeroed_weights(tiny_model, token_batch):
-    masks = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.tensor([False, True])] * 3)
-    with gated(tiny_model, None, masks.attention):
+    masks = Masks.of_blocks([torch.ones(48, dtype=torch.bool)] * 3, [torch.tensor([False, True])] * 3)
+    with gated(tiny_model, by_key([], masks.attention)):
         logits = tiny_model(token_batch).logits
     torch.testing.assert_close(logits, zeroed(tiny_model, masks)(token_batch).logits, atol=1e-5, rtol=0)
 
@@ -85,15 +86,15 @@ def test_leaving_masked_restores_the_model_bit_for_bit(tiny_model, token_batch, 
 
 
 def test_gates_are_read_in_each_forward_pass_and_get_gradients(tiny_model, token_batch):
-    gates = [torch.ones(48) for _ in range(3)]
+    gates = by_key(torch.ones(48) for _ in range(3))
     dense = tiny_model(token_batch).logits
     masks = some_masks()
-    masks.attention[:] = [torch.ones(2, dtype=torch.bool)] * 3
+    masks = Masks.of_blocks(masks.ffn, [torch.ones(2, dtype=torch.bool)] * 3)
     with gated(tiny_model, gates):
         assert torch.equal(tiny_model(token_batch).logits, dense)  # gates of ones have no effect
-        gates[:] = [m.float().requires_grad_() for m in masks.ffn]
+        gates |= by_key(m.float().requires_grad_() for m in masks.ffn)
         logits = tiny_model(token_batch).logits
         logits.square().mean().backward()
     torch.testing.assert_close(logits, zeroed(tiny_model, masks)(token_batch).logits, atol=1e-5, rtol=0)
-    assert all(bool((g.grad != 0).all()) for g in gates)  # also for removed units
+    assert all(bool((g.grad != 0).all()) for g in gates.values())  # also for removed units
     assert all(p.grad is None for p in tiny_model.parameters())

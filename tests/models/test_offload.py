@@ -32,6 +32,7 @@ from gprune.models.offload import (
     resident,
 )
 from gprune.models.surgery import slice_model, slice_to_files
+from gprune.models.units import units_of
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
@@ -99,9 +100,10 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
     # Statistics of plain forward passes, and a metric that reads weights
     expected = collect(whole, batches(), gram=True, routing=True)
     assert_same_bits(collect(offloaded, batches(), gram=True, routing=True), expected)
-    scores = (score_units("magnitude", blocks_of(m), expected) for m in (offloaded, whole))
-    for scores_offloaded, scores_in_memory in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
-        assert torch.equal(scores_offloaded, scores_in_memory)
+    scope = "neurons", "kv_groups"
+    of_offloaded, in_memory = (score_units("magnitude", m, expected, scope=scope) for m in (offloaded, whole))
+    assert of_offloaded.keys() == in_memory.keys()
+    assert all(torch.equal(scores, in_memory[key]) for key, scores in of_offloaded.items())
     # No weight has been moved, and no hook removed.
     assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
@@ -219,10 +221,10 @@ def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
     for _ in range(2):
         masked_logits(offloaded, masks, ids)
         assert torch.equal(offloaded(ids).logits, whole(ids).logits)
-    block = blocks_of(offloaded)[2]
-    experts = block.down.host
+    units, layer = {u.key: u for u in units_of(offloaded)}, decoder_layers(offloaded)[2]
+    experts = layer.get_submodule(units["neurons.2"].reads)
     forward_of_accelerate = experts.__dict__["forward"]
-    watch_experts(block, lambda *_: None).remove()
+    watch_experts(layer, units["neurons.2"], lambda *_: None).remove()
     assert experts.__dict__["forward"] is forward_of_accelerate
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 

@@ -23,11 +23,12 @@ from gprune.models.blocks import blocks_of, by_layer, decoder_layers
 from gprune.models.families import attach_record
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import budget_of
-from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
+from gprune.sparsity.whole_blocks import choose_layers
 from tests import tiny_run
 from tests.world import collect
 
@@ -102,9 +103,8 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(sh
     assert of_blocks == [(n, n // 2, n % 2 == 0, n % 2 == 0) for n in range(6)]
     for of_layer, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in of_layer)
-        assert sum(block.cost for block in of_layer) == sum(p.numel() for p in layer.parameters())
-    budget = budget_of(blocks, 0.3, scope="ffn", protect=[-1])
-    assert budget.protected == {4, 5}
+    budget = budget_of(units_of(shared_expert_model), 0.3, scope="ffn", protect=[-1])
+    assert budget.protected == {2}
 
 
 def test_statistics_of_a_shared_expert_count_all_tokens_and_least_squares_fits_it_to_its_dense_output(
@@ -119,14 +119,14 @@ def test_statistics_of_a_shared_expert_count_all_tokens_and_least_squares_fits_i
     for handle in handles:
         handle.remove()
     statistics = collect(shared_expert_model, [BATCH], gram=True)
-    assert len(statistics.ffn) == len(statistics.turned) == 6
+    assert len(statistics.channels) == 2 * len(statistics.turned) == 12
     masks = random_masks(shared_expert_model)
     small = slice_model(shared_expert_model, masks)
     revise = RECOVERY["least_squares"].revise(Material(shared_expert_model, masks, ridge=ridge, statistics=statistics))
     for dense, block in zip(blocks_of(shared_expert_model), blocks_of(small), strict=True):
         revise(dense, block)
     for index, x in enumerate(inputs):
-        moments = statistics.ffn[2 * index + 1].total  # the second block of the layer
+        moments = statistics.channels[f"neurons.{2 * index + 1}"].total  # the second block of the layer
         torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
         assert moments.count == IDS.numel()
@@ -141,22 +141,20 @@ def test_statistics_of_a_shared_expert_count_all_tokens_and_least_squares_fits_i
 
 
 def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
-    blocks = blocks_of(shared_expert_model)
-    layer = blocks[0].cost + blocks[1].cost
-    share = (layer + 1) / sum(block.cost for block in blocks)
-    budget = budget_of(blocks, share, scope="ffn+blocks", block_share=1.0)
+    units = units_of(shared_expert_model)
+    costs = [u.parameters for u in units if u.kind == "layer"]
+    share = (costs[0] + 1) / sum(costs)
+    budget = budget_of(units, share, scope="ffn+blocks", block_share=1.0)
     candidates = []
 
     def loss(removed: list[int]) -> float:
         candidates.append(tuple(removed))
         return -sum(removed)
 
-    assert choose_blocks(budget, loss) == [4, 5]
-    assert candidates == [(0, 1), (2, 3), (4, 5)]
-    # Block 3 stands for its layer 1. The target allows to remove only one layer, so that of block 0 remains.
-    chosen = budget.without([3, 0])
-    assert chosen.removed == (2, 3)
-    assert removed_layers(chosen) == [1]
+    assert choose_layers(budget, loss) == [2]
+    assert candidates == [(0,), (1,), (2,)]
+    # The target allows to remove only one layer, so layer 0 remains.
+    assert budget.without([1, 0]).removed == (1,)
 
 
 @pytest.mark.filterwarnings("error")
@@ -169,11 +167,11 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
         (False, True),
         (False, False),
     }
-    budget = budget_of(blocks, 0.3, scope="attention+ffn")
+    budget = budget_of(units_of(model), 0.3, scope="attention+ffn")
     settings = SimpleNamespace(sparsity=SimpleNamespace(scope="attention+ffn"))
     described = describe_unpruned(SimpleNamespace(budget=budget, skeleton=model, cfg=settings))
     assert re.search(r"\d of \d layers, without units that can be removed", described)
-    scores = score_units("wanda_sp", blocks, statistics, attention=True)
+    scores = score_units("wanda_sp", model, statistics, scope=("neurons", "kv_groups"))
     masks = allocate(rule, scores, statistics, blocks, budget)
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert 0 <= removed - budget.target < budget.largest_step

@@ -52,20 +52,22 @@ def units(*keep: bool) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "index", "mask", "message"),
     [
-        ("ffn", 1, units(*[True] * 47), r"Masks.ffn must be torch.bool of lengths \[48, 48, 48\]; got .*47"),
-        ("ffn", 0, [True] * 48, r"^Masks\.ffn must be tensors; got list\. Use torch\.tensor\(mask\)\.$"),
-        ("attention", 2, units(True, False).numpy(), r"^Masks\.attention must be tensors; got ndarray\."),
-        ("ffn", 0, torch.ones(48), r"Masks.ffn must be torch.bool .*; got torch.float32 \(48,\)"),
-        ("ffn", 2, units(*[False] * 48), r"Masks of block 2 must keep units of both scopes"),
-        ("attention", 2, units(False, False), r"Masks of block 2 must keep units of both scopes"),
-        ("attention", 0, units(*[True] * 4), r"Masks.attention must .* lengths \[2, 2, 2\]; got .*\(4,\)"),
-        ("attention", 2, None, r"Masks.attention must .* \[2, 2, 2\]; got"),
+        ("neurons", 1, units(*[True] * 47), r"Masks\['neurons.1'\] must be torch.bool of length 48; got .*47"),
+        ("neurons", 0, [True] * 48, r"^Masks\['neurons.0'\] must be a tensor; got list\. Use torch\.tensor\(mask\)\.$"),
+        ("kv_groups", 2, units(True, False).numpy(), r"^Masks\['kv_groups.2'\] must be a tensor; got ndarray\."),
+        ("neurons", 0, torch.ones(48), r"Masks\['neurons.0'\] must be torch.bool .*; got torch.float32 \(48,\)"),
+        ("neurons", 2, units(*[False] * 48), r"Masks of block 2 must keep units of both scopes"),
+        ("kv_groups", 2, units(False, False), r"Masks of block 2 must keep units of both scopes"),
+        ("kv_groups", 0, units(*[True] * 4), r"Masks\['kv_groups.0'\] must .* length 2; got .*\(4,\)"),
+        ("kv_groups", 2, None, r"Masks must have the keys .*; got .* \('kv_groups.2'\)"),
     ],
 )
 def test_invalid_masks_are_refused_before_anything_is_sliced(tiny_model, kind, index, mask, message):
     masks = masks_without(tiny_model)
-    masks.ffn[1 if kind == "attention" else 0] = torch.arange(48) < 3  # would be sliced first
-    getattr(masks, kind)[index : index + 1] = [] if mask is None else [mask]
+    masks["neurons.1" if kind == "kv_groups" else "neurons.0"] = torch.arange(48) < 3  # would be sliced first
+    masks[f"{kind}.{index}"] = mask
+    if mask is None:
+        del masks[f"{kind}.{index}"]
     with pytest.raises(ValueError, match=message):
         slice_model(tiny_model, masks, inplace=True)
     assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
@@ -145,7 +147,7 @@ def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_n
     def sliced(model, kept_neurons):
         blocks = blocks_of(model)
         ffn = [(torch.arange(b.neurons) < kept_neurons).repeat(b.experts) for b in blocks]
-        return slice_model(model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
+        return slice_model(model, Masks.of_blocks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
 
     default = model.config._experts_implementation
     odd = sliced(model, 45)

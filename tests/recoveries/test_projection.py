@@ -143,8 +143,9 @@ def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_mode
     revise = RECOVERY["least_squares"].revise(material)
     for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
         revise(dense, block)
-        for part, kind in (("down", "ffn"), ("output", "attention")):
-            keep, x = masks.channels(dense)[kind], raw[kind][dense.index]
+        for part, kind, channels in (("down", "neurons", 1), ("output", "kv_groups", dense.channels_per_group)):
+            keep = masks[f"{kind}.{dense.index}"].repeat_interleave(channels)
+            x = raw[kind][dense.index]
             weight = dense.parts[part].weight.double().numpy()
             expected = ridge_reference(x.reshape(-1, len(keep)), weight, keep.numpy(), material.ridge)
             recovered = block.parts[part].weight.numpy()

@@ -227,14 +227,14 @@ def test_figures_draw_the_numbers_of_the_frame_and_name_their_axes(run):
 
 
 def test_the_figure_of_removed_shares_accepts_layers_without_a_mask_and_shows_modules():
-    masks = Masks([torch.tensor([True, False, False, False]), torch.ones(0, dtype=torch.bool)], [])
+    masks = Masks.of_blocks([torch.tensor([True, False, False, False]), torch.ones(0, dtype=torch.bool)], [])
     axes = removed_figure({"one": masks}, [torch.tensor([0, 0, 1, 1]), torch.tensor([])]).axes[0]
     assert list(axes.lines[0].get_ydata()) == [0.75, 0]
     assert axes.collections[0].get_offsets().tolist() == [[0, 0.5], [0, 1]]
 
 
 def test_lines_differ_in_more_than_colour():
-    masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
+    masks = {str(i): Masks.of_blocks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
     lines = removed_figure(masks).axes[0].lines[: len(masks)]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines[: len(LINES)]}) == len(LINES)
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(masks)  # styles are repeated

@@ -121,8 +121,7 @@ def test_a_callback_that_raises_is_named_and_its_state_is_restored_on_resuming(w
     assert isinstance(caught.value.__cause__, KeyError)
     callback, resumed = run("failed")
     assert callback.steps == expected_callback.steps
-    pairs = zip(uninterrupted.thresholds[0], resumed.thresholds[0], strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(torch.equal(t, resumed.thresholds[key]) for key, t in uninterrupted.thresholds.items())
 
 
 def test_a_checkpoint_whose_callback_state_cannot_be_loaded_is_ignored(world, tmp_path, caplog):
@@ -143,8 +142,7 @@ def test_a_checkpoint_whose_callback_state_cannot_be_loaded_is_ignored(world, tm
     callback, restarted = run("failed")
     assert "the state of a callback or the stage has objects that torch.load refuses" in caplog.text
     assert callback.steps == [step for step in expected_callback.steps if step[0] == "ThresholdLearning"]
-    pairs = zip(uninterrupted.thresholds[0], restarted.thresholds[0], strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(torch.equal(t, restarted.thresholds[key]) for key, t in uninterrupted.thresholds.items())
 
 
 def test_stages_share_user_callbacks_and_get_copies_of_callbacks_with_fit_state(tmp_path):

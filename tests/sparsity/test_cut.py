@@ -13,14 +13,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
+from gprune.models.units import units_of
 from gprune.sparsity.budget import Budget, budget_of, default_width_multiple
 from gprune.sparsity.cut import cut_margin, keep_masks, slots_of, uniform_masks
-from tests.world import PlainBlock, make_tiny_llama
+from gprune.units.structure import Units
+from tests.world import by_key, make_tiny_llama, units_without_model
 
 
-def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> dict[str, Any]:
+def units_with(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> dict[str, Any]:
     """Arguments of `budget_of`, from the costs of a neuron and of a KV group, and their numbers. With `group`,
     attention is in scope.
 
@@ -33,10 +34,17 @@ def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(),
         experts: number of experts of each block; empty: 1 each.
         protected: indices of protected blocks.
     """
-    depth = len(neuron)
-    lists = neurons, groups or [1] * depth, neuron, group or [1] * depth, [whole] * depth, [0] * depth
-    blocks = [PlainBlock(b, *of_block) for b, of_block in enumerate(zip(*lists, experts or [1] * depth, strict=True))]
-    return {"blocks": blocks, "scope": "attention+ffn" if group else "ffn", "protect": sorted(protected)}
+    depth, units = len(neuron), []
+    lists = neurons, groups or [1] * depth, neuron, group or [1] * depth, experts or [1] * depth
+    for b, (n, g, cost, of_group, E) in enumerate(zip(*lists, strict=True)):
+        units += units_without_model(b, n, g, neuron=cost, group=of_group, whole=whole, experts=E)
+    return {"units": units, "scope": "attention+ffn" if group else "ffn", "protect": sorted(protected)}
+
+
+def sets_of(arguments: dict[str, Any], kind: str, *, open_only: bool = False) -> list[Units]:
+    """The units of a kind in the arguments of `budget_of`; with `open_only` without those of protected blocks."""
+    hidden = arguments["protect"] if open_only else ()
+    return [u for u in arguments["units"] if u.kind == kind and u.layer not in hidden]
 
 
 def removing(units: dict[str, Any], target: int, width_multiple: int = 1, **options) -> Budget:
@@ -54,7 +62,7 @@ FFN_OF_7B = 3 * 4096 * 11008 * 32  # parameters
      (FFN_OF_7B, 0.3, math.ceil(Fraction(3, 10) * FFN_OF_7B))],
 )  # fmt: skip
 def test_the_target_is_the_exact_ceiling_of_the_share(neurons, sparsity, target):
-    assert budget_of(**units_of([1], [neurons]), setting=sparsity).target == target
+    assert budget_of(**units_with([1], [neurons]), setting=sparsity).target == target
 
 
 PROTECTED = {"protected": (0, 2)}
@@ -63,11 +71,11 @@ PROTECTED = {"protected": (0, 2)}
 @pytest.mark.parametrize(
     ("units", "width_multiple", "removable_of_total"),
     [
-        (units_of([2, 2], [10, 10]), 1, (36, 40)),
-        (units_of([2, 2], [10, 10]), 4, (24, 40)),
-        (units_of([2], [10], [30], [2]), 1, (48, 80)),
-        (units_of([2] * 3, [10] * 3, **PROTECTED), 1, (18, 60)),
-        (units_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
+        (units_with([2, 2], [10, 10]), 1, (36, 40)),
+        (units_with([2, 2], [10, 10]), 4, (24, 40)),
+        (units_with([2], [10], [30], [2]), 1, (48, 80)),
+        (units_with([2] * 3, [10] * 3, **PROTECTED), 1, (18, 60)),
+        (units_with([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
     ],
 )
 def test_impossible_budgets_are_refused_with_the_maximum(units, width_multiple, removable_of_total):
@@ -75,7 +83,7 @@ def test_impossible_budgets_are_refused_with_the_maximum(units, width_multiple, 
     maximum = removable / total
     assert budget_of(**units, setting=maximum - 1e-6, width_multiple=width_multiple).target == removable
     protected = len(units["protect"])
-    kept = f"{width_multiple} neurons and a KV group, and {protected} blocks keep everything"
+    kept = f"{width_multiple} neurons and a KV group, and {protected} layers keep everything"
     message = f"^--sparsity.target must be at most {maximum:.4f}, because .* keeps {kept}; got 0.99"
     with pytest.raises(UserError, match=message):
         budget_of(**units, setting=0.99, width_multiple=width_multiple)
@@ -83,7 +91,7 @@ def test_impossible_budgets_are_refused_with_the_maximum(units, width_multiple, 
 
 def test_a_width_multiple_above_the_narrowest_block_is_refused():
     with pytest.raises(UserError, match=r"--sparsity\.width_multiple must be 1 to 10 neurons; got"):
-        budget_of(**units_of([1, 1], [30, 10]), setting=0.1, width_multiple=11)
+        budget_of(**units_with([1, 1], [30, 10]), setting=0.1, width_multiple=11)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +103,8 @@ def test_a_width_multiple_above_the_narrowest_block_is_refused():
 )  # fmt: skip
 def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_never_refused(neurons, experts, multiple):
     """A width of 0 is that of a block without an FFN."""
-    units = units_of([3] * len(neurons), neurons, experts=experts)
-    assert default_width_multiple(units["blocks"]) == multiple
+    units = units_with([3] * len(neurons), neurons, experts=experts)
+    assert default_width_multiple(units["units"]) == multiple
     if neurons != [1]:  # the last neuron cannot be removed
         assert budget_of(**units, setting=0.5, width_multiple=multiple).width_multiple == multiple
 
@@ -104,13 +112,13 @@ def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_neve
 @pytest.mark.parametrize("index", [3, -4, 99])
 def test_protecting_a_missing_block_is_refused(index, tiny_model):
     with pytest.raises(UserError, match=rf"--sparsity\.protect must name layers from -3 to 2, .*; got {index}"):
-        budget_of(blocks_of(tiny_model), protect=[0, index])
+        budget_of(units_of(tiny_model), protect=[0, index])
 
 
 def test_protected_blocks_can_be_negative_indices(tiny_model):
-    blocks = blocks_of(tiny_model)
-    assert budget_of(blocks, protect=[0, -1, 2, -3]).protected == {0, 2}
-    assert budget_of(blocks, scope="ffn").protected == frozenset()
+    units = units_of(tiny_model)
+    assert budget_of(units, protect=[0, -1, 2, -3]).protected == {0, 2}
+    assert budget_of(units, scope="ffn").protected == frozenset()
 
 
 # --- masks
@@ -137,17 +145,16 @@ def problems(draw):
     group = draw(lists(st.integers(1, 60))) if draw(st.booleans()) else None
     protected = draw(st.just(frozenset()) | st.frozensets(st.integers(0, depth - 1), max_size=depth - 1))
     neuron, groups = draw(lists(st.integers(1, 9))), draw(lists(st.integers(1, 4)))
-    return units_of(neuron, neurons, group, groups, protected=protected), width_multiple, draw(sparsities)
+    return units_with(neuron, neurons, group, groups, protected=protected), width_multiple, draw(sparsities)
 
 
 def neuron_costs(units: dict[str, Any]) -> list[int]:
     """Costs of a neuron of each block."""
-    return [block.neuron for block in units["blocks"]]
+    return [u.parameters for u in sets_of(units, "neurons")]
 
 
 def removable_neurons(units: dict[str, Any], width_multiple: int) -> int:
-    open_blocks = [block for block in units["blocks"] if block.index not in units["protect"]]
-    return sum(block.neuron * (block.neurons - width_multiple) for block in open_blocks)
+    return sum(u.parameters * (u.count - width_multiple) for u in sets_of(units, "neurons", open_only=True))
 
 
 def solve(problem, data):
@@ -159,21 +166,22 @@ def solve(problem, data):
     try:
         budget = budget_of(**units, setting=sparsity, width_multiple=width_multiple)
     except UserError:
-        open_blocks = [block for block in units["blocks"] if block.index not in units["protect"]]
-        groups = sum(block.group * (block.kv_groups - 1) for block in open_blocks)
+        groups = sum(u.parameters * (u.count - 1) for u in sets_of(units, "kv_groups", open_only=True))
         groups *= "attention" in units["scope"]
         assert Fraction(str(sparsity)) * removing(units, 0).total > removable_neurons(units, width_multiple) + groups
         assume(False)
-    neuron = draw_margins(data, [block.neurons for block in units["blocks"]])
-    group = draw_margins(data, [block.kv_groups for block in units["blocks"]]) if budget.attention else None
-    return keep_masks(budget, neuron, group), neuron, group, budget
+    neuron = draw_margins(data, [u.count for u in sets_of(units, "neurons")])
+    group = None
+    if "kv_groups" in budget.finer:
+        group = draw_margins(data, [u.count for u in sets_of(units, "kv_groups")])
+    return keep_masks(budget, by_key(neuron, group)), neuron, group, budget
 
 
 def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
     """Masks by the documented rule (see `keep_masks`), one step at a time, on Python lists."""
     ordered = [sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i)) for m in neuron]
     steps = []  # (margin, kind, block, position, members, cost)
-    open_blocks = [b for b in range(len(units["blocks"])) if b not in units["protect"]]
+    open_blocks = [u.layer for u in sets_of(units, "neurons", open_only=True)]
     for b in open_blocks:
         order = ordered[b]
         removable = order[: len(order) - width_multiple]
@@ -190,7 +198,8 @@ def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
         for b in open_blocks:
             m = group[b]
             order = sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i))[:-1]
-            groups += [(float(m[i]), 0, b, position, [i], units["blocks"][b].group) for position, i in enumerate(order)]
+            cost = sets_of(units, "kv_groups")[b].parameters
+            groups += [(float(m[i]), 0, b, position, [i], cost) for position, i in enumerate(order)]
     removed_groups, removed = [], 0
     for unit in sorted([*steps, *groups], key=lambda u: u[:4]):
         if removed < target:
@@ -201,9 +210,8 @@ def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
     total = sum(unit[5] for unit in removed_groups)
     while removed_groups and total > target and cost_of_neurons >= target - (total - removed_groups[-1][5]):
         total -= removed_groups.pop()[5]  # restore the last group if neurons can replace it
-    masks = Masks(
-        [torch.ones(block.neurons, dtype=torch.bool) for block in units["blocks"]],
-        [torch.ones(block.kv_groups, dtype=torch.bool) for block in units["blocks"]],
+    masks = Masks.of_blocks(
+        *([torch.ones(u.count, dtype=torch.bool) for u in sets_of(units, kind)] for kind in ("neurons", "kv_groups"))
     )
     for unit in removed_groups:
         masks.attention[unit[2]][unit[4]] = False
@@ -220,12 +228,12 @@ def test_masks_equal_the_documented_rule_and_exceed_the_budget_by_less_than_a_st
     units, width_multiple, _ = problem
     masks, neuron, group, budget = solve(problem, data)
     assert masks == reference_masks(units, neuron, group, budget.target, width_multiple)
-    group_costs = [block.group for block in units["blocks"]]
+    group_costs = [u.parameters for u in sets_of(units, "kv_groups")]
     pairs = [*zip(neuron_costs(units), masks.ffn, strict=True), *zip(group_costs, masks.attention, strict=True)]
     removed = sum(cost * int((~mask).sum()) for cost, mask in pairs)
     assert budget.removed_by(masks) == removed
     step = width_multiple * max(neuron_costs(units))
-    if budget.attention and removable_neurons(units, width_multiple) < max(group_costs):
+    if "kv_groups" in budget.finer and removable_neurons(units, width_multiple) < max(group_costs):
         step = max(step, *group_costs)  # too few neurons to replace a group
     assert 0 <= removed - budget.target < step
 
@@ -238,19 +246,19 @@ EXAMPLE = ([torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0.3, 0.8, 0.4
     ("units", "target", "width_multiple", "margins", "removed", "removed_groups"),
     [
         # The example in the docstring of `Cut`
-        (units_of([3, 3], [5, 4]), 8, 2, EXAMPLE, [[1], [0, 2]], [[], []]),
-        (units_of([1, 1], [9, 5]), 0, 1, ([ZEROS(9), ZEROS(5)], [ZEROS(1)] * 2), [[], []], [[], []]),
+        (units_with([3, 3], [5, 4]), 8, 2, EXAMPLE, [[1], [0, 2]], [[], []]),
+        (units_with([1, 1], [9, 5]), 0, 1, ([ZEROS(9), ZEROS(5)], [ZEROS(1)] * 2), [[], []], [[], []]),
         # A block whose width is the multiple is not pruned.
-        (units_of([1, 1], [4, 8]), 3, 4, ([ZEROS(4), RISING(8)], [ZEROS(1)] * 2), [[], [0, 1, 2, 3]], [[], []]),
+        (units_with([1, 1], [4, 8]), 3, 4, ([ZEROS(4), RISING(8)], [ZEROS(1)] * 2), [[], [0, 1, 2, 3]], [[], []]),
         # Removable are one neuron of cost 1 and two groups of cost 100. A target of 150 needs both groups.
-        (units_of([1], [2], [100], [3]), 150, 1, ([ZEROS(2)], [RISING(3)]), [[]], [[0, 1]]),
+        (units_with([1], [2], [100], [3]), 150, 1, ([ZEROS(2)], [RISING(3)]), [[]], [[0, 1]]),
         # Both groups come first, but one and a neuron are enough. Ties are resolved by block: block 1 keeps its group.
-        (units_of([1, 1], [30, 40], [30, 30], [2, 2]), 31, 1, ([RISING(30), 99 + RISING(40)], [ZEROS(2) - 1] * 2),
+        (units_with([1, 1], [30, 40], [30, 30], [2, 2]), 31, 1, ([RISING(30), 99 + RISING(40)], [ZEROS(2) - 1] * 2),
          [[0], []], [[0], []]),
     ],
 )  # fmt: skip
 def test_masks_equal_examples_computed_by_hand(units, target, width_multiple, margins, removed, removed_groups):
-    masks = keep_masks(removing(units, target, width_multiple), *margins)
+    masks = keep_masks(removing(units, target, width_multiple), by_key(*margins))
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == removed
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.attention] == removed_groups
 
@@ -258,7 +266,7 @@ def test_masks_equal_examples_computed_by_hand(units, target, width_multiple, ma
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
     margin = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=dtype).requires_grad_()
-    assert keep_masks(removing(units_of([1], [4]), 2), [margin]).ffn[0].tolist() == [True, False, True, False]
+    assert keep_masks(removing(units_with([1], [4]), 2), by_key([margin])).ffn[0].tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -273,14 +281,15 @@ def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
 def test_cut_margin_is_the_highest_margin_of_removed_neurons_and_0_without_any(keep, margins, experts, expected):
     experts = experts or [1] * len(margins)
     neurons = [len(m) // e for m, e in zip(margins, experts, strict=True)]
-    budget = budget_of(**units_of([1] * len(neurons), neurons, experts=experts))
+    budget = budget_of(**units_with([1] * len(neurons), neurons, experts=experts))
     masks = [torch.tensor(k).bool() for k in keep]
-    assert cut_margin(slots_of(budget, [torch.tensor(m) for m in margins], masks)) == expected
+    slots = slots_of(budget, by_key([torch.tensor(m) for m in margins]), by_key(masks))
+    assert cut_margin(slots, budget.finer) == expected
 
 
 def equal_widths_budget(scope: str, sparsity: float, width_multiple: int) -> Budget:
-    blocks = blocks_of(make_tiny_llama(num_key_value_heads=4))
-    return budget_of(blocks, sparsity, width_multiple, scope=scope, uniform=True)
+    units = units_of(make_tiny_llama(num_key_value_heads=4))
+    return budget_of(units, sparsity, width_multiple, scope=scope, uniform=True)
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -291,7 +300,7 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
     neurons = [torch.rand(48, generator=generator) for _ in range(3)]
     groups = [torch.rand(4, generator=generator) for _ in range(3)]
     budget = equal_widths_budget("attention+ffn" if attention else "ffn", sparsity, multiple)
-    target, masks = budget.target, keep_masks(budget, neurons, groups)
+    target, masks = budget.target, keep_masks(budget, by_key(neurons, groups))
     (width,), (kept_groups,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
     assert width == 48 or width % multiple == 0
     assert budget.removed_by(masks) >= target
@@ -312,7 +321,7 @@ def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, removed_fi
     lowest_margins = {"neurons": neurons, "groups": groups}[removed_first]
     lowest_margins[:] = [m - 100 for m in lowest_margins]
     budget = equal_widths_budget("attention+ffn", sparsity, 1)
-    masks = keep_masks(budget, neurons, groups)
+    masks = keep_masks(budget, by_key(neurons, groups))
     assert 0 <= budget.removed_by(masks) - budget.target < 3 * budget.price["neurons.0"][1]
 
 
@@ -329,7 +338,7 @@ def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(re
     def units_for(depth: int, protected: set[int]) -> dict[str, Any]:
         # 48 neurons of cost 6 and 4 KV groups of cost 90 per block
         lists = ([number] * depth for number in (6, 48, 90, 4))
-        return units_of(*lists, experts=(experts,) * depth, whole=700, protected=protected)
+        return units_with(*lists, experts=(experts,) * depth, whole=700, protected=protected)
 
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
     units = units_for(4, protected)
@@ -337,24 +346,29 @@ def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(re
     budget = budget_of(**units, setting=0.62, width_multiple=multiple, uniform=uniform, block_share=0.85)
     budget = budget.without(removed)
     assert (budget.target, budget.removed) == (1736, removed)  # 62 % of 4 x 700
-    masks, step = keep_masks(budget, *margins), multiple * 6 * (len(kept) if uniform else 1)
+    masks, step = keep_masks(budget, by_key(*margins)), multiple * 6 * (len(kept) if uniform else 1)
     assert masks.blocks == [b in kept for b in range(4)]
     assert 0 <= budget.removed_by(masks) - budget.target < step
     shallow_units = units_for(len(kept), set(map(kept.index, protected)))
     shallow_margins = ([kind[b] for b in kept] for kind in margins)
     rest = removing(shallow_units, budget.target - 700 * len(removed), multiple, uniform=uniform)
-    expected = keep_masks(rest, *shallow_margins)
-    assert Masks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == expected
+    expected = keep_masks(rest, by_key(*shallow_margins))
+    assert Masks.of_blocks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == expected
     # With another target, as many blocks are removed, in the chosen order, as fit into their share of it.
     for sparsity in (0.1, 0.3, 0.5):
         other = budget.at(sparsity)
         assert other.removed == removed[: int(0.85 * sparsity * 4)]
-        assert 0 <= other.removed_by(keep_masks(other, *margins)) - other.target < multiple * 6 * (4 if uniform else 1)
+        assert (
+            0
+            <= other.removed_by(keep_masks(other, by_key(*margins))) - other.target
+            < multiple * 6 * (4 if uniform else 1)
+        )
 
 
 def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
     """In a model that was pruned before, the common width is at most that of the narrowest block."""
-    masks = keep_masks(removing(units_of([6, 6], [10, 7]), 1, uniform=True), [torch.arange(10.0), torch.arange(7.0)])
+    margins = by_key([torch.arange(10.0), torch.arange(7.0)])
+    masks = keep_masks(removing(units_with([6, 6], [10, 7]), 1, uniform=True), margins)
     assert [int(m.sum()) for m in masks.ffn] == [7, 7]
 
 
@@ -362,7 +376,7 @@ def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
 @pytest.mark.parametrize("protected", [(), (1,)])
 def test_every_budget_of_a_quality_target_can_be_removed_and_leaves_a_layer(block_share, protected):
     """Four layers of 48 neurons of cost 6; a whole layer costs 700."""
-    units = units_of([6] * 4, [48] * 4, whole=700, protected=protected)
+    units = units_with([6] * 4, [48] * 4, whole=700, protected=protected)
     units["scope"] += "+blocks"
     largest = budget_of(**units, setting="+5%", block_share=block_share).without((3, 0, 2, 1))
     for target in (*range(1, largest.target, 13), largest.target):
@@ -385,27 +399,27 @@ def test_equal_widths_of_unequal_blocks_need_a_target_that_the_common_width_does
     neurons, groups, attention, smallest
 ):
     """A neuron costs 1 or, with KV groups in scope, 2; a KV group costs 40."""
-    units = units_of([1 + attention] * 2, neurons, [40] * 2 if attention else None, groups)
+    units = units_with([1 + attention] * 2, neurons, [40] * 2 if attention else None, groups)
     margins = [[torch.arange(float(n)) for n in kind] for kind in (neurons, groups)]
     message = f"^--sparsity.target must be at least {smallest:.4f}, because --sparsity.uniform_width .*; got 0.05.$"
     with pytest.raises(UserError, match=message):
         budget_of(**units, setting=0.05, uniform=True)
     for sparsity in (smallest, 0.5, 0.7):
         budget = budget_of(**units, setting=sparsity, uniform=True)
-        masks = keep_masks(budget, *margins)
+        masks = keep_masks(budget, by_key(*margins))
         assert 0 <= budget.removed_by(masks) - budget.target < sum(neuron_costs(units))
         assert len({int(keep.sum()) for keep in masks.ffn}) == 1
     # A search for a quality asks for smaller targets too.
     smallest_budget = budget_of(**units, setting="+5%", uniform=True).removing(1)
-    removed = smallest_budget.removed_by(keep_masks(smallest_budget, *margins))
+    removed = smallest_budget.removed_by(keep_masks(smallest_budget, by_key(*margins)))
     assert smallest_budget.target == removed < 0.334 * smallest_budget.total
 
 
 def test_equal_groups_are_kept_if_the_narrowest_ffns_make_up_exactly_the_rest():
     """Blocks of different widths would keep 5 groups, so 2 each; with 3 each, one neuron each reaches the target."""
-    units = units_of([1, 1], [5, 5], group=[6, 6], groups=[4, 4])
+    units = units_with([1, 1], [5, 5], group=[6, 6], groups=[4, 4])
     budget = removing(units, 20, uniform=True)
     margins = [torch.arange(5.0) + 10] * 2, [torch.arange(4.0)] * 2  # groups are removed first
-    masks = keep_masks(budget, *margins)
+    masks = keep_masks(budget, by_key(*margins))
     assert [int(m.sum()) for m in [*masks.ffn, *masks.attention]] == [1, 1, 3, 3]
     assert budget.removed_by(masks) == 20

@@ -12,8 +12,7 @@ from gprune.errors import UserError
 from gprune.importance.scores import Scores
 from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.experts import rounds_of_experts
-from tests.world import PlainBlock
+from tests.world import units_without_model
 
 E, N = 8, 16  # experts, and neurons of each
 NEURON, ROUTER = 3, 5  # cost of a neuron of one expert, and of a row of the router
@@ -33,22 +32,20 @@ def budget(
     """
     mixture = {"neuron": E * NEURON, "group": 7, "whole": E * EXPERT + 20, "expert": EXPERT, "experts": E}
     plain = {"neuron": NEURON, "group": 7, "whole": 2 * N * NEURON + 20}
-    all_blocks = [PlainBlock(b, N, 2, **mixture) for b in range(blocks)]
-    all_blocks += [PlainBlock(b, 2 * N, 2, **plain) for b in range(blocks, blocks + dense)]
+    all_units = [u for b in range(blocks) for u in units_without_model(b, N, 2, **mixture)]
+    all_units += [u for b in range(blocks, blocks + dense) for u in units_without_model(b, 2 * N, 2, **plain)]
+    all_units = [replace(u, least=groups * least, step=groups) if u.kind == "experts" else u for u in all_units]
     options = {"scope": scope, "expert_share": share, "uniform_experts": equal, "block_share": block_share}
-    everything = budget_of(all_blocks, width_multiple=multiple, protect=protect, outside=1000, **options)
-    units = [replace(u, least=groups * least, step=groups) if u.kind == "experts" else u for u in everything.units]
-    rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
-    return replace(everything, units=units).ordered("experts", rounds).meeting(target)
+    return budget_of(all_units, target, width_multiple=multiple, protect=protect, outside=1000, **options)
 
 
 def scores(*of_blocks: list[float]) -> Scores:
-    return Scores([], [], [], [torch.tensor(of_block, dtype=torch.float64) for of_block in of_blocks])
+    return Scores({}, {}, {f"experts.{b}": torch.tensor(scores).double() for b, scores in enumerate(of_blocks)})
 
 
-def random_margins(of_budget: Budget, seed: int = 0) -> list[Tensor]:
+def random_margins(of_budget: Budget, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(u.rows * u.count, generator=generator).double() for u in of_budget.of_kind("neurons")]
+    return {u.key: torch.rand(u.size, generator=generator).double() for u in of_budget.of_kind("neurons")}
 
 
 def kept(mask: Tensor) -> list[int]:
@@ -84,7 +81,7 @@ def test_what_experts_leave_of_the_target_is_removed_as_neurons_of_the_others():
     block = 0 if kept(masks.ffn[0])[0] < N else 1
     expert = 0 if block == 0 else 7
     of_expert = slice(expert * N, (expert + 1) * N)
-    mask, margin = masks.ffn[block][of_expert], margins[block][of_expert]
+    mask, margin = masks.ffn[block][of_expert], margins[f"neurons.{block}"][of_expert]
     assert margin[~mask].max() < margin[mask].min()
 
 
@@ -167,5 +164,6 @@ def test_costs_are_exact_for_any_masks(seed):
     removed = torch.rand(E, generator=generator).argsort() < 3
     width = int(torch.randint(1, N, (1,), generator=generator))
     keep = (torch.rand(E, N, generator=generator).argsort(1) < width) & ~removed[:, None]
-    masks = replace(keep_masks(any_budget, random_margins(any_budget)), ffn=[keep.flatten()])
+    masks = keep_masks(any_budget, random_margins(any_budget))
+    masks["neurons.0"] = keep.flatten()
     assert any_budget.removed_by(masks) == 3 * EXPERT + 5 * (N - width) * NEURON

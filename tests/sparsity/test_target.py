@@ -19,12 +19,13 @@ from gprune.importance.scores import score_units
 from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.sparsity.allocation import allocate, checked_masks
 from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.price import COST, Price, parameter_costs, price_of
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
-from tests.world import PlainBlock, collect, make_tiny_llama, restored
+from tests.world import by_key, collect, make_tiny_llama, restored, units_without_model
 
 
 @pytest.mark.parametrize(
@@ -64,19 +65,18 @@ def scored():
     model = make_tiny_llama(num_key_value_heads=4)
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, [{"input_ids": tokens, "index": torch.arange(6)}])
-    return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=True)
+    return model, statistics, score_units("wanda_sp", model, statistics, scope=("neurons", "kv_groups"))
 
 
 def costs_in(model, name: str, **weights) -> tuple[Price, int]:
     """Price of units, and of everything outside of them, by the cost `name` or with these `weights` of parameters."""
-    blocks = blocks_of(model)
-    costs = parameter_costs(model, blocks, **weights) if weights else COST[name](model, blocks)
-    return price_of(costs, blocks)
+    units = units_of(model)
+    return price_of(parameter_costs(model, units, **weights) if weights else COST[name](model, units), units)
 
 
 def priced(model, costs: tuple[Price, int], value, *, scope: str = "attention+ffn", **options) -> Budget:
     price, outside = costs
-    return budget_of(blocks_of(model), value, scope=scope, price=price, outside=outside, **options)
+    return budget_of(units_of(model), value, scope=scope, price=price, outside=outside, **options)
 
 
 def irregular_costs(model) -> tuple[Price, int]:
@@ -86,12 +86,9 @@ def irregular_costs(model) -> tuple[Price, int]:
     def table(units: int) -> list[int]:
         return [0, *torch.randint(0, 90, (units,), generator=generator).cumsum(0).tolist()]
 
-    blocks = blocks_of(model)
-    price = {f"neurons.{b.index}": table(b.neurons) for b in blocks}
-    price |= {f"kv_groups.{b.index}": table(b.kv_groups) for b in blocks}
-    of_layers = {
-        f"layer.{b}": [0, price[f"neurons.{b}"][-1] + price[f"kv_groups.{b}"][-1] + 7] for b in range(len(blocks))
-    }
+    units = units_of(model)
+    price = {u.key: table(u.count) for kind in ("neurons", "kv_groups") for u in units if u.kind == kind}
+    of_layers = {f"layer.{b}": [0, price[f"neurons.{b}"][-1] + price[f"kv_groups.{b}"][-1] + 7] for b in range(3)}
     return price | of_layers, 500
 
 
@@ -132,12 +129,12 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
     price = {f"kv_groups.{b}": [0, 0] for b in range(len(tables))}
     for b, table in enumerate(tables):
         price |= {f"neurons.{b}": table, f"layer.{b}": [0, table[-1]]}
-    everything = budget_of([PlainBlock(b, n) for b, n in enumerate(neurons)], price=price)
+    everything = budget_of([u for b, n in enumerate(neurons) for u in units_without_model(b, n)], price=price)
     max_target = everything.removable
     target = data.draw(st.integers(1, max_target)) if max_target else 0
     margins = [torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=n, max_size=n))).double() for n in neurons]
     budget = replace(everything, target=target)
-    masks = keep_masks(budget, margins)
+    masks = keep_masks(budget, by_key(margins))
     order = sorted((float(m[i]), b, i) for b, m in enumerate(margins) for i in range(len(m)))
     removed, spent = [[] for _ in neurons], 0  # indices of each block, cost
     for _, b, i in order:
@@ -171,11 +168,11 @@ def test_a_registered_cost_is_counted_by_the_budget(scored):
     with restored(COST):
 
         @COST.register("groups_alone")
-        def groups_alone(model, blocks):
-            return [(0, 1, b.kv_groups) for b in blocks], 0  # (neuron, KV group, whole block), rest of the model
+        def groups_alone(model, units):
+            return {u.key: 1 for u in units if u.kind == "kv_groups"}
 
         budget = priced(model, costs_in(model, "groups_alone"), "50%")
-        masks = keep_masks(budget, [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3)
+        masks = keep_masks(budget, by_key([torch.zeros(48)] * 3, [torch.arange(4.0)] * 3))
         assert [int(m.sum()) for m in masks.attention] == [2, 2, 2]
         assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"
 
@@ -183,13 +180,13 @@ def test_a_registered_cost_is_counted_by_the_budget(scored):
 @pytest.mark.parametrize(
     "costs",
     [
-        (1.5, 2, 3), ([(1, 1, 4)] * 9, 0), ([(1.5, 1, 4)] * 3, 0), ([(1, 1, 4.5)] * 3, 0), ([(1, 1, 4)] * 3, 0.5),
-        ([(-1, 2, 4)] * 3, 0), ([(1, 1, 4)] * 3, -1),
+        1.5, {"neurons.0": 1.5}, {"neurons.0": 1, "layer.0": 4.5}, {"neurons.0": [0, 0.5]}, {"rest": 0.5},
+        {"kv_groups.0": -1}, {"rest": -1}, {"neurons.0": [0, 1, 2]}, {"neurons.00": 1},
     ],
 )  # fmt: skip
 def test_an_invalid_registered_cost_is_refused_by_name(costs, world, tmp_path, capsys):
     with restored(COST):
-        COST.register("odd")(lambda model, blocks: costs)
+        COST.register("odd")(lambda model, units: costs)
         assert main(world.args(tmp_path, "--sparsity.cost=odd")) == 2
     assert "Cannot compute cost 'odd': " in capsys.readouterr().err
 

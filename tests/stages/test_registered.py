@@ -44,20 +44,21 @@ class GateLearner(L.LightningModule):
         super().__init__()
         type(self).instances += ((rate, kind, epochs),)
         self.model, self.ranks, self.rate = (model,), ranks, rate
-        self.shifts = torch.nn.ParameterList(torch.zeros(len(p)) for p in ranks.ffn)
+        self.shifts = torch.nn.ParameterList(torch.zeros(len(p)) for p in ranks.p.values())
 
     def margins(self):
-        return [torch.logit(p.float()) + shift for p, shift in zip(self.ranks.ffn, self.shifts, strict=True)]
+        pairs = zip(self.ranks.p.items(), self.shifts, strict=True)
+        return {key: torch.logit(p.float()) + shift for (key, p), shift in pairs if key.startswith("neurons.")}
 
     def training_step(self, batch, batch_idx):
-        with gated(self.model[0], [m.sigmoid() for m in self.margins()]) as model:
+        with gated(self.model[0], {key: m.sigmoid() for key, m in self.margins().items()}) as model:
             return next_token_losses(model, batch["input_ids"]).mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.rate)
 
     def masks(self, budget):
-        return keep_masks(budget, self.margins(), self.ranks.attention)
+        return keep_masks(budget, self.margins())
 
 
 CALLS = []  # of the classes below
@@ -257,13 +258,13 @@ def test_labels_of_a_refiner_must_have_every_block_and_number_modules_from_0(cha
 
 
 INVALID = {
-    "off budget": (lambda m: Masks([k | True for k in m.ffn], m.attention), "masks on budget"),
+    "off budget": (lambda m: Masks.of_blocks([k | True for k in m.ffn], m.attention), "masks on budget"),
     "of another shape": (
-        lambda m: Masks([k[:-1] for k in m.ffn], m.attention),
-        "masks of neurons in block 0",
+        lambda m: Masks.of_blocks([k[:-1] for k in m.ffn], m.attention),
+        "masks of 'neurons.0'",
     ),
     "none": (lambda m: None, "got NoneType"),
-    "thresholds": (lambda m: m, "thresholds of neurons in block 0 .* not finite"),
+    "thresholds": (lambda m: m, "thresholds of 'neurons.0' .* not finite"),
 }
 
 
@@ -271,9 +272,7 @@ class Invalid(GateLearner):
     """A learner whose masks are changed by the test, with invalid thresholds."""
 
     change = None
-    thresholds = property(
-        lambda self: ([float("nan") * torch.ones(k) for k in self.ranks.modules], [torch.ones(1)] * 3)
-    )
+    thresholds = property(lambda self: {key: float("nan") * torch.ones(k) for key, k in self.ranks.modules.items()})
 
     def masks(self, budget):
         return type(self).change(super().masks(budget))
@@ -318,10 +317,7 @@ def windows_of(model) -> DataLoader:
 
 def test_threshold_learning_works_with_any_trainer_and_reloads_from_a_checkpoint(tiny_model, tmp_path):
     untrained = make_stage(tiny_model, centred=True, lr=0.5)
-    start = (
-        [t.detach().clone() for t in untrained.ffn_thresholds],
-        [t.detach().clone() for t in untrained.attention_thresholds],
-    )
+    start = {key: t.detach().clone() for key, t in untrained.thresholds.items()}
     inputs = {"model": tiny_model, "ranks": untrained.ranks, "start": start, "budget": untrained.budget}
     stage, hooks = Tempered(**inputs, learning_rate=0.5, loss="kl", beta=0.5), Hooks()
     trainer = trainer_of(hooks)

@@ -10,16 +10,17 @@ import torch
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import fractional_ranks
-from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks, gated, masked
-from gprune.partition.modules import ModuleRanks, within_module_ranks
+from gprune.models.units import units_of
+from gprune.partition.modules import ranks_in_modules, within_module_ranks
 from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.price import COST, price_of
-from gprune.sparsity.thresholds import ModuleSparsity, masks_from_thresholds, start_thresholds
+from gprune.sparsity.thresholds import ModuleSparsity, masks_from_thresholds, start_thresholds, unit_margins
 from gprune.stages.threshold_learning import ThresholdLearning, soft_gate
-from tests.world import PlainBlock, hooks_of, make_tiny, make_tiny_llama
+from gprune.units.structure import of_kind
+from tests.world import by_key, hooks_of, make_tiny, make_tiny_llama, units_without_model
 
 K = 4
 
@@ -29,7 +30,7 @@ def generator_of(seed: int) -> torch.Generator:
 
 
 def random_problem(neurons: list[int], groups: list[int], seed: int, pattern: str = ""):
-    """Scores of neurons and of groups, and ranks in K modules, none of which is switched.
+    """Scores of neurons and of groups by key, and ranks in K modules, none of which is switched.
 
     Args:
         pattern: of scores. "": independent random scores. "ties": many scores are equal. "sorted": scores of modules do
@@ -44,16 +45,14 @@ def random_problem(neurons: list[int], groups: list[int], seed: int, pattern: st
         scores = [s + y for s, y in zip(scores, labels, strict=True)]
     group_scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in groups]
     not_switched = torch.zeros(K, dtype=torch.bool)
-    ranks = ModuleRanks(
-        ffn=[within_module_ranks(s, torch.zeros_like(s), y, not_switched) for s, y in zip(scores, labels, strict=True)],
-        labels=labels,
-        attention=[fractional_ranks(s) for s in group_scores],
-    )
-    return scores, group_scores, ranks
+    pairs = zip(scores, labels, strict=True)
+    of_neurons = [within_module_ranks(s, torch.zeros_like(s), y, not_switched) for s, y in pairs]
+    p = by_key(of_neurons, [fractional_ranks(s) for s in group_scores])
+    return by_key(scores, group_scores), ranks_in_modules(p, labels)
 
 
-def base_masks(budget: Budget, scores, group_scores) -> Masks:
-    return keep_masks(budget, [fractional_ranks(s) for s in scores], [fractional_ranks(s) for s in group_scores])
+def base_masks(budget: Budget, scores) -> Masks:
+    return keep_masks(budget, {key: fractional_ranks(s) for key, s in scores.items()})
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.9])
@@ -61,31 +60,32 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
 @pytest.mark.parametrize("pattern", ["", "ties", "sorted"])
 def test_initial_thresholds_reproduce_the_base_masks(pattern, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
-    scores, group_scores, ranks = random_problem(neurons, groups, seed=0, pattern=pattern)
+    scores, ranks = random_problem(neurons, groups, seed=0, pattern=pattern)
     sizes = enumerate(zip(neurons, groups, strict=True))
-    blocks = [PlainBlock(b, n, g, neuron=7, group=90, whole=0) for b, (n, g) in sizes]
+    units = [u for b, (n, g) in sizes for u in units_without_model(b, n, g, neuron=7, group=90, whole=0)]
     scope = "attention+ffn" if attention else "ffn"
     # Each block keeps `width_multiple` neurons, so that a sparsity of 0.9 may be impossible.
-    maximum = sum(7 * (n - width_multiple) for n in neurons) / budget_of(blocks, scope=scope).total
-    budget = budget_of(blocks, min(sparsity, round(maximum - 0.01, 3)), width_multiple, scope=scope)
-    base = base_masks(budget, scores, group_scores)
+    maximum = sum(7 * (n - width_multiple) for n in neurons) / budget_of(units, scope=scope).total
+    budget = budget_of(units, min(sparsity, round(maximum - 0.01, 3)), width_multiple, scope=scope)
+    base = base_masks(budget, scores)
     thresholds = start_thresholds(base, ranks)
     assert masks_from_thresholds(ranks, thresholds, budget) == base
     assert budget.removed_by(base) >= budget.target
     # The same holds in float32, the dtype of training.
-    float32_thresholds = tuple([t.float() for t in per_block] for per_block in thresholds)
+    float32_thresholds = {key: t.float() for key, t in thresholds.items()}
     assert masks_from_thresholds(ranks, float32_thresholds, budget) == base
 
 
 def test_initial_thresholds_of_fully_kept_or_removed_modules_are_finite():
     labels = torch.arange(40) % 4
-    _, _, ranks = random_problem([40], [2], seed=0)
-    ranks = ModuleRanks(ranks.ffn, [labels], ranks.attention)
+    _, ranks = random_problem([40], [2], seed=0)
+    ranks = ranks_in_modules(ranks.p, [labels])
     keep = torch.ones(40, dtype=torch.bool)
     keep[labels == 1] = False  # all ten neurons of module 1
     members = (labels == 2).nonzero()[:, 0]
     keep[members[:3]] = False  # three of ten
-    (ffn,), (attention,) = start_thresholds(Masks([keep], [torch.tensor([True, False])]), ranks)
+    start = start_thresholds(Masks.of_blocks([keep], [torch.tensor([True, False])]), ranks)
+    ffn, attention = start["neurons.0"], start["kv_groups.0"]
     # The removed fractions of the four modules. Instead of 0 or all neurons, a quarter of a neuron is removed or kept.
     fractions = np.array([0.25 / 10, 9.75 / 10, 3 / 10, 0.25 / 10])
     np.testing.assert_allclose(ffn.numpy(), np.log(fractions / (1 - fractions)), rtol=1e-12)
@@ -106,11 +106,12 @@ def make_stage(
         removed_blocks: blocks that are removed as a whole.
         **options: arguments of `ThresholdLearning`.
     """
-    blocks = blocks_of(model)
-    scores, group_scores, ranks = random_problem([b.all_neurons for b in blocks], [b.kv_groups for b in blocks], seed)
-    budget = budget_of(blocks, sparsity, width_multiple, scope=scope, uniform=uniform, block_share=0.9)
+    units = units_of(model)
+    sizes = ([u.size for u in units if u.kind == kind] for kind in ("neurons", "kv_groups"))
+    scores, ranks = random_problem(*sizes, seed)
+    budget = budget_of(units, sparsity, width_multiple, scope=scope, uniform=uniform, block_share=0.9)
     budget = budget.without(removed_blocks)
-    start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
+    start = start_thresholds(base_masks(budget, scores), ranks)
     options = {"centred": False, "offset_learning_rate": lr, "offset_limit": 9.0} | options
     return ThresholdLearning(model, ranks, start, budget, learning_rate=lr, **options)
 
@@ -143,9 +144,19 @@ def pruned_loss(model, masks: Masks, tokens: torch.Tensor) -> float:
         return float(model(tokens, labels=tokens).loss)
 
 
+def neurons_of(stage) -> list[torch.nn.Parameter]:
+    """Thresholds of the neurons of each block."""
+    return of_kind(stage.thresholds, "neurons")
+
+
+def groups_of(stage) -> list[torch.nn.Parameter]:
+    """Thresholds of the KV groups of each block."""
+    return of_kind(stage.thresholds, "kv_groups")
+
+
 def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
     """Changes of the thresholds of neurons."""
-    return torch.cat([t.detach() - b for t, b in zip(stage.ffn_thresholds, before, strict=True)])
+    return torch.cat([t.detach() - b for t, b in zip(neurons_of(stage), before, strict=True)])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +176,7 @@ def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_a
     budget_options = {name: value for name, value in options.items() if name in ("removed_blocks", "sparsity")}
     stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
     before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
-    start = [t.detach().clone() for t in stage.ffn_thresholds]
+    start = [t.detach().clone() for t in neurons_of(stage)]
     first = stage.masks()
     # Offsets begin at 0, so that all kinds of training start with the same masks.
     assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **budget_options).masks()
@@ -177,13 +188,13 @@ def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_a
     # Trained parameters have changed by different amounts. If only offsets are trained, thresholds change equally.
     if learn == "offsets":
         assert shifts(stage, start).std() < 1e-5
-        assert torch.cat(stage.offsets).abs().max() == 0.5  # the limit of offsets
+        assert torch.cat(list(stage.learned_offsets)).abs().max() == 0.5  # the limit of offsets
     else:
         assert shifts(stage, start).std() > 0.05
     if learn == "thresholds":
-        assert stage.offsets is None
+        assert stage.offsets == {}
     else:
-        assert torch.cat(stage.offsets).std() > 0.05
+        assert torch.cat(list(stage.learned_offsets)).std() > 0.05
     # The budget is met.
     masks = stage.masks()
     assert masks != first
@@ -192,12 +203,13 @@ def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_a
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
     assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("removed_blocks", ()))
     trainable = [scope != "ffn" and stays for stays in masks.blocks]
-    assert [t.requires_grad for t in stage.attention_thresholds] == trainable
+    assert [t.requires_grad for t in groups_of(stage)] == trainable
     # The loss on the training text decreases.
     assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
     # A checkpoint contains only trained parameters and gives the same masks.
-    kinds = ["ffn_thresholds", "attention_thresholds", *([] if learn == "thresholds" else ["ffn_offsets"])]
-    assert set(stage.state_dict()) == {f"{kind}.{b}" for kind in kinds for b in range(3)}
+    names = {f"learned_thresholds.{i}" for i in range(6)}  # of neurons and of KV groups
+    names |= set() if learn == "thresholds" else {f"learned_offsets.{b}" for b in range(3)}
+    assert set(stage.state_dict()) == names
     loaded = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
     loaded.load_state_dict(stage.state_dict())
     assert loaded.masks() == masks
@@ -209,13 +221,11 @@ def test_centring_subtracts_the_mean_gradient_over_units(learn, uniform, scope, 
     """For equal widths, the mean is over the neurons of the block. Otherwise, it is over the units of the model."""
     stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
     stage.refresh_gates()
-    with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
+    with gated(tiny_model, stage.gates):
         next_token_losses(tiny_model, sampled_tokens(tiny_model)).mean().backward()
-    sizes = [torch.bincount(y).double() for y in stage.ranks.labels]
     kinds = {
-        "thresholds": [(t, n) for t, n in zip(stage.ffn_thresholds, sizes, strict=True)]
-        + [(t, torch.tensor([2.0]).double()) for t in stage.attention_thresholds],
-        "offsets": [(o, torch.ones(48).double()) for o in stage.ffn_offsets],
+        "thresholds": [(t, torch.bincount(stage.ranks.labels[key]).double()) for key, t in stage.thresholds.items()],
+        "offsets": [(o, torch.ones(48).double()) for o in stage.learned_offsets],
     }
     # (parameter, units, gradient before centring) of trained parameters
     trained = {
@@ -274,8 +284,9 @@ def test_equal_widths_stay_equal_during_training_and_soft_gates_are_steepest_at_
     assert {int(m.sum()) for m in masks.ffn} == {int(first.ffn[0].sum())}
     stage.zero_grad()
     stage.refresh_gates()
-    sum(gate.sum() for gate in stage.ffn_gates).backward()
-    for p, y, m, t in zip(stage.ranks.ffn, stage.ranks.labels, masks.ffn, stage.ffn_thresholds, strict=True):
+    sum(gate.sum() for gate in stage.gates.values()).backward()
+    for key in stage.gates:
+        p, y, m, t = stage.ranks.p[key], stage.ranks.labels[key], masks[key], stage.thresholds[key]
         # The cut of each block is at margin 0, where soft gates are steepest.
         thresholds = t.detach().double()[y]
         cut_margin = (torch.logit(p) - thresholds)[~m].max()
@@ -287,9 +298,10 @@ def test_the_cut_of_experts_with_equal_widths_is_the_mean_over_experts():
     """Each expert loses its own lowest neurons, so the largest margin that is removed differs between experts."""
     stage = make_stage(make_tiny("mixtral"), uniform=True)
     stage.refresh_gates()
-    sum(gate.sum() for gate in stage.ffn_gates).backward()
-    ranks, thresholds = stage.ranks, stage.ffn_thresholds
-    for p, y, sizes, keep, t in zip(ranks.ffn, ranks.labels, ranks.sizes, stage.masks().ffn, thresholds, strict=True):
+    sum(gate.sum() for gate in stage.gates.values()).backward()
+    ranks, masks = stage.ranks, stage.masks()
+    for key in stage.gates:
+        p, y, sizes, keep, t = ranks.p[key], ranks.labels[key], ranks.sizes[key], masks[key], stage.thresholds[key]
         of_units = t.detach().double()[y]
         margins = torch.logit(p.double()) - of_units
         largest = margins.masked_fill(keep, -torch.inf).view(4, -1).amax(1)
@@ -343,34 +355,34 @@ def test_recentring_moves_the_cut_to_margin_zero_without_changing_masks(scope, u
     stage = make_stage(tiny_model, scope=scope, uniform=uniform)
     for seed in range(4):
         with torch.no_grad():
-            for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
+            for t in stage.learned_thresholds:
                 t += 2 * torch.randn(t.shape, generator=generator_of(seed)) + 3
-        masks, before = stage.masks(), [t.detach().clone() for t in stage.ffn_thresholds]
+        masks, before = stage.masks(), [t.detach().clone() for t in neurons_of(stage)]
         stage.recentre(masks)
         assert stage.masks() == masks
         assert shifts(stage, before).std() < 1e-5  # all change equally
-        parts = zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, masks.ffn, strict=True)
-        removed = torch.cat([(torch.logit(p) - t.detach().double()[y])[~keep] for p, t, y, keep in parts])
+        margins = unit_margins(stage.ranks, stage.thresholds)
+        removed = torch.cat([margins[key][~masks[key]] for key in margins if key.startswith("neurons")])
         assert abs(float(removed.max())) < 1e-5
 
 
 def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
     """With the cost `kv_cache` no neuron is removed, so the cut is that of KV groups."""
-    blocks = blocks_of(tiny_model)
-    price, _ = price_of(COST["kv_cache"](tiny_model, blocks), blocks)
+    units = units_of(tiny_model)
+    price, _ = price_of(COST["kv_cache"](tiny_model, units), units)
     template = make_stage(tiny_model, scope="attention+ffn")
-    budget = budget_of(blocks, 0.3, scope="attention+ffn", price=price)
+    budget = budget_of(units, 0.3, scope="attention+ffn", price=price)
     stage = ThresholdLearning(tiny_model, template.ranks, template.thresholds, budget)
     with torch.no_grad():
-        for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
+        for t in stage.learned_thresholds:
             t += 3
     masks = stage.masks()
     assert all(keep.all() for keep in masks.ffn)
     assert sum(int((~keep).sum()) for keep in masks.attention) == 2
     stage.recentre(masks)
     assert stage.masks() == masks
-    parts = zip(stage.ranks.attention, stage.attention_thresholds, masks.attention, strict=True)
-    removed = torch.cat([(torch.logit(p) - t.detach().double())[~keep] for p, t, keep in parts])
+    margins = unit_margins(stage.ranks, stage.thresholds)
+    removed = torch.cat([margins[key][~masks[key]] for key in margins if key.startswith("kv_groups")])
     assert abs(float(removed.max())) < 1e-5
 
 
@@ -380,16 +392,15 @@ def test_gradients_are_those_of_hard_gates_times_the_slope_of_soft_gates(seed, t
     tokens = sampled_tokens(tiny_model, seed=seed)
     stage = make_stage(tiny_model, sparsity=0.3, scope="attention+ffn", seed=seed)
     stage.refresh_gates()
-    with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
+    with gated(tiny_model, stage.gates):
         next_token_losses(tiny_model, tokens).mean().backward()
     double, masks = make_tiny_llama().double(), stage.masks()
-    ffn, attention = ([m.double().requires_grad_() for m in kind] for kind in (masks.ffn, masks.attention))
-    with gated(double, ffn, attention):
+    reference_gates = {key: mask.double().requires_grad_() for key, mask in masks.items()}
+    with gated(double, reference_gates):
         double(tokens, labels=tokens).loss.backward()
-    gates, ranks = [*stage.ffn_gates, *stage.attention_gates], [*stage.ranks.ffn, *stage.ranks.attention]
-    modules = [*stage.ranks.labels, *[torch.zeros(2, dtype=torch.long)] * 3]  # KV groups are one module
-    thresholds = [*stage.ffn_thresholds, *stage.attention_thresholds]
-    for gate, reference_gate, p, t, y in zip(gates, [*ffn, *attention], ranks, thresholds, modules, strict=True):
+    assert stage.gates.keys() == reference_gates.keys() == by_key(range(3), range(3)).keys()
+    for key, reference_gate in reference_gates.items():
+        gate, p, t, y = stage.gates[key], stage.ranks.p[key], stage.thresholds[key], stage.ranks.labels[key]
         assert torch.equal(gate.detach().double(), reference_gate.detach())  # hard gates
         temperature = max(0.05, len(t) / len(p))  # one over the number of units per module, at least 0.05
         slope = slopes(p, t.detach().double()[y], temperature)
@@ -417,8 +428,8 @@ def test_soft_gate_equals_the_formula_in_numpy(dtype):
 
 # --- what is stored of learning, and masks for other budgets
 
-BLOCKS = [PlainBlock(b, 12, 2, neuron=2, group=9, whole=100) for b in range(2)]
-BUDGET = budget_of(BLOCKS).removing(20)  # ten of 24 neurons
+UNITS = [u for b in range(2) for u in units_without_model(b, 12, 2, neuron=2, group=9, whole=100)]
+BUDGET = budget_of(UNITS).removing(20)  # ten of 24 neurons
 
 
 def random_numbers(*sizes: int) -> list[torch.Tensor]:
@@ -426,18 +437,20 @@ def random_numbers(*sizes: int) -> list[torch.Tensor]:
     return [torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
-RANKS = ModuleRanks(random_numbers(12, 12), [torch.arange(12) % 3, torch.arange(12) % 2], random_numbers(2, 2))
-THRESHOLDS = random_numbers(3, 2), random_numbers(1, 1)
-OTHER_MASKS = Masks([torch.arange(12) < 7] * 2, [torch.ones(2, dtype=torch.bool)] * 2)
+LABELS = [torch.arange(12) % 3, torch.arange(12) % 2]
+RANKS = ranks_in_modules(by_key(random_numbers(12, 12), random_numbers(2, 2)), LABELS)
+THRESHOLDS = by_key(random_numbers(3, 2), random_numbers(1, 1))
+OFFSETS = by_key(random_numbers(12, 12))
+OTHER_MASKS = Masks.of_blocks([torch.arange(12) < 7] * 2, [torch.ones(2, dtype=torch.bool)] * 2)
 
 
 @pytest.mark.parametrize(
     ("sparsity", "kinds"),
     [
-        (ModuleSparsity(THRESHOLDS), {"ffn", "attention"}),
-        (ModuleSparsity(THRESHOLDS, random_numbers(12, 12)), {"ffn", "attention", "offsets"}),
+        (ModuleSparsity(THRESHOLDS), {"neurons", "kv_groups"}),
+        (ModuleSparsity(THRESHOLDS, OFFSETS), {"neurons", "kv_groups", "offsets"}),
         (ModuleSparsity(None, fixed_masks=OTHER_MASKS), {"masks"}),
-        (ModuleSparsity(THRESHOLDS, fixed_masks=OTHER_MASKS), {"ffn", "attention", "masks"}),
+        (ModuleSparsity(THRESHOLDS, fixed_masks=OTHER_MASKS), {"neurons", "kv_groups", "masks"}),
     ],
     ids=["thresholds", "and offsets", "masks", "thresholds and masks"],
 )
@@ -453,7 +466,7 @@ def test_stored_sparsity_of_modules_gives_the_same_masks(sparsity, kinds):
 
 
 def test_offsets_shift_ranks():
-    offsets = [3 * numbers.flip(0) for numbers in random_numbers(12, 12)]
+    offsets = {key: 3 * numbers.flip(0) for key, numbers in OFFSETS.items()}
     shifted = ModuleSparsity(THRESHOLDS, offsets).masks(RANKS, BUDGET)
     assert shifted == ModuleSparsity(THRESHOLDS).masks(RANKS.with_offsets(offsets), BUDGET)
     assert shifted != ModuleSparsity(THRESHOLDS).masks(RANKS, BUDGET)

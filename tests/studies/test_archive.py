@@ -193,7 +193,7 @@ def test_unpacking_packed_masks_returns_the_same_masks(data, depth):
         sizes = [data.draw(st.integers(1, 37)) for _ in range(depth)]
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
-    masks = Masks(draw_masks(), draw_masks())
+    masks = Masks.of_blocks(draw_masks(), draw_masks())
     unpacked = archive.unpack_masks(json.loads(json.dumps(archive.pack_masks(masks))))
     assert unpacked == masks
     assert all(m.dtype == torch.bool for m in (*unpacked.ffn, *unpacked.attention))

@@ -46,9 +46,9 @@ KINDS = {
 
         @allocation("my_allocation")
         def my_allocation(scores, statistics, blocks, budget):
-            return scores.ffn, scores.attention
+            return dict(scores)
         """,
-        ("return scores.ffn", "return [-s for s in scores.ffn]"),
+        ("return dict(scores)", "return {key: -s for key, s in scores.items()}"),
     ),
     "recovery": (
         {"recovery": "my_recovery"},

@@ -96,4 +96,4 @@ def fake_run(
         for stage, corpora in stages.items() for corpus, nll in corpora.items()
     ]  # fmt: skip
     settings = {"recovery": recovery, "run": {"seed": seed}, "inputs": {"model": "of the tests"}}
-    return FinishedRun(Path(f"{name}-{seed}"), name, settings, records, {}, Masks([], []), None, [])
+    return FinishedRun(Path(f"{name}-{seed}"), name, settings, records, {}, Masks.of_blocks([], []), None, [])
