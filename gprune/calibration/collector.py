@@ -34,7 +34,7 @@ from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.masks import hidden_in
 from gprune.models.offload import device_of
 from gprune.models.units import units_of
-from gprune.units.structure import Units, unit_key
+from gprune.units.structure import KIND_OF_PART, Units, unit_key
 
 
 class Collector:
@@ -215,7 +215,7 @@ class Collector:
         channels = {key: channel_statistics(metric.compute()) for key, metric in self.metrics.items()}
         for scope, gradients in self.gradients.items():
             for block, metrics in zip(self.blocks, gradients, strict=True):
-                key = unit_key("neurons" if scope == "ffn" else "kv_groups", block.index)
+                key = unit_key(KIND_OF_PART[scope], block.index)
                 channels[key] = replace(channels[key], saliency=channel_saliency(block, scope, metrics))
         for key, metric in self.routing.items():
             channels[key] = replace(channels[key], routing=metric.compute().cpu().clone())

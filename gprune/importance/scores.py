@@ -76,19 +76,19 @@ def score_units(
 ) -> Scores:  # fmt: skip
     """Return scores of all units by the metric `name`, fine kinds first; 0 for kinds that are not in scope."""
     layers, units, scores, channels = decoder_layers(model), units_of(model), {}, {}
-    for kind in reversed(kinds_of_units(units)):
-        for u in units if kind not in ("experts", "layer") else ():
-            if u.kind != kind:
-                continue
-            scores[u.key] = torch.zeros(u.size, dtype=torch.float64)
-            if not u.reads or kind not in scope:
-                continue
-            moments, weights = statistics.channels[u.key].total, unit_weights(u, layers[u.layer])
-            of_channels = channel_scores(name, u, weights, moments, generator_for(seed, u))
-            if u.repeats == 1:
-                scores[u.key] = of_channels
-            else:
-                scores[u.key], channels[u.key] = u.summed(of_channels), of_channels
+    kinds = kinds_of_units(units)
+    for u in sorted(units, key=lambda u: kinds.index(u.kind), reverse=True):
+        if u.kind in ("experts", "layer"):
+            continue
+        scores[u.key] = torch.zeros(u.size, dtype=torch.float64)
+        if not u.reads or u.kind not in scope:
+            continue
+        moments, weights = statistics.channels[u.key].total, unit_weights(u, layers[u.layer])
+        of_channels = channel_scores(name, u, weights, moments, generator_for(seed, u))
+        if u.repeats == 1:
+            scores[u.key] = of_channels
+        else:
+            scores[u.key], channels[u.key] = u.summed(of_channels), of_channels
     return Scores(scores, channels)
 
 

@@ -21,7 +21,7 @@ from gprune.models.masks import Masks
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Projection
 from gprune.sparsity.target import format_cost
-from gprune.units.structure import unit_key
+from gprune.units.structure import parts_of_key, unit_key
 
 log = logging.getLogger("gprune")
 
@@ -32,7 +32,7 @@ def store_scores(run: Run, scores: Scores, statistics: Sequence[CorpusStatistics
     These are removed first, unless the metric ignores activations; then there is no warning.
     """
     run.folder.write(
-        "experts", {f"scores.{key.rpartition('.')[2]}": of_units for key, of_units in scores.experts.items()}
+        "experts", {f"scores.{parts_of_key(key)[1]}": of_units for key, of_units in scores.experts.items()}
     )
     is_blind = EXPERT_IMPORTANCE[run.cfg.sparsity.expert_metric].activation_free
     if not is_blind and (idle := idle_experts(run.budget.units, statistics)):
@@ -67,7 +67,7 @@ def experts_entry(run: Run, masks: Masks) -> dict[str, Any]:
     removed, scores, stored = {}, {}, run.folder.read("experts") or {}
     for block in run.blocks:
         if block.has_experts and masks.blocks[block.index]:
-            kept, layer = kept_experts(block, masks.ffn[block.index]), str(block.layer_index)
+            kept, layer = kept_experts(masks.ffn[block.index], block.experts), str(block.layer_index)
             removed[layer] = (~kept).nonzero()[:, 0].tolist()
             of_layer = stored[f"scores.{block.index}"].tolist()
             scores[layer] = [score if math.isfinite(score) else None for score in of_layer]  # JSON has no -inf

@@ -253,16 +253,16 @@ def why_experts_stay(block: Block) -> str:
     return "" if block.family.per_expert else block.family.whole_experts or "its router is unknown"
 
 
-def kept_experts(block: Block, keep: Tensor) -> Tensor:
-    """Return which experts of a block keep neurons, (E,) bool, from the keep mask of its neurons, (E x N,)."""
-    return keep.view(block.experts, -1).any(1)
+def kept_experts(keep: Tensor, experts: int) -> Tensor:
+    """Return which of E experts keep neurons, (E,) bool, from the keep mask of their neurons, (E x N,)."""
+    return keep.view(experts, -1).any(1)
 
 
 def experts_without_neurons(blocks: Collection[Block], masks: Collection[Tensor]) -> dict[int, list[int]]:
     """Return the experts that masks of neurons, (E x N,) per block, remove as a whole, in blocks that keep others."""
     removed = {}
     for block, mask in zip(blocks, masks, strict=True):
-        if block.has_experts and not (kept := kept_experts(block, mask)).all() and kept.any():
+        if block.has_experts and not (kept := kept_experts(mask, block.experts)).all() and kept.any():
             removed[block.index] = (~kept).nonzero()[:, 0].tolist()
     return removed
 

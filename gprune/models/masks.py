@@ -16,7 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import blocks_of
-from gprune.models.experts import Watch, experts_without_neurons, is_of_experts, watch_experts, without_experts
+from gprune.models.experts import (
+    Watch,
+    experts_without_neurons,
+    is_of_experts,
+    kept_experts,
+    watch_experts,
+    without_experts,
+)
 from gprune.models.families import decoder_layers
 from gprune.models.offload import device_of
 from gprune.models.units import units_of
@@ -60,7 +67,7 @@ class Masks(dict[str, Tensor]):
     def kept(self, u: Units) -> Tensor:
         """Return which of these units are kept, (rows x count,) bool."""
         if u.kind == "experts":
-            return self[u.key.replace("experts", "neurons")].view(u.count, -1).any(1)
+            return kept_experts(self[unit_key("neurons", u.number)], u.count)
         return self[u.key] if u.key in self else torch.ones(u.size, dtype=torch.bool)
 
     @classmethod

@@ -338,7 +338,7 @@ def _check_experts(block: Block, keep: Tensor, config: PreTrainedConfig) -> None
     if why := why_experts_stay(block):
         raise UserError(f"{name} cannot be removed as a whole: {why}.")
     groups, least = least_experts(config, block.experts)
-    kept_by_group = kept_experts(block, keep).view(groups, -1).sum(1).tolist()
+    kept_by_group = kept_experts(keep, block.experts).view(groups, -1).sum(1).tolist()
     if min(kept_by_group) < least or len(set(kept_by_group)) > 1:
         of_group = f" in each of {groups} groups, the same number" if groups > 1 else ""
         raise UserError(f"{name} must be at least {least}{of_group}; got {', '.join(map(str, kept_by_group))}.")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gprune.units.structure import of_kind, unit_key
+from gprune.units.structure import of_kind, parts_of_key, unit_key
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ModuleRanks:
     p: Mapping[str, Tensor]  # (N,) float64 in (0, 1)
     labels: Mapping[str, Tensor]  # (N,) int64 in [0, K)
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, int]:
         """K, the number of modules, by key."""
         return {key: count_modules(labels) for key, labels in self.labels.items()}
@@ -152,17 +152,11 @@ def ranks_in_modules(p: Mapping[str, Tensor], labels: Sequence[Tensor]) -> Modul
 
     Neurons come first, in any case: sums over units, and checkpoints, have the order of the keys, and files another.
     """
-    p = dict(sorted(p.items(), key=lambda item: (not item[0].startswith("neurons."), *_kind_and_number(item[0]))))
+    p = dict(sorted(p.items(), key=lambda item: (not item[0].startswith("neurons."), *parts_of_key(item[0]))))
     of_neurons = {unit_key("neurons", b): of_block for b, of_block in enumerate(labels)}
     return ModuleRanks(
         p, {key: of_neurons.get(key, torch.zeros(len(ranks), dtype=torch.long)) for key, ranks in p.items()}
     )
-
-
-def _kind_and_number(key: str) -> tuple[str, int]:
-    """Return the parts of a key of units."""
-    kind, _, number = key.rpartition(".")
-    return kind, int(number)
 
 
 def _ranks_in(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:

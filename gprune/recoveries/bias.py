@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gprune.calibration.statistics import Moments
 
 
-@recovery("bias", experts=False, flags=())
+@recovery("bias", experts=False)
 def bias(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """W' = W_K, b = W_R mean(x_R): removed channels R are replaced by their mean over tokens."""
     mean = moments.mean.to(weight)

@@ -66,7 +66,6 @@ class Recovery:
     """
 
     name = ""  # set when it is registered
-    flags = frozenset({"ridge", "distill"})  # flags or groups of flags that it reads, if it has statistics or text
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
     learns = False  # whether it trains on `--distill.tokens` of text
     experts = True  # whether it can recover experts
@@ -74,11 +73,6 @@ class Recovery:
     settings: Any = None
     registered: Any = None  # the registered class or function, whose keyword-only parameters are options
     factory: Callable[..., Recovery]  # constructs the recovery with options
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Flags or groups of flags that this recovery reads: none without statistics and text."""
-        return self.flags | {"corpora.recover"} if self.needs or self.learns else frozenset()
 
     def revise(self, material: Material) -> Revise | None:
         """Return a function that changes each sliced block, called in the order of blocks, or None."""
@@ -158,11 +152,10 @@ def check_chain(chain: str) -> None:
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
-    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver = solver
         self.needs = frozenset(needs)
         self.experts = experts
-        self.flags = frozenset(flags)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block by `solve`."""
@@ -171,11 +164,11 @@ class Projection(Recovery):
 
         def revise(dense: Block, block: Block) -> None:
             """Correct those output projections of a sliced block that lost channels."""
-            units = units_of_blocks([dense], material.dense.config)
-            for u, part in zip(units[-2:], ("output", "down"), strict=True):  # its KV groups and its neurons
-                keep = material.masks[u.key] if u.count else None
-                if keep is None or bool(keep.all()):
+            parts = {"kv_groups": "output", "neurons": "down"}
+            for u in units_of_blocks([dense], material.dense.config):
+                if u.kind not in parts or (keep := material.masks[u.key]).all():
                     continue
+                part = parts[u.kind]
                 moments = material.statistics.channels[u.key].total
                 weight = dense.parts[part].weight.to(device_of(dense.layer))
                 keep = u.of_channels(keep) if u.rows == 1 else keep
@@ -221,9 +214,7 @@ class Projection(Recovery):
         return new_weight, bias
 
 
-def recovery(
-    name: str, *, needs: Collection[str] = ("moments",), experts: bool = True, flags: Collection[str] = ("ridge",)
-) -> Callable[[Any], Any]:
+def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
     """Register a recovery as the value `name` of `--recovery`: a function, or a subclass of `Recovery`.
 
     A function is called as `function(weight, keep, moments, ridge, **options)` for each output projection that lost
@@ -252,7 +243,6 @@ def recovery(
         name: the value of `--recovery`.
         needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
         experts: whether a function supports experts, which have no biases. A class has its own attribute.
-        flags: flags that a function reads, to list ignored flags. A class has its own attribute.
 
     Raises:
         ValueError: if `needs` has another name, or another recovery has this name.
@@ -280,7 +270,7 @@ def recovery(
                 instance = entry(**options)
             else:
                 solver = functools.partial(entry, **options)
-                instance = Projection(solver, needs=needs, experts=experts, flags=flags)
+                instance = Projection(solver, needs=needs, experts=experts)
             instance.name = name
             instance.registered = entry
             instance.factory = create

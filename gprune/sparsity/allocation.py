@@ -31,12 +31,6 @@ Margins = Mapping[str, "Tensor"]  # (N,) by key of units, floats; the smallest i
 Rule = Callable[..., Any]
 ALLOCATION: Registry[Rule] = Registry("allocation")
 
-LEARNING_FLAGS = (  # flags of threshold learning
-    "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
-    "sparsity.centred", "sparsity.learning_rate", "sparsity.offset_learning_rate",
-    "sparsity.offset_limit",
-)  # fmt: skip
-
 
 def allocation(
     name: str, *, modules: bool = False, learned: bool = False, errors: bool = False
@@ -81,7 +75,6 @@ def allocation(
         function.modules = modules
         function.learned = learned
         function.errors = errors
-        function.reads = frozenset([*(["sparsity.start"] if modules else []), *(LEARNING_FLAGS if learned else [])])
         function.needs = frozenset({"gram", "errors"} if errors else ())
         return function
 

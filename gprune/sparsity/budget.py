@@ -18,7 +18,7 @@ from gprune.models.masks import Masks
 from gprune.sparsity.experts import rounds_of_experts
 from gprune.sparsity.price import Price, cost_beyond, parameters_of
 from gprune.sparsity.target import Target, format_cost
-from gprune.units.structure import KINDS, Units, kinds_of_units, unit_key
+from gprune.units.structure import KIND_OF_PART, KINDS, Units, kinds_of_units, unit_key
 
 PROTECTED = "protected"  # why units of `--sparsity.protect` stay
 Round = tuple[float, tuple[int, ...]]  # score, and numbers of the units that are removed together
@@ -89,8 +89,7 @@ def budget_of(
     """
     units = with_limits(units, protect=protect, width_multiple=width_multiple)
     parameters = parameters_of(units)
-    kinds = {"ffn": "neurons", "attention": "kv_groups", "experts": "experts", "blocks": "layer"}
-    in_scope = frozenset(kinds.get(part, part) for part in scope.split("+"))
+    in_scope = frozenset(KIND_OF_PART.get(part, part) for part in scope.split("+"))
     shares = {"layer": block_share, "experts": expert_share}
     # Until they are chosen, layers and experts are removed in the order of their numbers.
     rounds = {u.key: rounds_of_experts(u) for u in units if u.kind == "experts"}
@@ -297,7 +296,7 @@ class Budget:
         """Return the units of a kind in the layers that are kept."""
         return [u for u in self.of_kind(kind) if unit_key("layer", u.layer) not in self.lost]
 
-    @property
+    @cached_property
     def finer(self) -> tuple[str, ...]:
         """Kinds in scope that have no share and are removed in a common order, from coarse to fine."""
         return tuple(kind for kind in kinds_of_units(self.units) if kind in self.scope and kind not in self.share)
@@ -312,7 +311,7 @@ class Budget:
         """Whether all blocks must have the same widths."""
         return "neurons" in self.equal
 
-    @property
+    @cached_property
     def protected(self) -> frozenset[int]:
         """Layers that keep everything."""
         return frozenset(u.layer for u in self.of_kind("layer") if u.stays)

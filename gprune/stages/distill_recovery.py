@@ -20,7 +20,6 @@ class Distill(Recovery):
     """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
     learns = True
-    flags = frozenset({"distill"})
     group = "distill"
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from gprune.models.experts import without_experts
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks, bypassed, gated
-from gprune.models.units import units_of
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin, keep_masks, slots_of
@@ -69,7 +68,6 @@ class ThresholdLearning(FrozenLMStage):
         super().__init__(model)
         self.save_hyperparameters(ignore=["model", "ranks", "start", "budget"], logger=False)
         self._ranks = ranks
-        self.units = units_of(model)
         self.budget = budget
         self.loss = loss
         self.centred = centred
@@ -172,7 +170,7 @@ class ThresholdLearning(FrozenLMStage):
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
-        gates = gated(self.lm, self.gates, self.units)
+        gates = gated(self.lm, self.gates, self.budget.units)
         experts = without_experts(self.lm, self.budget.removed_experts)
         with bypassed(self.lm, self.budget.removed), experts, gates:
             return next_token_losses(self.lm, ids, teacher=teacher)

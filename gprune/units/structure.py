@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("layer", "experts", "kv_groups", "neurons")  # from coarse to fine; kinds of users come before neurons
+KIND_OF_PART = {"ffn": "neurons", "attention": "kv_groups", "experts": "experts", "blocks": "layer"}  # part of a scope
 T = TypeVar("T")
 
 
@@ -49,7 +50,7 @@ class Units:
     @property
     def number(self) -> int:
         """Number of the block, or of the layer, in the key."""
-        return int(self.key.rpartition(".")[2])
+        return parts_of_key(self.key)[1]
 
     @property
     def size(self) -> int:
@@ -82,6 +83,12 @@ def unit_key(kind: str, number: int) -> str:
     return f"{kind}.{number}"
 
 
+def parts_of_key(key: str) -> tuple[str, int]:
+    """Return the kind and the number in a key: the inverse of `unit_key`."""
+    kind, _, number = key.rpartition(".")
+    return kind, int(number)
+
+
 def kinds_of_units(units: Iterable[Units]) -> list[str]:
     """Return the kinds of units, from coarse to fine."""
     of_users = [u.kind for u in units if u.kind not in KINDS]
@@ -90,12 +97,11 @@ def kinds_of_units(units: Iterable[Units]) -> list[str]:
 
 def of_kind(values: Mapping[str, T], kind: str) -> list[T]:
     """Return the values of the units of a kind, in the order of blocks."""
-    by_number = {int(key.rpartition(".")[2]): value for key, value in values.items() if key.startswith(f"{kind}.")}
+    by_number = {parts_of_key(key)[1]: value for key, value in values.items() if key.startswith(f"{kind}.")}
     return [by_number[number] for number in sorted(by_number)]
 
 
 def current_name(name: str) -> str:
     """Return the name of a tensor by the key of its units, from that of a file of an earlier version."""
-    for former, kind in (("ffn.", "neurons."), ("attention.", "kv_groups.")):
-        name = kind + name.removeprefix(former) if name.startswith(former) else name
-    return name
+    former, dot, rest = name.partition(".")
+    return f"{KIND_OF_PART.get(former, former)}{dot}{rest}"
