@@ -48,7 +48,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -58,12 +58,13 @@ from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrun
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import Block, blocks_of, by_layer
-from gprune.models.families import FAMILIES
+from gprune.models.experts import is_of_experts
+from gprune.models.families import FAMILIES, decoder_layers
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
-from gprune.models.units import find_unpruned, units_of
+from gprune.models.units import find_unpruned, units_by_layer, units_of
 from gprune.sparsity.budget import budget_of
+from gprune.units.structure import Units
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.csv"
 COLUMNS = (
@@ -176,10 +177,11 @@ def describe(model: PreTrainedModel) -> tuple[str, str]:
     """Describe the discovered FFN and attention of a model, as in the table."""
     ffn: dict[str, int] = {}
     attention: dict[str, int] = {}
-    layers = by_layer(blocks_of(model))
-    for own in layers:
-        ffns = [_ffn_name(block) for block in own if block.down is not None]
-        groups = ["heads" if b.heads == b.kv_groups else "KV groups" for b in own if b.output is not None]
+    layers = decoder_layers(model)
+    for layer, own in zip(layers, units_by_layer(model), strict=True):
+        ffns = [_ffn_name(layer, u) for u in own if u.kind == "neurons" and u.reads]
+        heads = [u.settings["num_attention_heads"] for u in own if u.kind == "kv_groups" and u.reads]
+        groups = ["heads" if per_group == 1 else "KV groups" for per_group in heads]
         for names, counts in ((ffns, ffn), (groups, attention)):
             name = " + ".join(names) or "none"
             counts[name] = counts.get(name, 0) + 1
@@ -191,12 +193,12 @@ def describe(model: PreTrainedModel) -> tuple[str, str]:
     return ffn_text, attention_text
 
 
-def _ffn_name(block: Block) -> str:
-    """Name the projections of a block's FFN."""
-    if block.has_experts:
-        return f"{block.experts} experts"
-    fused = block.parts["up"].rows is not None
-    return "up, down" if block.gate is None else "gate and up fused" if fused else "gate, up, down"
+def _ffn_name(layer: nn.Module, u: Units) -> str:
+    """Name the projections of an FFN."""
+    if is_of_experts(layer, u):
+        return f"{u.rows} experts"
+    rows = [name for s in u.inputs for name, _ in s.parts]
+    return "up, down" if len(rows) == 1 else "gate and up fused" if len(u.inputs) == 1 else "gate, up, down"
 
 
 def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gprune import allocation
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import NonNegative
 from gprune.errors import UserError
 from gprune.importance.scores import Scores
-from gprune.models.blocks import Block
+from gprune.models.units import output_weight
 from gprune.sparsity.budget import Budget
 
 
@@ -67,8 +67,9 @@ def removal_order(weight: Tensor, gram: Tensor, removed: int, *, ridge: float) -
 
 @allocation("greedy")
 def greedy(
-    scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, *, ridge: NonNegative = 0.01
-) -> dict[str, Tensor]:
+    scores: Scores, statistics: CorpusStatistics, layers: Sequence[nn.Module], budget: Budget, *,
+    ridge: NonNegative = 0.01,
+) -> dict[str, Tensor]:  # fmt: skip
     """m_i = (position in the order of removal) / N. All blocks lose the same fraction, and scores are ignored."""
     margins = {}
     for u in budget.of_kind("neurons"):
@@ -76,7 +77,7 @@ def greedy(
         if u.rows > 1 or gram is None or budget.finer != ("neurons",):
             needed = "--sparsity.scope ffn, dense blocks and --recovery least_squares"
             raise UserError(f"--sparsity.allocation greedy needs {needed}.")
-        weight, N = blocks[u.number].down.weight.detach().cpu(), u.count
+        weight, N = output_weight(u, layers[u.layer]), u.count
         order = removal_order(weight, gram.cpu(), min(N, math.ceil(budget.sparsity * N) + 1), ridge=ridge)
         places = torch.empty(N, dtype=torch.float64)
         places[order] = (torch.arange(N, dtype=torch.float64) + 0.5) / N

@@ -28,11 +28,11 @@ from gprune.discovery import family_of
 from gprune.errors import first_line
 from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import blocks_of
 from gprune.models.copies import auto_class
+from gprune.models.families import decoder_layers, record_of
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
-from gprune.models.units import units_of
+from gprune.models.units import places_in, units_of
 from gprune.sparsity.budget import budget_of
 
 
@@ -51,10 +51,10 @@ def row_of(model_type: str, folder: Path) -> dict[str, Any]:
     try:
         model = random_model(model_type)
         family_of(model)
-        with_experts = [block for block in blocks_of(model) if block.has_experts]
-        reasons = [block.family.whole_experts for block in with_experts if not block.family.per_expert]
-        if reasons:
-            return {"type": model_type, "why": reasons[0]}
+        layers = decoder_layers(model)
+        places = [p for layer in layers for p in places_in(layer, record_of(model).places) if p.whole_experts]
+        if places:
+            return {"type": model_type, "why": places[0].whole_experts}
         masks, ids = without_half_of_the_experts(model), torch.arange(3, 51).view(2, 24)
         dense = model(input_ids=ids, use_cache=False).logits
         with masked(model, masks):

@@ -19,7 +19,6 @@ from gprune.console import lazy_exports
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metric, metric
-from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
 from gprune.sparsity.price import COST
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 __all__ = [
-    "ALLOCATION", "CORPORA", "COST", "EXPERT_IMPORTANCE", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks",
+    "ALLOCATION", "CORPORA", "COST", "EXPERT_IMPORTANCE", "IMPORTANCE", "RECOVERY", "Masks",
     "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks",
     "expert_metric", "load_run", "load_study", "masked", "measure", "metric", "prune", "recovery", "register",
 ]  # fmt: skip

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import gprune
-from gprune.models.blocks import decoder_layers
+from gprune.models.families import decoder_layers
 
 TYPE = "lazy"
 PACKAGE = str(Path(gprune.__file__).parent)

@@ -24,7 +24,6 @@ from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
 from gprune.method import inputs
 from gprune.method.plan import make_plan
-from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
 from gprune.models.loading import load_model
 from gprune.models.masks import masked
@@ -32,6 +31,7 @@ from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from tests import tiny_run
+from tests.blocks import blocks_of
 from tests.stages.test_threshold_learning import make_stage, trainer_of
 from tests.world import make_tiny, restored, some_masks
 

@@ -10,7 +10,7 @@ from gprune.importance import IMPORTANCE, metric
 from gprune.importance.scores import score_units
 from gprune.method.recover import tune
 from gprune.method.run import TokenMeter
-from gprune.models.blocks import blocks_of
+from gprune.models.families import decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
@@ -19,6 +19,7 @@ from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recov
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import budget_of
 from gprune.units.structure import of_kind
+from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches
 from tests.world import by_key, collect, make_tiny_llama, restored, some_masks
 
@@ -53,7 +54,7 @@ def by_metric(tiny, spoil):
 def by_margins(tiny, spoil):
     model, statistics, scores, budget = tiny
     allocation("mine")(lambda s, st, b, budget: {key: spoil(f.clone(), f) for key, f in s.items()})
-    return torch.cat(allocate("mine", scores, statistics, blocks_of(model), budget).ffn)
+    return torch.cat(allocate("mine", scores, statistics, decoder_layers(model), budget).ffn)
 
 
 def by_thresholds(tiny, spoil):
@@ -180,7 +181,7 @@ def test_margins_with_the_wrong_structure_are_refused(change, tiny):
     model, statistics, scores, budget = tiny
     allocation("mine")(lambda s, *_: change(s))
     with pytest.raises(UserError, match=r"^Allocation 'mine'.* Masks, or margins .* of 3 keys .* got "):
-        allocate("mine", scores, statistics, blocks_of(model), budget)
+        allocate("mine", scores, statistics, decoder_layers(model), budget)
 
 
 MASKS = {  # a change of valid masks, and words of the message
@@ -203,14 +204,14 @@ def with_one_more(keep):
 @pytest.mark.parametrize("row", MASKS)
 def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny):
     model, statistics, scores, budget = tiny
-    valid = allocate("uniform", scores, statistics, blocks_of(model), budget)
+    valid = allocate("uniform", scores, statistics, decoder_layers(model), budget)
     change, message = MASKS[row]
     result = valid
     allocation("mine")(lambda *_: result)
-    assert allocate("mine", scores, statistics, blocks_of(model), budget) == valid
+    assert allocate("mine", scores, statistics, decoder_layers(model), budget) == valid
     result = change(valid)
     with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
-        allocate("mine", scores, statistics, blocks_of(model), budget)
+        allocate("mine", scores, statistics, decoder_layers(model), budget)
 
 
 def test_a_list_instead_of_masks_is_refused(tiny):

@@ -27,11 +27,11 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.discovery import family_of
 from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, shrunk, tiny_model
 from gprune.importance import IMPORTANCE
-from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.registry import Registry
 from gprune.sparsity.cut import keep_top
 from gprune.units.structure import Units
+from tests.blocks import blocks_of
 
 T = TypeVar("T")
 

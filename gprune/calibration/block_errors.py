@@ -25,11 +25,13 @@ from transformers import PreTrainedModel
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError, require_finite
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.experts import is_of_experts
+from gprune.models.families import decoder_layers, record_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 from gprune.models.products import CastWeights, fast_products
-from gprune.units.structure import unit_key
+from gprune.models.units import output_weight, units_of
+from gprune.units.structure import of_kind
 
 log = logging.getLogger("gprune")
 
@@ -37,11 +39,11 @@ ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do 
 LEVELS = 8  # errors are computed for widths that are N / LEVELS apart
 
 
-def refuse_experts(blocks: Sequence[Block]) -> None:
-    """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
-    if any(block.has_experts for block in blocks):
+def refuse_experts(model: PreTrainedModel) -> None:
+    """Raise UserError for a model with experts. Errors are only implemented for dense FFNs."""
+    if any(is_of_experts(decoder_layers(model)[u.layer], u) for u in units_of(model)):
         raise UserError(
-            f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
+            f"--sparsity.allocation reconstruction cannot measure experts ('{record_of(model).model_type}'). "
             "Use uniform."
         )
 
@@ -72,32 +74,33 @@ def error_tokens(cfg: Any, name: str) -> int:
 
 def tokens_with_gradients(
     model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
-) -> dict[int, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the inputs of each `down` projection and ||g_t||^2, g_t being the gradient of the loss by its output.
 
-    For each block with an FFN, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the
+    For each key of neurons, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the
     mean next-token cross-entropy of a window in nats. Batches are (B, T) token ids. With `bfloat16`, matrices are
     multiplied in autocast, with fallback to float32 if a loss is not finite.
     """
     device = device_of(model)
-    hosts = {block.index: block.parts["down"].host for block in blocks_of(model) if block.down is not None}
-    recorded: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in hosts}  # one pair per batch
+    layers = decoder_layers(model)
+    hosts = {u.key: layers[u.layer].get_submodule(u.reads) for u in units_of(model) if u.kind == "neurons" and u.reads}
+    recorded: dict[str, list[tuple[Tensor, Tensor]]] = {key: [] for key in hosts}  # one pair per batch
 
-    def record(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Record a batch of block `index` when the backward pass reaches the projection."""
+    def record(key: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Record a batch when the backward pass reaches the projection."""
         x = inputs[0].detach().flatten(0, -2).bfloat16().cpu()
 
         def record_gradient(gradient: Tensor) -> None:
             energy = gradient.flatten(0, -2).float().square().sum(1).cpu()
-            recorded[index].append((x, energy))
+            recorded[key].append((x, energy))
 
         output.register_hook(record_gradient)
 
     casts = CastWeights(model)
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         hooks.callback(require_activation_gradients(model).remove)
-        for index, host in hosts.items():
-            hooks.callback(host.register_forward_hook(partial(record, index)).remove)
+        for key, host in hosts.items():
+            hooks.callback(host.register_forward_hook(partial(record, key)).remove)
         for ids in batches:
             ids = ids.to(device).clone()  # a normal tensor, even if the batch was created in inference mode
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
@@ -107,11 +110,11 @@ def tokens_with_gradients(
                 bfloat16 = False  # for the following batches too
                 losses = next_token_losses(model, ids)
             losses.sum().backward()
-    by_block = {}
-    for index, pairs in recorded.items():
+    by_key = {}
+    for key, pairs in recorded.items():
         inputs, energies = zip(*pairs, strict=True)
-        by_block[index] = torch.cat(inputs), torch.cat(energies)
-    return by_block
+        by_key[key] = torch.cat(inputs), torch.cat(energies)
+    return by_key
 
 
 @torch.no_grad()
@@ -162,15 +165,15 @@ def block_errors(
     """
     errors = []
     tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
-    for block in blocks_of(model):
-        key = unit_key("neurons", block.index)
-        if block.down is None:
+    for u in of_kind({u.key: u for u in units_of(model)}, "neurons"):
+        if not u.reads:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue
-        weight = block.down.weight.detach()
+        key, layer = u.key, decoder_layers(model)[u.layer]
+        weight = output_weight(u, layer, device_of(layer))
         gram = statistics.channels[key].total.gram
         assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
         order = scores[key].argsort(descending=True, stable=True).to(weight.device)
-        gram, x, energy = (tensor.to(weight.device) for tensor in (gram, *tokens[block.index]))
+        gram, x, energy = (tensor.to(weight.device) for tensor in (gram, *tokens[key]))
         errors.append(errors_by_width(weight[:, order], gram[order][:, order], x[:, order], energy, ridge=ridge))
     return torch.stack(errors)

@@ -27,14 +27,13 @@ from gprune.calibration.moments import (
 )
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.experts import expert_output, is_of_experts, watch_experts, watch_routing
 from gprune.models.families import decoder_layers, decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.masks import hidden_in
 from gprune.models.offload import device_of
 from gprune.models.units import units_of
-from gprune.units.structure import KIND_OF_PART, Units, unit_key
+from gprune.units.structure import KIND_OF_PART, Units, of_kind
 
 
 class Collector:
@@ -57,14 +56,14 @@ class Collector:
         blocks: Sequence[int] | None = None,
     ):
         self.model = model
-        self.blocks = blocks_of(model) if blocks is None else [blocks_of(model)[number] for number in blocks]
-        self.layers, numbers = decoder_layers(model), {block.index for block in self.blocks}
-        units = [u for u in units_of(model) if u.kind not in ("layer", "experts") and u.number in numbers]
+        self.layers = decoder_layers(model)
+        all_units = [u for u in units_of(model) if u.kind != "layer" and (blocks is None or u.number in blocks)]
+        self.experts = {u.number: u for u in all_units if u.kind == "experts"}
+        units = [u for u in all_units if u.kind != "experts"]
         self.units = {u.key: u for u in units}
         self.metrics: dict[str, Metric] = {}  # sums of inputs, by key of units
         self.cosine_changes: list[StreamingCosineChange] = []  # one for each block
-        # scope -> blocks -> name of a part -> gradients of its weight
-        self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
+        self.gradients: dict[str, list[StreamingGradients]] = {}  # by key of units: of each of `salient_parts`
         self.routing: dict[str, StreamingRouting] = {}  # by key of the neurons
         for u in units:
             # States are on the layer's device. A backward pass writes to them, which inference tensors do not allow.
@@ -76,14 +75,15 @@ class Collector:
                 else:
                     channels = len(u.slices[-1].unit) if u.reads else 0
                     self.metrics[u.key] = StreamingMoments(channels, gram=gram)
-        for block in self.blocks:
-            with torch.inference_mode(False), device_of(block.layer):
-                self.cosine_changes.append(StreamingCosineChange())
-                for scope, gradients in self.gradients.items():
-                    gradients.append({
-                        name: StreamingGradients((linear.out_features, linear.in_features))
-                        for name, linear in salient_parts(block, scope).items()
-                    })  # fmt: skip
+        of_scopes = [KIND_OF_PART[scope] for scope in saliency]
+        self.neurons = of_kind(self.units, "neurons")  # one set for each block
+        for u in units:
+            with torch.inference_mode(False), device_of(self.layers[u.layer]):
+                if u.kind == "neurons":
+                    self.cosine_changes.append(StreamingCosineChange())
+                if u.kind in of_scopes:
+                    weights = [part.weight(self.layers[u.layer]) for part in salient_parts(u, self.layers[u.layer])]
+                    self.gradients[u.key] = [StreamingGradients(tuple(weight.shape)) for weight in weights]
         # The current batch of B windows, see `observe`.
         self._half = torch.empty(0)  # (B,)
         self._weight = torch.empty(0)  # (B,)
@@ -95,20 +95,23 @@ class Collector:
         """Add the hooks to the model."""
         for u in self.units.values():
             self._watch_projection(u, self.metrics[u.key])
-        for index, block in enumerate(self.blocks):
-            add_change = partial(self._add_cosine_change, self.cosine_changes[index])
-            self._handles.append(block.layer.register_forward_hook(add_change, with_kwargs=True))
-            for gradients in self.gradients.values():
-                for name, metric in gradients[index].items():
-                    self._watch_gradient(block.parts[name], metric)
-            if (metric := self.routing.get(unit_key("neurons", block.index))) is not None:
-                self._watch_routing(block, metric)
+        for u, change in zip(self.neurons, self.cosine_changes, strict=True):
+            add_change = partial(self._add_cosine_change, change)
+            self._handles.append(self.layers[u.layer].register_forward_hook(add_change, with_kwargs=True))
+            if u.key in self.routing:
+                self._watch_routing(u, self.routing[u.key])
+        for key, metrics in self.gradients.items():
+            layer = self.layers[self.units[key].layer]
+            for part, metric in zip(salient_parts(self.units[key], layer), metrics, strict=True):
+                linear, rows = layer.get_submodule(part.path.rpartition(".")[0]), part.rows.to(device_of(layer))
+                self._handles.append(linear.register_forward_hook(partial(self._add_gradient, metric, rows)))
         if self.gradients:
             self._handles.append(require_activation_gradients(self.model))
         return self
 
-    def _watch_routing(self, block: Block, metric: StreamingRouting) -> None:
+    def _watch_routing(self, u: Units, metric: StreamingRouting) -> None:
         """Add the hooks that update a metric by the choice of a router and the outputs of its experts."""
+        layer, experts = self.layers[u.layer], self.experts.get(u.number)
         routed: list[Tensor] = []  # chosen experts and their weights in the current call, each (tokens, k)
 
         def remember(chosen: Tensor, weights: Tensor) -> None:
@@ -120,10 +123,11 @@ class Collector:
             router_weight = (weights[tokens] * is_chosen).sum(1)
             # Experts of some classes compute all tokens, also those of other experts.
             counted = self._weight.to(x.device)[tokens // self._length] * is_chosen.any(1)
-            metric.update(expert, expert_output(block, expert, x.detach()), router_weight.detach(), counted)
+            output = expert_output(layer, u, expert, x.detach(), experts)
+            metric.update(expert, output, router_weight.detach(), counted)
 
-        self._handles.append(watch_routing(block.down.host, remember))
-        self._handles.append(watch_experts(block.layer, self.units[unit_key("neurons", block.index)], add))
+        self._handles.append(watch_routing(layer.get_submodule(u.reads), remember))
+        self._handles.append(watch_experts(layer, u, add))
 
     def _watch_projection(self, u: Units, metric: Metric) -> None:
         """Add the hook that updates a metric by the inputs of what reads the units."""
@@ -135,11 +139,6 @@ class Collector:
         else:
             handle = layer.get_submodule(u.reads).register_forward_pre_hook(partial(self._add_input, metric))
         self._handles.append(handle)
-
-    def _watch_gradient(self, part: Part, metric: StreamingGradients) -> None:
-        """Add the hook that updates a metric by the gradient of a linear layer."""
-        rows = None if part.rows is None else part.rows.to(device_of(part.host))
-        self._handles.append(part.host.register_forward_hook(partial(self._add_gradient, metric, rows)))
 
     def __exit__(self, *exception: object) -> None:
         while self._handles:
@@ -178,7 +177,7 @@ class Collector:
         metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
 
     def _add_gradient(
-        self, metric: StreamingGradients, rows: Tensor | None, _module: nn.Module, inputs: tuple[Tensor, ...],
+        self, metric: StreamingGradients, rows: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:  # fmt: skip
         """Update a metric in the backward pass; `rows` are the part's rows in a fused linear layer."""
@@ -187,7 +186,7 @@ class Collector:
 
         def add(gradient: Tensor) -> None:
             gradient = self._by_window(gradient)
-            metric.update(x, gradient if rows is None else gradient[..., rows], halves)
+            metric.update(x, gradient if len(rows) == gradient.shape[-1] else gradient[..., rows], halves)
 
         output.register_hook(add)
 
@@ -213,15 +212,14 @@ class Collector:
     def compute(self) -> CorpusStatistics:
         """Return statistics of all batches, summed over processes, and free the sums. Gram matrices are not copied."""
         channels = {key: channel_statistics(metric.compute()) for key, metric in self.metrics.items()}
-        for scope, gradients in self.gradients.items():
-            for block, metrics in zip(self.blocks, gradients, strict=True):
-                key = unit_key(KIND_OF_PART[scope], block.index)
-                channels[key] = replace(channels[key], saliency=channel_saliency(block, scope, metrics))
+        for key, metrics in self.gradients.items():
+            u = self.units[key]
+            channels[key] = replace(channels[key], saliency=channel_saliency(u, self.layers[u.layer], metrics))
         for key, metric in self.routing.items():
             channels[key] = replace(channels[key], routing=metric.compute().cpu().clone())
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.cosine_changes])
         # Reference cycles in torchmetrics would keep the sums in memory until garbage collection.
-        of_gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
+        of_gradients = [metric for metrics in self.gradients.values() for metric in metrics]
         for metric in (*self.cosine_changes, *self.metrics.values(), *of_gradients, *self.routing.values()):
             metric.__dict__.clear()
         return CorpusStatistics(channels, turned)

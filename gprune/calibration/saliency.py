@@ -10,26 +10,54 @@ FFNs of a model with 135M parameters, and about 35 GB for 7B.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from einops import repeat
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gprune.calibration.moments import add_large_state
 from gprune.errors import UserError, require_finite
-from gprune.models.blocks import PARTS, Block, Part
+from gprune.models.experts import is_of_experts
+from gprune.models.modeling_pruned import find_parent
+from gprune.models.offload import load_parameter
+from gprune.models.paths import attribute_at
+from gprune.units.structure import Units
 
 
-def salient_parts(block: Block, scope: str) -> dict[str, Part]:
-    """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name.
+@dataclass(frozen=True)
+class SalientPart:
+    """A weight matrix (out, in), alone or fused, that counts for units."""
 
-    UserError for experts.
-    """
-    if scope == "ffn" and block.has_experts:
+    name: str  # `query`, `key`, `value` or `row`; `output` for the one that reads the units
+    path: str  # of the stored weight in the layer
+    dim: int  # of outputs in the stored weight
+    rows: Tensor  # (out,) int64: those of this part
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """Return the weight (out, in)."""
+        weight = load_parameter(*find_parent(layer, self.path))
+        weight = weight.T if self.dim else weight
+        return weight if len(self.rows) == len(weight) else weight[self.rows.to(weight.device)]
+
+
+def salient_parts(u: Units, layer: nn.Module) -> list[SalientPart]:
+    """Return the weights that count for neurons or attention channels. Raise UserError for experts."""
+    if is_of_experts(layer, u):
         remedy = "Use an --importance that needs no gradients, such as wanda_sp"
-        raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
-    return {name: block.parts[name] for name in PARTS[scope] if name in block.parts}
+        raise UserError(f"Taylor saliency cannot be collected for experts ('{u.reads}'). {remedy}.")
+    found: list[SalientPart] = []
+    for s in u.slices[:-1]:
+        if attribute_at(layer, s.path).dim() == 2:
+            named = [part for part in s.parts if u.kind == "neurons" or part[0] in ("query", "key", "value")]
+            found += [SalientPart(name, s.path, s.dim, rows) for name, rows in named]
+    if u.reads:
+        s = u.slices[-1]
+        outputs = attribute_at(layer, s.path).shape[1 - s.dim]
+        found.append(SalientPart("output", s.path, 1 - s.dim, torch.arange(outputs)))
+    return found
 
 
 class StreamingGradients(Metric):
@@ -73,22 +101,26 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
     return saliency(0), saliency(1), saliency(0, 1)
 
 
-def channel_saliency(block: Block, scope: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
-    """Return the saliency of a block's channels, summed over the block's parts: as `ChannelStatistics.saliency`."""
-    parts = salient_parts(block, scope)
-    if not parts:
+def channel_saliency(u: Units, layer: nn.Module, metrics: Sequence[StreamingGradients]) -> tuple[Tensor, ...]:
+    """Return the saliency of channels, summed over `salient_parts`: as `ChannelStatistics.saliency`.
+
+    `metrics` has one metric for each part.
+    """
+    if not metrics:
         return (torch.zeros(0, dtype=torch.float64),) * 3
-    by_part = []
-    for name, part in parts.items():
-        count, gradient = metrics[name].compute()
-        saliency = weight_saliency(part.weight, count, gradient, columns=name in ("down", "output"))
-        if name in ("query", "key", "value"):
-            saliency = tuple(_by_channel(block, name, rows) for rows in saliency)
+    by_part, parts = [], salient_parts(u, layer)
+    values = next((len(part.rows) for part in parts if part.name == "value"), 0)  # rows of all value heads
+    for part, metric in zip(parts, metrics, strict=True):
+        count, gradient = metric.compute()
+        saliency = weight_saliency(part.weight(layer), count, gradient, columns=part.name == "output")
+        if part.name in ("query", "key", "value"):
+            is_query = part.name == "query"
+            saliency = tuple(_by_channel(u, rows, values // u.count, is_query=is_query) for rows in saliency)
         by_part.append(saliency)
     return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*by_part, strict=True))
 
 
-def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
+def _by_channel(u: Units, rows: Tensor, head_dim: int, *, is_query: bool) -> Tensor:
     """Convert saliency of rows of query, key or value to saliency of attention channels, (heads x head_dim,).
 
     Rows belong to a query head or, for key and value, to a KV group. If the rows per head or group are a multiple of
@@ -96,12 +128,12 @@ def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
     the sum of the rows is divided equally among the head_dim channels. Saliency of the key and value of a KV group is
     divided equally among its query heads.
     """
-    per_head = rows.view(block.heads if name == "query" else block.kv_groups, -1)
-    if per_head.shape[1] % block.head_dim == 0:
-        per_head = per_head.unflatten(1, (-1, block.head_dim)).sum(1)
+    heads_per_group = len(u.slices[-1].unit) // u.count // head_dim
+    per_head = rows.view(u.count * heads_per_group if is_query else u.count, -1)
+    if per_head.shape[1] % head_dim == 0:
+        per_head = per_head.unflatten(1, (-1, head_dim)).sum(1)
     else:
-        per_head = (per_head.sum(1, keepdim=True) / block.head_dim).expand(-1, block.head_dim)
-    channels = per_head.flatten()
-    if name == "query":
-        return channels
-    return block.per_query_head(channels) / (block.heads // block.kv_groups)
+        per_head = (per_head.sum(1, keepdim=True) / head_dim).expand(-1, head_dim)
+    if is_query:
+        return per_head.flatten()
+    return repeat(per_head, "g d -> (g q d)", q=heads_per_group) / heads_per_group

@@ -1,7 +1,7 @@
 """Find the structure of a model of any type.
 
-`family_of` is the door: other packages use only the functions of this file. A type in `FAMILIES` has its record there.
-For other types the structure is found once on a tiny random copy, and cached.
+`family_of` is the door: other packages use only the functions of this file. A few types have their record in
+`models.families`. For other types the structure is found once on a tiny random copy, and cached.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.discovery.fit import check_fit
-from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, RECORD, Family, attach_record, refuse_quantised
+from gprune.models.families import FAMILIES, PRUNED, RECORD, Family, attach_record, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.masks import masked as masked_with_record
 
@@ -47,15 +47,8 @@ def _discovered(config: PreTrainedConfig) -> Family:
 
 
 def check_structure(model: PreTrainedModel) -> None:
-    """Find the record of a model, which may have no weights, and raise UserError unless it fits the model.
-
-    A record of a user is also checked on a tiny copy.
-    """
-    record = family_of(model)
-    if not record.found and record not in BUILT_IN:
-        from gprune.discovery.search import check_by_copy
-
-        check_by_copy(model.config)
+    """Find the record of a model, which may have no weights, and raise UserError unless it fits the model."""
+    family_of(model)
     check_fit(model)
 
 

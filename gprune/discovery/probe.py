@@ -16,14 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.discovery.tiny import is_size
 from gprune.errors import UserError, first_line
+from gprune.models.families import Place
 from gprune.models.masks import changed, hidden_in
-from gprune.models.parts import is_norm
+from gprune.models.paths import is_norm, owner_of
+from gprune.models.units import REMEDY
 
 TOKENS = (2, 32)  # number of windows, and tokens per window
-REMEDY = (
-    "Write a record in a file that --import names (docs/extend.md, 'A model family'), or choose a type in "
-    "docs/architectures.md"
-)
 Rows = dict[tuple[str, int], Tensor]  # parameter of a layer, dimension -> indices along it
 
 
@@ -310,11 +308,6 @@ def _live(gradients: Mapping[str, Tensor], *, threshold: float = 0.0) -> dict[tu
     return live
 
 
-def owner_of(path: str) -> str:
-    """Return the path of the module that contains the parameter or module at a path."""
-    return path.rpartition(".")[0]
-
-
 def common_module(names: Sequence[str]) -> str:
     """Return the path of the deepest module that contains all these parameters; '' for the layer."""
     common = []
@@ -334,15 +327,14 @@ def norm_before(probe: Probe, index: int, host: str) -> str | None:
     return None if host_input is None else norm_by_address.get(host_input.data_ptr())
 
 
-def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | None:
-    """Return why an FFN next to a larger one of its layer is not pruned, or None if it can be pruned.
+def why_it_stays(probe: Probe, index: int, place: Place) -> str:
+    """Return why an FFN next to a larger one of its layer is not pruned; empty if it can be pruned.
 
     Metrics assume that an FFN sees all tokens, and that its output is added to the residual: directly, times a number
     for each token (a gate), or after a norm. This is not true for a small network inside of a norm or a router.
     """
-    experts = kind.get("experts")
-    output = experts or kind["down"]
-    if experts is None:
+    output = place.reads
+    if is_linear(probe.layers[index].get_submodule(output)):
         calls = probe.in_layer(index, [output])
         if len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size:
             return "it does not see all tokens once"
@@ -355,7 +347,7 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
     factors = (streams * shift).sum(-1, keepdim=True) / shift.square().sum(-1, keepdim=True)
     remainder = (streams - factors * shift).abs().max()
     if bool(remainder <= 1e-3 * response.abs().max()):
-        return None
+        return ""
     return "its output does not join the residual"
 
 

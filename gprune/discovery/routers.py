@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.discovery.probe import Probe, is_linear
-from gprune.models.blocks import blocks_of, kinds_of
 from gprune.models.copies import skeleton
-from gprune.models.families import decoder_layers, record_of
-from gprune.models.parts import is_inside
+from gprune.models.families import Place, decoder_layers, record_of
+from gprune.models.paths import is_inside
+from gprune.models.units import places_in, units_at
 
 Values = dict[str, Any]  # by path in a layer
 
@@ -26,15 +27,14 @@ class NotFoundError(Exception):
     """Whole experts cannot be removed; the message is the reason."""
 
 
-def router_fields(probe: Probe, kind: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields `per_expert`, `expert_count` and `attributes` of a kind of experts.
+def with_router(probe: Probe, place: Place) -> Place:
+    """Return a place of experts with the tensors, attributes and setting that depend on their number.
 
     Raises:
         NotFoundError: if no number of the configuration is the number of experts, or something else depends on it.
     """
-    stack = kind["experts"]
-    blocks = [block for block in blocks_of(probe.model) if block.has_experts and block.family.experts == stack]
-    experts = blocks[0].experts
+    layer = next(layer for layer in probe.layers if places_in(layer, [place]))
+    experts = units_at(layer, place, probe.model.config).rows
     before = _layers_of(probe, copy.deepcopy(probe.model.config))
     for key, config in _smaller_configs(probe, experts):
         try:
@@ -42,21 +42,20 @@ def router_fields(probe: Probe, kind: dict[str, Any]) -> dict[str, Any]:
         except Exception:  # a class may reject the number
             continue
         found = [
-            _per_expert(layer, smaller, kind, experts)
+            _per_expert(layer, smaller, place, experts)
             for index, (layer, smaller) in enumerate(zip(before, after, strict=True))
-            if kinds_of(probe.layers[index], [kind])
+            if places_in(probe.layers[index], [place])
         ]  # fmt: skip
         if not found or not found[0][0]:
             continue
         if any(fields != found[0] for fields in found):
             raise NotFoundError("its routers differ between layers")
         per_expert, counts = found[0]
-        count = key if type(getattr(probe.config, key)) is int else ""
-        return {
-            "per_expert": per_expert,
-            "expert_count": count,
-            "attributes": kind["attributes"] | dict.fromkeys(counts, "experts"),
-        }
+        attributes = {**place.attributes, **dict.fromkeys(counts, "experts")}
+        settings = {**place.settings}
+        if type(getattr(probe.config, key)) is int:
+            settings[key] = "experts"
+        return replace(place, per_expert=per_expert, attributes=attributes, settings=settings)
     raise NotFoundError("no number in its configuration is the number of experts alone")
 
 
@@ -94,15 +93,14 @@ def _counts(layer: nn.Module) -> Values:
 
 
 def _per_expert(
-    layer: tuple[Values, Values], smaller: tuple[Values, Values], kind: dict[str, Any], experts: int
+    layer: tuple[Values, Values], smaller: tuple[Values, Values], place: Place, experts: int
 ) -> tuple[dict[str, int], list[str]]:
     """Return the tensors of a layer that depend on the number of experts, with their dimension, and the attributes.
 
-    Tensors with neurons are left out: they are those of the kind, and have experts in their first dimension. Both
+    Tensors with neurons are left out: they are those of the place, and have experts in their first dimension. Both
     results are empty if no tensor is outside of the experts, as those of a router are.
     """
     (shapes, counts), (smaller_shapes, smaller_counts) = layer, smaller
-    stacked = {f"{kind['experts']}.{name}" for name in (*kind["expert_rows"], kind["expert_down"][0])}
     removed, per_expert = experts - experts // 2, {}
     for path, shape in shapes.items():
         other = smaller_shapes.get(path)
@@ -114,12 +112,12 @@ def _per_expert(
         (dim,) = differing
         if shape[dim] - other[dim] != removed:
             raise NotFoundError(f"'{path}' has not one row per expert")
-        if path not in stacked:
+        if path not in place.slices:
             per_expert[path] = dim
         elif dim != 0:
             raise NotFoundError(f"'{path}' has experts in another dimension than the first")
     changed = [path for path, value in counts.items() if smaller_counts.get(path) != value]
     if any(counts[path] != experts or smaller_counts.get(path) != experts // 2 for path in changed):
         raise NotFoundError("an attribute depends on the number of experts in an unknown way")
-    is_router = any(not is_inside(path, kind["experts"]) for path in per_expert)
+    is_router = any(not is_inside(path, place.reads) for path in per_expert)
     return (per_expert, changed) if is_router else ({}, [])

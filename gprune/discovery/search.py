@@ -10,10 +10,9 @@ must give the same logits. A record has only candidates that pass this check.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -28,37 +27,33 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gprune.discovery.fit import check_fit, check_untied, record_error
+from gprune.discovery.fit import check_untied
 from gprune.discovery.probe import (
-    REMEDY,
     Probe,
     is_linear,
     logit_transform,
+    norm_before,
     norm_offset,
-    owner_of,
     row_dim,
     separable_norms,
     why_it_stays,
 )
-from gprune.discovery.routers import NotFoundError, router_fields
+from gprune.discovery.routers import NotFoundError, with_router
 from gprune.discovery.tiny import shrunk, stock_config, tiny_model
-from gprune.discovery.units import attention_kinds, ffn_kind
+from gprune.discovery.units import attention_places, ffn_place
 from gprune.errors import UserError, first_line, quoting
 from gprune.models.agreement import compare, random_masks
-from gprune.models.blocks import Block, blocks_of, by_layer, kinds_of, output_of
 from gprune.models.experts import is_of_experts, watch_experts
-from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, decoder_of
-from gprune.models.losses import LogitTransform, head_input
+from gprune.models.families import PRUNED, Family, Place, attach_record
 from gprune.models.masks import masked
-from gprune.models.parts import ATTENTION, FFN, is_inside
+from gprune.models.paths import is_inside, owner_of
 from gprune.models.surgery import slice_model
-from gprune.models.units import units_of
+from gprune.models.units import REMEDY, UNITS, places_in, units_at, units_of
 from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
-Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
 RECORDS = Cache("structures")  # by class, content of the tiny configuration, and version of transformers
-FORMAT = 11  # part of their keys; increase it when results of discovery change
+FORMAT = 12  # part of their keys; increase it when results of discovery change
 # Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
 # masked and sliced models differ by at most 2e-5 of that change.
 MIN_MASK_EFFECT = 1e-4  # relative to the largest logit; smaller changes may be rounding errors
@@ -72,13 +67,15 @@ def discover(config: PreTrainedConfig) -> Family:
     with quoting(f"Cannot configure a tiny copy of model type '{dense_type}': ", f". {REMEDY}."):
         tiny = shrunk(config)
     module = type(tiny).__module__
-    if not module.startswith("transformers."):  # code of other packages may change between runs
+    # Code of other packages and functions of users may change between runs.
+    if not module.startswith("transformers.") or dense_type in UNITS:
         return discover_from_tiny(tiny)
     settings = json.dumps(tiny.to_dict(), sort_keys=True, default=str)
     kind = f"{module}.{type(tiny).__qualname__}"
     key = key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
     content = RECORDS.get(key, lambda: {"record": asdict(discover_from_tiny(tiny))})
-    return Family(**content["record"])
+    places = {name: tuple(Place(**place) for place in content["record"][name]) for name in ("places", "refused")}
+    return Family(**content["record"] | places)
 
 
 def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
@@ -97,102 +94,123 @@ def discover_record(model: PreTrainedModel) -> Family:
 
     1. Every weight that returns hidden states may be an output projection.
     2. Rows that vanish with one of its columns belong to a neuron. Rows that vanish with a group of columns belong to a
-       KV group. Together with the norms around them they are a candidate (`candidates`).
+       KV group. They are a candidate (`candidates`).
     3. A candidate is accepted if the masked and the sliced model agree (`accept_candidates`).
     4. The record has all accepted candidates and the computation of logits, and is checked as a whole. FFNs next to a
        larger one of the same layer may not be prunable (`why_it_stays`). Refused FFNs, and experts that are not a
        candidate (`experts_without_units`), are in the record, so that plans name them.
+
+    If a function of a user in `UNITS` returns neurons, it is checked instead of a search.
     """
     probe = Probe(model)
     probe.check_forward()
-    base = Family(
-        probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True,
-        **dict.fromkeys((*FFN, *ATTENTION, "ffn_norm", "attention_norm")),  # fields of kinds
-    )  # fmt: skip
+    base = Family(probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True)
+    function = UNITS.get(probe.name)
+    if function is not None and any(u.kind == "neurons" for u in function(model)):
+        return checked_units_of_user(probe, base)
     accepted, refused = accept_candidates(probe, base)
-    refused += experts_without_units(probe, [*accepted["ffn"], *refused])
+    refused += experts_without_units(probe, [*accepted, *refused])
     base = replace(base, refused=tuple(refused))
-    for scope, index, kind in non_largest_kinds(probe, accepted):
-        if scope == "ffn" and (why := why_it_stays(probe, index, kind)) is not None:
-            kind["stays"] = why
-    record = build_record(probe, base, accepted)
+    others = non_largest_places(probe, accepted)
+    reasons = {id(p): why_it_stays(probe, index, p) for index, p in others if p.kind == "neurons"}
+    places = [replace(place, stays=reasons.get(id(place), "")) for place in accepted]
+    record = build_record(probe, base, places)
     if not is_correct(probe, record):
         # Try again with only the largest FFN and attention of each layer.
-        for _, _, kind in non_largest_kinds(probe, accepted):
-            kind["stays"] = "slicing and masking disagree together with a larger one of its layer"
-        record = build_record(probe, base, accepted)
+        ids = [id(place) for _, place in others]
+        why = "slicing and masking disagree together with a larger one of its layer"
+        places = [replace(place, stays=why if id(place) in ids else "") for place in accepted]
+        record = build_record(probe, base, places)
         if not is_correct(probe, record):
             raise UserError(
                 f"Cannot find the structure of model type '{probe.name}': slicing and masking all parts together give "
                 f"different results. {REMEDY}."
             )
     check_untied(probe.model)
-    for kind in accepted["ffn"]:
-        if "experts" in kind:
-            kind |= whole_expert_fields(probe, base, accepted, kind)
-    return build_record(probe, base, accepted)
+    for position, place in enumerate(record.places):
+        if is_expert_place(probe, place):
+            places = [*record.places]
+            places[position] = removable_experts(probe, record, position)
+            record = replace(record, places=tuple(places))
+    return record
 
 
-def accept_candidates(probe: Probe, base: Family) -> tuple[dict[str, list[Kind]], list[Kind]]:
-    """Return the candidates for which the masked and the sliced model agree, by scope, and the refused FFNs.
+def checked_units_of_user(probe: Probe, base: Family) -> Family:
+    """Return the record of a type whose units a user's function returns. Raise UserError unless they are correct."""
+    record = replace(base, **model_wide_fields(probe, []))
+    failure = f"Cannot use the function in UNITS for model type '{probe.name}'"
+    attach_record(probe.model, record)
+    with quoting(f"{failure}: a tiny copy cannot be sliced: ", "."):
+        is_sliced_correctly = masked_equals_sliced(probe)
+    if not is_sliced_correctly:
+        raise UserError(
+            f"{failure}: the masked and the sliced tiny copy do not compute the same; a slice may be missing. Correct "
+            "it (docs/extend.md, 'A model type'), or remove it, so that gprune finds the units itself."
+        )
+    check_untied(probe.model)
+    return record
 
-    Candidates with the largest projection come first. Refused FFNs are in the form of `Family.refused`.
+
+def is_expert_place(probe: Probe, place: Place) -> bool:
+    """Return whether a place has experts."""
+    layer = next(layer for layer in probe.layers if places_in(layer, [place]))
+    return not is_linear(layer.get_submodule(place.reads))
+
+
+def accept_candidates(probe: Probe, base: Family) -> tuple[list[Place], list[Place]]:
+    """Return the candidates for which the masked and the sliced model agree, and the refused FFNs, largest first.
+
+    FFNs come before attentions.
     """
     with separable_norms(probe.layers):
-        largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
-    accepted: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    refused: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    for scope, kind, _ in largest_first:
-        alone = {"ffn": [], "attention": []} | {scope: [kind]}
-        if not is_correct(probe, with_kinds(base, alone)):
-            refused[scope].append(refused_kind(kind, "slicing and masking disagree"))
-        elif scope == "ffn" and (why := why_it_stays_next_to(probe, kind, refused["ffn"])) is not None:
-            refused[scope].append(refused_kind(kind, why))
+        largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[1])
+    accepted: list[Place] = []
+    refused: list[Place] = []
+    for place, _ in largest_first:
+        ffns = [other for other in refused if other.kind == "neurons"]
+        if not is_correct(probe, replace(base, places=(place,))):
+            refused.append(replace(place, stays="slicing and masking disagree"))
+        elif place.kind == "neurons" and (why := why_it_stays_next_to(probe, place, ffns)):
+            refused.append(replace(place, stays=why))
         else:
-            drop_needless_attributes(probe, base, kind, alone)
-            accepted[scope].append(kind)
-    if not accepted["ffn"]:
-        reasons = {output_of(kind): kind["stays"] for kind in [*refused["ffn"], *refused["attention"]]}
-        why = ", ".join(f"{path} cannot be pruned ({reason})" for path, reason in reasons.items())
+            accepted.append(without_needless_attributes(probe, base, place))
+    accepted.sort(key=lambda place: place.kind != "neurons")
+    if not accepted or accepted[0].kind != "neurons":
+        refused.sort(key=lambda place: place.kind != "neurons")
+        why = ", ".join(f"{path} cannot be pruned ({why})" for path, why in {p.reads: p.stays for p in refused}.items())
         raise UserError(
             f"Cannot find the structure of model type '{probe.name}': no FFN whose neurons can be removed. A tiny copy "
             f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why or 'they have no FFN'}. {REMEDY}."
         )
-    return accepted, refused["ffn"]
+    return accepted, [place for place in refused if place.kind == "neurons"]
 
 
-def why_it_stays_next_to(probe: Probe, kind: Kind, larger: Sequence[Kind]) -> str | None:
-    """Return why an FFN next to a larger, refused one is not pruned; None if it can be, or no layer has a larger one.
+def why_it_stays_next_to(probe: Probe, place: Place, larger: Sequence[Place]) -> str:
+    """Return why an FFN next to a larger, refused one is not pruned; empty if it can be, or no layer has a larger one.
 
     In Gemma 3n, for example, a low-rank residual layer is not taken for the FFN, which is refused.
     """
-    others = [other for other in larger if output_of(other) != output_of(kind)]
+    others = [other for other in larger if other.reads != place.reads]
     for index, layer in enumerate(probe.layers):
-        if kinds_of(layer, [kind]) and kinds_of(layer, others):
-            return why_it_stays(probe, index, kind)
-    return None
+        if places_in(layer, [place]) and places_in(layer, others):
+            return why_it_stays(probe, index, place)
+    return ""
 
 
-def refused_kind(kind: Kind, why: str) -> Kind:
-    """Return the fields of a kind that `Family.refused` has, with the reason."""
-    output_field = next(name for name in ("experts", "down", "output") if name in kind)
-    return {output_field: kind[output_field], "classes": kind["classes"], "stays": why}
-
-
-def experts_without_units(probe: Probe, ffns: Sequence[Kind]) -> list[Kind]:
-    """Return experts that are in no FFN, in the form of `Family.refused`.
+def experts_without_units(probe: Probe, ffns: Sequence[Place]) -> list[Place]:
+    """Return experts that are in no FFN. `ffns` are the accepted and the refused FFNs.
 
     They are modules with stacked weights (E, n, H) or (E, H, n), and embedding tables (E, H), each of whose rows is an
-    expert, as in Doge. `ffns` are the accepted and the refused FFNs.
+    expert, as in Doge.
     """
-    known = {output_of(kind) for kind in ffns}
-    found: dict[str, Kind] = {}
+    known = {place.reads for place in ffns if place.kind == "neurons"}
+    found: dict[str, Place] = {}
     for layer in probe.layers:
         for path, module in layer.named_modules():
             if any(is_inside(path, of_ffn) for of_ffn in known) or not has_expert_weights(module, probe.hidden_size):
                 continue
-            classes = {path: type(module).__name__}
-            found[path] = {"experts": path, "classes": classes, "stays": "without units that can be removed"}
+            why = "without units that can be removed"
+            found[path] = Place("neurons", path, classes={path: type(module).__name__}, stays=why)
     return list(found.values())
 
 
@@ -206,35 +224,50 @@ def has_expert_weights(module: nn.Module, hidden_size: int) -> bool:
     return any(len(shape) == 3 and hidden_size in shape[1:] and min(shape[1:]) > 1 for shape in shapes)
 
 
-def non_largest_kinds(probe: Probe, kinds: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
-    """Yield (scope, layer index, kind) for each kind that shares some layer with a larger kind of its scope.
+def non_largest_places(probe: Probe, places: Sequence[Place]) -> list[tuple[int, Place]]:
+    """Return (layer index, place) for each place that shares some layer with a larger one of its kind.
 
-    Each kind is yielded once, with the first such layer. `kinds` has the accepted kinds by scope, largest first.
+    Each place is returned once, with the first such layer. `places` are the accepted ones, largest first.
     """
-    yielded: list[Kind] = []
+    found: dict[int, tuple[int, Place]] = {}
     for index, layer in enumerate(probe.layers):
-        for scope, kinds_of_scope in kinds.items():
-            for kind, _ in kinds_of(layer, kinds_of_scope)[1:]:
-                if not any(kind is other for other in yielded):  # `in` would compare contents
-                    yielded.append(kind)
-                    yield scope, index, kind
+        for kind in ("neurons", "kv_groups"):
+            in_layer = {p.reads: p for p in reversed(places) if p.kind == kind and places_in(layer, [p])}
+            for place in reversed([*in_layer.values()][:-1]):
+                found.setdefault(id(place), (index, place))
+    return list(found.values())
 
 
-def build_record(probe: Probe, base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
-    """Return `base` with these kinds, the config keys of their sizes, norms, positions and logits.
+def build_record(probe: Probe, base: Family, places: Sequence[Place]) -> Family:
+    """Return `base` with these places, the config keys of their sizes, norms, positions and logits."""
+    attach_record(probe.model, replace(base, places=tuple(places)))
+    groups = {u.count for u in units_of(probe.model) if u.kind == "kv_groups" and u.count}
+    heads = {"num_attention_heads": "heads"} | named_setting(
+        probe, groups, ("kv", "key_value", "multi_query"), "kv_groups"
+    )
+    with_settings = []
+    for place in places:
+        pruned = [
+            layer for layer in probe.layers
+            if any(replace(p, stays=place.stays) == place and not p.stays for p in places_in(layer, places))
+        ]  # fmt: skip
+        counts = {units_at(layer, place, probe.model.config).count for layer in pruned}
+        widths = named_setting(probe, counts, ("inter", "ffn", "inner", "d_ff"), "neurons")
+        with_settings.append(replace(place, settings=widths if place.kind == "neurons" else heads))
+    return replace(base, places=tuple(with_settings), **model_wide_fields(probe, places))
 
-    The config key of the width of each kind of FFN is also written into the kind.
-    """
-    for kind in kinds["ffn"]:
-        kind.pop("width", None)
-    keys = sizes_in_config(probe, with_kinds(base, kinds))
-    for kind, width_key in zip(kinds["ffn"], keys.pop("widths"), strict=True):
-        kind["width"] = width_key
-    return replace(with_kinds(base, kinds), **model_wide_fields(probe, kinds), **keys)
+
+def named_setting(probe: Probe, counts: set[int], words: tuple[str, ...], size: str) -> dict[str, str]:
+    """Return {key: size} for the first key of the config with one of the words in its name, whose value is the only
+    count; empty without one."""
+    for name, value in probe.config.to_dict().items():
+        if type(value) is int and {value} == counts and any(word in name for word in words):
+            return {name: size}
+    return {}
 
 
-def candidates(probe: Probe) -> Iterator[tuple[str, Kind, int]]:
-    """Yield candidates of FFN and attention: scope, fields of a record, and number of weights of the projection.
+def candidates(probe: Probe) -> Iterator[tuple[Place, int]]:
+    """Yield candidates of FFN and attention, and the number of weights of their projection.
 
     Output projections with the same path, class of the module around them, and shape are examined together.
     """
@@ -245,14 +278,12 @@ def candidates(probe: Probe) -> Iterator[tuple[str, Kind, int]]:
             parent = layer.get_submodule(owner_of(owner_of(path)))
             similar = projections.setdefault((path, type(parent).__name__, weight.shape), {})
             similar[index] = weight, dim
-    yielded: set[str] = set()
+    yielded: list[Place] = []
     for (path, _, _), by_index in projections.items():
-        for scope, index, kind in kinds_at(probe, path, by_index):
-            text = json.dumps(kind, sort_keys=True)
-            if text not in yielded:
-                yielded.add(text)
-                weight, _ = by_index[index]
-                yield scope, kind, weight.numel()
+        for index, place in places_at(probe, path, by_index):
+            if place not in yielded:
+                yielded.append(place)
+                yield place, by_index[index][0].numel()
 
 
 def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, Tensor, int]]:
@@ -275,8 +306,8 @@ def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str
                     yield f"{path}.{name}".lstrip("."), parameter, columns
 
 
-def kinds_at(probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, int]]) -> Iterator[tuple[str, int, Kind]]:
-    """Yield kinds of FFN or attention with an output projection: scope, number of the layer, fields of a record.
+def places_at(probe: Probe, path: str, projections: dict[int, tuple[Tensor, int]]) -> Iterator[tuple[int, Place]]:
+    """Yield FFNs or attentions with an output projection, each with the number of a layer.
 
     In an FFN each neuron has its own rows, so the number of vanishing rows is proportional to the number of columns.
     Other projections may be those of attention.
@@ -295,37 +326,29 @@ def kinds_at(probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, in
         live_neurons = int(live[index][half].sum())
         expected = {key: len(indices) * live_neurons for key, indices in rows.items()}
         is_proportional = expected == {key: len(indices) for key, indices in rows_of_half[index].items()}
-        kind = ffn_kind(probe, index, path, size, neuron, rows) if rows and is_proportional else None
-        if kind is not None:
-            yield "ffn", index, kind
+        place = ffn_place(probe, index, path, size, neuron, rows) if rows and is_proportional else None
+        if place is not None:
+            yield index, place
         elif weight.dim() == 2:
             maybe_attention[index] = projections[index]
     if maybe_attention:
-        for index, kind in attention_kinds(probe, path, maybe_attention, size):
-            yield "attention", index, kind
+        yield from attention_places(probe, path, maybe_attention, size)
 
 
-def with_kinds(base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
-    """Return a record with these kinds of FFN and attention."""
-    return replace(base, kinds=copy.deepcopy((kinds["ffn"], kinds["attention"])))
+def without_needless_attributes(probe: Probe, base: Family, place: Place) -> Place:
+    """Return a place without the attributes that slicing does not have to update."""
+    for path in list(place.attributes):
+        others = {other: size for other, size in place.attributes.items() if other != path}
+        if is_correct(probe, replace(base, places=(replace(place, attributes=others),))):
+            place = replace(place, attributes=others)
+    return place
 
 
-def drop_needless_attributes(probe: Probe, base: Family, kind: Kind, kinds: Mapping[str, list[Kind]]) -> None:
-    """Remove attributes of a kind in place if slicing stays correct without updating them.
-
-    `kinds`, by scope, contains only `kind`.
-    """
-    for path in list(kind["attributes"]):
-        meaning = kind["attributes"].pop(path)
-        if not is_correct(probe, with_kinds(base, kinds)):
-            kind["attributes"][path] = meaning
-
-
-def model_wide_fields(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
+def model_wide_fields(probe: Probe, places: Sequence[Place]) -> dict[str, Any]:
     """Return the model-wide fields of a record: norm_offset, learned_positions, and how logits are scaled or capped."""
     fields: dict[str, Any] = logit_transform(probe)
-    for path in (kind["ffn_norm"] for kind in kinds["ffn"]):
-        norm = _first_norm(probe, path)
+    for place in places:
+        norm = norm_of_ffn(probe, place) if place.kind == "neurons" else None
         if norm is not None:
             fields["norm_offset"] = norm_offset(norm)
             break
@@ -338,42 +361,13 @@ def model_wide_fields(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str
     return fields
 
 
-def _first_norm(probe: Probe, path: str | None) -> nn.Module | None:
-    """Return the module at a path in the first layer that has it, or None if there is none or it has no weight."""
-    if not path:
-        return None
-    for layer in probe.layers:
-        module = dict(layer.named_modules()).get(path)
-        if module is not None:
-            return module if isinstance(getattr(module, "weight", None), Tensor) else None
-    return None
-
-
-def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
-    """Return config keys of numbers of units, which are needed to export stock folders, and attach the record.
-
-    `widths` has the key for each kind of FFN; `width`, for the whole model, is empty.
-    """
-    attach_record(probe.model, record)
-    blocks = blocks_of(probe.model)
-    config_values = {name: value for name, value in probe.config.to_dict().items() if type(value) is int}
-
-    def matching_key(counts: set[int], words: tuple[str, ...]) -> str | None:
-        """Return the first key with one of the words in its name, if its value is the only count."""
-        for name, value in config_values.items():
-            if {value} == counts and any(word in name for word in words):
-                return name
-        return None
-
-    ffn_kinds = record.kinds[0]
-    neurons: list[set[int]] = [set() for _ in ffn_kinds]  # numbers of neurons of each kind
-    for layer_blocks, layer in zip(by_layer(blocks), probe.layers, strict=True):
-        pruned = [kind for kind, stays in kinds_of(layer, ffn_kinds) if stays is None]
-        for block, kind in zip(layer_blocks, pruned, strict=False):
-            neurons[ffn_kinds.index(kind)].add(block.neurons)
-    widths = [matching_key(counts, ("inter", "ffn", "inner", "d_ff")) or "" for counts in neurons]
-    kv_groups = {block.kv_groups for block in blocks if block.kv_groups}
-    return {"width": "", "widths": widths, "kv_heads": matching_key(kv_groups, ("kv", "key_value", "multi_query"))}
+def norm_of_ffn(probe: Probe, place: Place) -> nn.Module | None:
+    """Return the norm before an FFN in the first layer that has it, or None if there is none or it has no weight."""
+    index = next(index for index, layer in enumerate(probe.layers) if places_in(layer, [place]))
+    module = probe.layers[index].get_submodule(place.reads)
+    path = norm_before(probe, index, owner_of(next(iter(place.slices))) if is_linear(module) else place.reads)
+    norm = probe.layers[index].get_submodule(path) if path else None
+    return norm if isinstance(getattr(norm, "weight", None), Tensor) else None
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -385,7 +379,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     if stock_class not in MODEL_FOR_CAUSAL_LM_MAPPING and stock_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). Convert the "
-            "checkpoint to such a class (docs/extend.md, 'A model family'), or choose a type in docs/architectures.md."
+            "checkpoint to such a class (docs/extend.md, 'A model type'), or choose a type in docs/architectures.md."
         )
 
 
@@ -418,23 +412,24 @@ def is_correct(probe: Probe, record: Family) -> bool:
         return False
 
 
-def whole_expert_fields(probe: Probe, base: Family, kinds: Mapping[str, list[Kind]], kind: Kind) -> Kind:
-    """Return the fields of a kind of experts for removing whole experts, or the reason why that is impossible.
+def removable_experts(probe: Probe, record: Family, position: int) -> Place:
+    """Return the place of experts number `position` with what depends on their number, or why they cannot be removed.
 
     Half of the experts are removed, by masks and by slicing, which must give the same logits.
     """
-    attach_record(probe.model, with_kinds(base, kinds))
+    place = record.places[position]
+    attach_record(probe.model, record)
     try:
-        fields = router_fields(probe, kind)
-        trial = {"ffn": [kind | fields if other is kind else other for other in kinds["ffn"]]}
-        attach_record(probe.model, with_kinds(base, dict(kinds) | trial))
+        removable = with_router(probe, place)
+        places = [removable if other is place else other for other in record.places]
+        attach_record(probe.model, replace(record, places=tuple(places)))
         can_be_removed = masked_equals_sliced(probe, scope="attention+ffn+experts")
     except NotFoundError as error:
-        return {"whole_experts": str(error)}
+        return replace(place, whole_experts=str(error))
     except Exception as error:
-        log.debug("%s: %s", kind, first_line(error))
-        return {"whole_experts": f"a tiny copy fails, {first_line(error)}"}
-    return fields if can_be_removed else {"whole_experts": "slicing and masking disagree"}
+        log.debug("%s: %s", place, first_line(error))
+        return replace(place, whole_experts=f"a tiny copy fails, {first_line(error)}")
+    return removable if can_be_removed else replace(place, whole_experts="slicing and masking disagree")
 
 
 def watchers_get_tokens(probe: Probe) -> bool:
@@ -458,42 +453,3 @@ def watchers_get_tokens(probe: Probe) -> bool:
         difference = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1)  # (B x T,)
         is_changed = difference > MIN_MASK_EFFECT * probe.dense.abs().max()
     return bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())
-
-
-def check_by_copy(config: PreTrainedConfig) -> None:
-    """Check the record of a user for a type. Raise UserError if it is wrong, with the wrong field if known.
-
-    Nothing is checked for classes of which no tiny copy can be made.
-    """
-    name = config.model_type.removeprefix(PRUNED)
-    try:
-        model = tiny_model(shrunk(config))
-        probe = Probe(model)
-        probe.check_forward()
-    except Exception:  # no tiny copy of this class: only shapes are checked
-        return
-    attach_record(model, FAMILIES[name])
-    check_fit(model)
-    try:
-        is_sliced_correctly = masked_equals_sliced(probe)
-    except Exception as error:
-        raise record_error(name, f"a tiny copy cannot be sliced: {first_line(error)}") from error
-    if not is_sliced_correctly:
-        problem = "the masked and the sliced tiny copy do not compute the same; a parameter may be missing"
-        raise record_error(name, problem)
-    with torch.no_grad():
-        hidden = head_input(model, decoder_of(model)(input_ids=probe.ids, use_cache=False))
-        logits = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
-    if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():  # more than rounding errors
-        fields = "logits_scaling, logits_multiplier, softcap or before_head"
-        raise record_error(name, f"logits are not head times hidden states; it needs {fields}")
-    for block in blocks_of(model)[:1]:  # by a record of a user, all layers have the same norms
-        check_norms(name, block)
-
-
-def check_norms(name: str, block: Block) -> None:
-    """Raise UserError if the record of a block is wrong about the norm before its FFN."""
-    if block.ffn_norm is not None and isinstance(getattr(block.ffn_norm, "weight", None), nn.Parameter):
-        offset = norm_offset(block.ffn_norm)
-        if offset != block.family.norm_offset:
-            raise record_error(name, f"it needs norm_offset={offset}: the norms multiply by {offset} + weight")

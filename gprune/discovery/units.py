@@ -1,29 +1,20 @@
 """Find an FFN or attention by its output projection: the rows of parameters that belong to its units.
 
-The order of rows in a parameter is written as in `Family.layout`: `up` or `gate` (one part), `gate | up` (all rows of
-gate, then all of up) or `gate up` (neuron by neuron). A `row_orders` dictionary maps the name of a parameter in the
-layer to its dimension of rows and their order.
+The order of rows in a parameter is written as in `gprune.models.families.Place`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from gprune.discovery.probe import (
-    Probe,
-    Rows,
-    common_module,
-    is_linear,
-    norm_before,
-    owner_of,
-    row_dim,
-)
-from gprune.models.parts import is_norm, names_in
+from gprune.discovery.probe import Probe, Rows, common_module, is_linear, row_dim
+from gprune.models.families import Place
+from gprune.models.paths import is_norm, owner_of
 
 NAMES_OF_COUNTS = re.compile("head|group|kv")  # in names of config keys with numbers of heads
 ROLES = ("query", "key", "value")
@@ -31,127 +22,51 @@ ROLES = ("query", "key", "value")
 FIXED_PREFIXES = ("_", "num_key_value_groups", "layer_idx")
 
 
-def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: Rows) -> dict[str, Any] | None:
-    """Return the kind of FFN with an output projection, or None if it cannot be pruned by slicing.
+def ffn_place(probe: Probe, index: int, path: str, size: int, neuron: int, rows: Rows) -> Place | None:
+    """Return the FFN or experts with an output projection, or None if they cannot be pruned by slicing.
 
     `path` is the name of the projection's weight, `size` its number of columns, and `rows` those of column `neuron`.
     """
     layer = probe.layers[index]
     order_of_rows = {
-        (neuron,): "up",
-        (neuron, neuron + size): "gate | up",
-        (2 * neuron, 2 * neuron + 1): "gate up",
+        (neuron,): "row",
+        (neuron, neuron + size): "row | row",
+        (2 * neuron, 2 * neuron + 1): "row row",
     }
-    row_orders: dict[str, tuple[int, str]] = {}
+    slices: dict[str, tuple[int, str]] = {}
     for (name, dim), indices in rows.items():
         order = order_of_rows.get(tuple(indices.tolist()))
-        if order is None or layer.get_parameter(name).shape[dim] != size * len(indices) or name in row_orders:
+        if order is None or layer.get_parameter(name).shape[dim] != size * len(indices) or name in slices:
             return None
-        row_orders[name] = dim, order
-    is_stacked = layer.get_parameter(path).dim() == 3
-    return (_experts_kind if is_stacked else _dense_kind)(probe, index, path, row_orders)
-
-
-def _dense_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """Return the kind of an FFN of linear layers, or None if it cannot be pruned by slicing these layers."""
-    layer = probe.layers[index]
-    down = owner_of(path)
-    hosts = [
-        owner_of(name) for name in row_orders
-        if name.endswith(".weight") and is_linear(layer.get_submodule(owner_of(name)))
-    ]  # fmt: skip
-    if not probe.is_called(index, down):
-        return None
-    if any(owner_of(name) not in hosts for name in row_orders):
-        return None  # such as a norm over neurons, whose statistics change by pruning
-    weights = {f"{host}.weight": row_orders[f"{host}.weight"] for host in hosts}
-    orders = _tell_gate_from_up(probe, index, weights, lambda: probe.entering(index, down))
-    if orders is None:
-        return None
-    host_of_part = {part: owner_of(name) for name, order in orders.items() for part in names_in(order)}
-    kind: dict[str, Any] = {"down": down, "up": host_of_part["up"], "gate": host_of_part.get("gate")}
-    # `gate | up` is the default for gate and up in one module.
-    layout = {owner_of(name): order for name, order in orders.items() if order not in ("gate", "up", "gate | up")}
-    if layout:
-        kind["layout"] = layout
-    columns = 1 - row_dim(layer.get_submodule(down))
-    neurons = layer.get_parameter(path).shape[columns]
-    return complete_kind(probe, index, kind, "ffn", hosts, down, {neurons: "neurons"})
-
-
-def _experts_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """Return the kind of experts with projections stacked in tensors (E, n, H) or (E, H, n).
-
-    None if the module of the experts is not called, its output is not linear in the down projection `path`, or gate and
-    up cannot be told apart.
-    """
-    layer = probe.layers[index]
-    experts = common_module([path, *row_orders])
-    if not experts or not probe.is_called(index, experts):
-        return None
-
-    def experts_output() -> Tensor:
-        return probe.returned(index, experts)
-
+        slices[name] = dim, order
     down = layer.get_parameter(path)
-    # Without a gate, gradients do not distinguish up from down, but the output is linear only in down.
-    if not probe.is_affine(down, experts_output, lambda weight: weight):
+    weights = [name for name in slices if layer.get_parameter(name).dim() == down.dim()]
+    if sum(slices[name][1].count("row") for name in weights) not in (1, 2):  # up, or gate and up
         return None
-    weights = {name: row_order for name, row_order in row_orders.items() if layer.get_parameter(name).dim() == 3}
-    orders = _tell_gate_from_up(probe, index, weights, experts_output)
-    if orders is None:
-        return None
-    fused_order = next((order for order in orders.values() if order not in ("gate", "up")), None)
-    expert_rows = {}
-    for name, (dim, order) in row_orders.items():
-        # Biases were not tested: a fused one (`gate | up`) has the order of the fused weight, another keeps its own.
-        default_order = fused_order if " " in order else order
-        expert_rows[name.removeprefix(f"{experts}.")] = [dim, orders.get(name, default_order)]
-    dim = next(d for d in (2, 1) if down.shape[d] != probe.hidden_size)
-    kind = {"experts": experts, "expert_rows": expert_rows, "expert_down": [path.removeprefix(f"{experts}."), dim]}
-    return complete_kind(probe, index, kind, "ffn", [experts], experts, {down.shape[dim]: "neurons"})
+    if down.dim() == 3:
+        reads = common_module([path, *slices])
+        # The output of experts is linear in down. Without a gate, gradients do not distinguish up from down.
+        if not reads or not probe.is_called(index, reads) or not probe.is_affine(
+            down, lambda: probe.returned(index, reads), lambda weight: weight
+        ):  # fmt: skip
+            return None
+        dim = next(d for d in (2, 1) if down.shape[d] != probe.hidden_size)
+        modules = []
+    else:
+        reads, modules = owner_of(path), [owner_of(name) for name in weights]
+        # Others are, for example, a norm over neurons, whose statistics change by pruning.
+        is_of_linear = [is_linear(layer.get_submodule(owner_of(name))) and owner_of(name) in modules for name in slices]
+        if not all(is_of_linear) or not probe.is_called(index, reads):
+            return None
+        slices = {name: slices[name] for name in weights}
+        dim = 1 - row_dim(layer.get_submodule(reads))
+    return complete_place(layer, Place("neurons", reads, slices | {path: (dim, "row")}), modules, {size: "neurons"})
 
 
-def _tell_gate_from_up(
-    probe: Probe, index: int, weights: dict[str, tuple[int, str]], measure: Callable[[], Tensor]
-) -> dict[str, str] | None:
-    """Return the true order of parts in each weight, or None if it cannot be found.
-
-    `measure()` returns neurons, or the output of the experts, which are linear in up, but not in gate.
-    """
-    layer = probe.layers[index]
-
-    def is_linear_in(name: str, part: Callable[[Tensor], Tensor] = lambda weight: weight) -> bool:
-        return probe.is_affine(layer.get_parameter(name), measure, part)
-
-    if len(weights) == 2 and all(order == "up" for _, order in weights.values()):
-        up = next((name for name in weights if is_linear_in(name)), None)
-        return None if up is None else {name: "up" if name == up else "gate" for name in weights}
-    if len(weights) != 1:
-        return None
-    ((name, (dim, order)),) = weights.items()
-    if order == "up":
-        return {name: order}
-    exchanged = " ".join(reversed(order.split(" ")))
-    # Up is second in `order`, and first in `exchanged`.
-    if is_linear_in(name, lambda weight: _half(weight, order, dim, 1)):
-        return {name: order}
-    if is_linear_in(name, lambda weight: _half(weight, order, dim, 0)):
-        return {name: exchanged}
-    return None
-
-
-def _half(tensor: Tensor, order: str, dim: int, half: int) -> Tensor:
-    """Return a view of the first (0) or second (1) part of a fused tensor, whose rows are along `dim`."""
-    if "|" in order:
-        return tensor.chunk(2, dim=dim)[half]
-    return tensor.unflatten(dim, (-1, 2)).select(dim + 1, half)
-
-
-def attention_kinds(
+def attention_places(
     probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, int]], size: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number of a layer, kind of attention) for an output projection with `size` columns.
+) -> Iterator[tuple[int, Place]]:
+    """Yield (number of a layer, attention) for an output projection with `size` columns.
 
     A KV group is the smallest group of columns for which rows of query, key and value vanish. With fewer columns only
     rows of value vanish.
@@ -178,10 +93,10 @@ def attention_kinds(
             for key in rows:
                 indices = [*without_first[index].get(key, ()), *without_last[index].get(key, ())]
                 value_rows[key] = {int(row) for row in indices}
-            kind = _attention_kind(probe, index, path, size, width, rows, value_rows)
-            if kind is not None:
+            place = _attention_place(probe, index, path, size, width, rows, value_rows)
+            if place is not None:
                 del remaining[index]
-                yield index, kind
+                yield index, place
 
 
 def _number_of_weight_rows(rows: Rows) -> int:
@@ -189,14 +104,12 @@ def _number_of_weight_rows(rows: Rows) -> int:
     return sum(len(indices) for (name, _), indices in rows.items() if name.endswith("weight"))
 
 
-def _attention_kind(
+def _attention_place(
     probe: Probe, index: int, path: str, size: int, width: int, rows: Rows,
     value_rows: Mapping[tuple[str, int], set[int]],
-) -> dict[str, Any] | None:  # fmt: skip
-    """Return the kind of attention, from rows of its first KV group."""
-    layer = probe.layers[index]
-    output = owner_of(path)
-    groups = size // width
+) -> Place | None:  # fmt: skip
+    """Return the attention, from rows of its first KV group."""
+    layer, output, groups = probe.layers[index], owner_of(path), size // width
     linear = {module_path: module for module_path, module in layer.named_modules() if is_linear(module)}
     owners = dict.fromkeys(owner_of(name) for name, _ in rows)
     query_rows = _rows_of_own_token(probe, index, output, [owner for owner in owners if owner in linear])
@@ -217,25 +130,30 @@ def _attention_kind(
     chosen = _choose_hosts(hosts, roles)
     if chosen is None:
         return None
-    layout = _layout_of_hosts(layer, hosts, roles, chosen, groups)
-    extras = _other_parameters(layer, attention_rows, chosen, groups)
-    if layout is None or extras is None:
-        return None
-    kind: dict[str, Any] = {**chosen, "output": output}
-    if layout:
-        kind["layout"] = layout
-    kind["extras"] = extras
+    slices = {}
+    own = {f"{host}.weight": roles[host] for host in chosen.values()}
+    for (name, dim), indices in sorted(attention_rows.items(), key=lambda item: item[0][0] not in own):
+        if owner_of(name) in linear and name.endswith(".bias") and f"{owner_of(name)}.weight" in slices:
+            continue  # sliced with the weight
+        length = layer.get_parameter(name).shape[dim]
+        order = _order_of_parts(indices.tolist(), own.get(name, ["row"] * len(indices)), groups, length)
+        if order is None:
+            return None
+        slices[name] = dim, order
     if chosen["query"] != chosen["key"]:
         for role in ("query", "key"):
-            norm = _norm_over_heads(layer, kind["extras"], _number_of_outputs(layer, chosen[role]), role)
-            if norm is not None:
-                kind["extras"].pop(f"{norm}.weight")
-                kind[f"{role}_norm"] = norm
+            outputs = linear[chosen[role]].weight.shape[row_dim(linear[chosen[role]])]
+            for name in slices.keys() - own.keys():
+                if _is_norm_over_heads(layer, name, outputs, role):
+                    slices[name] = slices[name][0], "norm"
     head_dim = roles[chosen["value"]].count("value")
-    kind["head_dim"] = _head_dim_attribute(layer, owner_of(output), head_dim)
+    place = Place(
+        "kv_groups", output, slices | {path: (1 - row_dim(linear[output]), "row")},
+        head_dim=_head_dim_attribute(layer, owner_of(output), head_dim),
+    )  # fmt: skip
     # If sizes are equal, the last meaning is used.
     sizes = {size: "channels", groups * head_dim: "kv_channels", groups: "kv_groups", size // head_dim: "heads"}
-    return complete_kind(probe, index, kind, "attention", [chosen["value"]], output, sizes)
+    return complete_place(layer, place, [chosen["value"]], sizes)
 
 
 def _role(row: int, query_rows: set[int], value_rows: set[int]) -> str:
@@ -255,49 +173,6 @@ def _choose_hosts(hosts: Mapping[str, Tensor], roles: Mapping[str, Sequence[str]
         return None
     by_role["query"].sort(key=lambda host: ("q" not in host.rpartition(".")[2], -len(hosts[host])))
     return {role: by_role[role][0] for role in ROLES}
-
-
-def _layout_of_hosts(
-    layer: nn.Module, hosts: Mapping[str, Tensor], roles: Mapping[str, Sequence[str]], chosen: Mapping[str, str],
-    groups: int,
-) -> dict[str, str] | None:  # fmt: skip
-    """Return the order of parts in each fused linear layer, as in `Family.layout`; None if an order is unknown.
-
-    The default, `query | key | value` in one linear layer, is omitted.
-    """
-    layout = {}
-    for host in dict.fromkeys(chosen.values()):
-        order = _order_of_parts(hosts[host].tolist(), roles[host], groups, _number_of_outputs(layer, host))
-        if order is None:
-            return None
-        is_default = chosen["query"] == chosen["key"] == host and order == "query | key | value"
-        if " " in order and not is_default:
-            layout[host] = order
-    return layout
-
-
-def _other_parameters(
-    layer: nn.Module, rows: Rows, chosen: Mapping[str, str], groups: int
-) -> dict[str, list[Any]] | None:
-    """Return parameters with rows of KV groups that are not in the chosen linear layers, as in `Family.extras`.
-
-    Returns None if the order of their rows is unknown.
-    """
-    known = {f"{host}.{suffix}" for host in chosen.values() for suffix in ("weight", "bias")}
-    extras = {}
-    for (name, dim), indices in rows.items():
-        if name not in known:
-            no_roles = [""] * len(indices)
-            if _order_of_parts(indices.tolist(), no_roles, groups, layer.get_parameter(name).shape[dim]) is None:
-                return None
-            extras[name] = [dim, "attention"]
-    return extras
-
-
-def _number_of_outputs(layer: nn.Module, host: str) -> int:
-    """Return the number of outputs of a linear layer."""
-    module = layer.get_submodule(host)
-    return module.weight.shape[row_dim(module)]
 
 
 def _order_of_parts(indices: Sequence[int], roles: Sequence[str], groups: int, length: int) -> str | None:
@@ -320,14 +195,11 @@ def _order_of_parts(indices: Sequence[int], roles: Sequence[str], groups: int, l
     return " | ".join(names) if [first for _, first, _ in runs] == starts else None
 
 
-def _norm_over_heads(layer: nn.Module, extras: Mapping[str, Any], length: int, role: str) -> str | None:
-    """Return the path of a norm over all heads of query or key, or None."""
-    for name in extras:
-        path, _, attribute = name.rpartition(".")
-        is_over_all = attribute == "weight" and layer.get_parameter(name).shape == (length,)
-        if is_over_all and is_norm(layer.get_submodule(path)) and path.rpartition(".")[2].startswith(role[0]):
-            return path
-    return None
+def _is_norm_over_heads(layer: nn.Module, name: str, length: int, role: str) -> bool:
+    """Return whether a parameter is the weight of a norm over all heads of query or key."""
+    path, _, attribute = name.rpartition(".")
+    is_over_all = attribute == "weight" and layer.get_parameter(name).shape == (length,)
+    return is_over_all and is_norm(layer.get_submodule(path)) and path.rpartition(".")[2].startswith(role[0])
 
 
 def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[str]) -> dict[str, set[int]]:
@@ -358,8 +230,8 @@ def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[st
     return rows
 
 
-def _head_dim_attribute(layer: nn.Module, owner: str, head_dim: int) -> str | None:
-    """Return the path of the attribute with the size of a value head, or None.
+def _head_dim_attribute(layer: nn.Module, owner: str, head_dim: int) -> str:
+    """Return the path of the attribute with the size of a value head; empty without one.
 
     Among several attributes with this value, `v_head_dim` is preferred, then `head_dim`, then the first by name.
     """
@@ -369,31 +241,23 @@ def _head_dim_attribute(layer: nn.Module, owner: str, head_dim: int) -> str | No
         if type(value) is int and value == head_dim and "head" in name and "num" not in name
     ]  # fmt: skip
     names.sort(key=lambda name: (name != "v_head_dim", name != "head_dim", name))
-    return f"{owner}.{names[0]}".lstrip(".") if names else None
+    return f"{owner}.{names[0]}".lstrip(".") if names else ""
 
 
-def complete_kind(
-    probe: Probe, index: int, kind: dict[str, Any], scope: str, hosts: Sequence[str], output: str,
-    sizes: Mapping[int, str],
-) -> dict[str, Any]:  # fmt: skip
-    """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it.
-
-    `hosts` read the output of the norm before; `sizes` maps a number to its meaning in `Family.attributes`.
-    """
-    layer = probe.layers[index]
-    owner = kind.get("experts") or owner_of(output)
-    paths = [path for path in (*hosts, output, owner) if path]
+def complete_place(layer: nn.Module, place: Place, modules: Sequence[str], sizes: Mapping[int, str]) -> Place:
+    """Add attributes with sizes, and classes of modules to a place. `sizes` maps a number to its meaning."""
+    is_of_experts = not is_linear(layer.get_submodule(place.reads))
+    owner = place.reads if is_of_experts else owner_of(place.reads)
+    paths = [path for path in (*modules, place.reads, owner) if path]
     if not owner:
         paths.append("")  # the layer itself
-    kind["classes"] = {path: type(layer.get_submodule(path)).__name__ for path in dict.fromkeys(paths)}
-    kind[f"{scope}_norm"] = norm_before(probe, index, hosts[0])
-    kind["attributes"] = {}
+    classes = {path: type(layer.get_submodule(path)).__name__ for path in dict.fromkeys(paths)}
+    attributes = {}
     for path, module in layer.get_submodule(owner).named_modules():
         if is_linear(module):
             continue
         for name, value in vars(module).items():
             is_fixed = name.startswith(FIXED_PREFIXES) or "hidden_size" in name
             if type(value) is int and value in sizes and not is_fixed:
-                attribute = ".".join(part for part in (owner, path, name) if part)
-                kind["attributes"][attribute] = sizes[value]
-    return kind
+                attributes[".".join(part for part in (owner, path, name) if part)] = sizes[value]
+    return replace(place, classes=classes, attributes=attributes)

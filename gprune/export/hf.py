@@ -37,20 +37,22 @@ from gprune.errors import UserError, first_line
 from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
 from gprune.models.agreement import CHECK_TEXT, compare
-from gprune.models.blocks import blocks_of, by_layer, sizes_of_layer
 from gprune.models.copies import has_own_head, skeleton, turn_off_rescaling
 from gprune.models.families import decoder_layers, record_of
 from gprune.models.loading import copy_processor, pruned_classes, register_type
 from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
+from gprune.models.paths import attribute_at
 from gprune.models.surgery import slice_model
-from gprune.models.units import units_of_blocks
+from gprune.models.units import sizes_of_layer, units_by_layer, units_of
 from gprune.storage.files import replacing
 from gprune.storage.paths import expanded
-from gprune.units.structure import unit_key
 
 log = logging.getLogger("gprune")
 
+# Type -> another one with the same computation, whose config allows more shapes -> settings for which it is the same.
+# LlamaConfig requires that hidden_size is a multiple of the number of heads.
+SAME_AS = {"llama": {"mistral": {"sliding_window": None}}}
 # Keys of a config that the exported class sets itself, or that do not apply to it, such as the quantisation of a GGUF
 # file whose weights were de-quantised.
 EXCLUDED_KEYS = {
@@ -70,14 +72,13 @@ def dense_settings(model: PreTrainedModel) -> dict[str, Any]:
     The config class of other types, which are discovered, may not have the key `head_dim`. `tie_word_embeddings` is
     False if the head has its own weights, even if the config says otherwise.
     """
-    first_block = blocks_of(model)[0]
-    is_discovered = first_block.family.found
+    is_discovered = record_of(model).found
     # Exports of a discovered type have no table of ours, so this is a table of transformers, such as Gemma 4's head
     # sizes.
     excluded = EXCLUDED_KEYS - {"per_layer_config"} if is_discovered else EXCLUDED_KEYS
     settings = {key: value for key, value in model.config.to_dict().items() if key not in excluded}
-    if not is_discovered and first_block.output is not None:
-        settings["head_dim"] = first_block.head_dim
+    if not is_discovered:
+        settings["head_dim"] = decoder_layers(model)[0].self_attn.head_dim
     parts = [part for part in (settings, text_settings(model, settings)) if part.get("tie_word_embeddings")]
     if parts and has_own_head(model):
         for part in parts:
@@ -112,17 +113,16 @@ def stock_skeleton(
 def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return a stock model with the shapes of `model`, without weights; None if no stock config has these shapes.
 
-    If the config of the type does not allow the shapes, other types with the same computation are tried (the record's
-    `same_as`, such as mistral for llama).
+    If the config of the type does not allow the shapes, another type with the same computation is tried (`SAME_AS`).
     """
     if not modeling_pruned.experts_aligned(model):
         return None
-    blocks, record = blocks_of(model), record_of(model)
+    units, record = units_of(model), record_of(model)
     text_config = model.config.get_text_config(decoder=True)
     keys_and_sizes = {
-        (key, size)
-        for block in blocks
-        for key, size in block.config_values.items()
+        (key, size * u.count)
+        for u in units
+        for key, size in u.settings.items()
         if not record.found or hasattr(text_config, key)  # keys of discovered types may be those of a nested config
     }
     keys = [key for key, _ in keys_and_sizes]
@@ -130,12 +130,13 @@ def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
     # size of one. Shapes are compared below.
     sizes = {key: size for key, size in keys_and_sizes if keys.count(key) == 1}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    head_counts = [(block.heads, block.kv_groups) for block in blocks]
-    for model_type, needed_settings in ({record.model_type: {}} | dict(record.same_as)).items():
+    counts = [(u.count, len(u.slices[-1].unit)) for u in units if u.kind == "kv_groups" and u.reads]
+    for model_type, needed_settings in ({record.model_type: {}} | SAME_AS.get(record.model_type, {})).items():
         with suppress(Exception):  # a class may reject these sizes with an exception of any type
             stock = stock_skeleton(model, sizes | needed_settings, model_type=model_type)
             same_shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes
-            if same_shapes and [(block.heads, block.kv_groups) for block in blocks_of(stock)] == head_counts:
+            of_stock = [(u.count, len(u.slices[-1].unit)) for u in units_of(stock) if u.kind == "kv_groups" and u.reads]
+            if same_shapes and of_stock == counts:
                 return stock
     return None
 
@@ -150,11 +151,10 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
     stock = stock_skeleton(model, {})
     own: dict[str, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
-    stock_layers = by_layer(blocks_of(stock))
-    for layer_blocks, stock_blocks in zip(by_layer(blocks_of(model)), stock_layers, strict=True):
+    for index, (units, stock_units) in enumerate(zip(units_by_layer(model), units_by_layer(stock), strict=True)):
         sizes, experts, biases = {}, {}, []
-        dense_experts = {unit_key("experts", block.index): block.experts for block in stock_blocks}
-        for u in reversed(units_of_blocks(layer_blocks, model.config)):  # neurons before the experts that have them
+        dense_experts = {u.key: u.count for u in stock_units}
+        for u in reversed(units):  # neurons before the experts that have them
             if u.kind == "experts" and u.count == dense_experts[u.key]:
                 continue  # as in folders of earlier versions
             for s in u.slices:
@@ -162,20 +162,20 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
                     experts[s.path] = u.count
                 else:
                     sizes[s.path] = [s.dim, len(s.unit)]
-        for block, stock_block in zip(layer_blocks, stock_blocks, strict=True):
-            biases += [  # that recovery has added
-                getattr(block.family, part)
-                for part in ("down", "output")
-                if part in block.parts and block.parts[part].bias is not None and stock_block.parts[part].bias is None
-            ]
-        index, (values, attributes) = str(layer_blocks[0].layer_index), sizes_of_layer(layer_blocks)
-        own[index] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
+        projections = [u.reads for u in units if u.kind in ("neurons", "kv_groups") and u.reads]
+        for path in reversed(projections):
+            layer, stock_layer = decoder_layers(model)[index], decoder_layers(stock)[index]
+            if attribute_at(layer, f"{path}.bias") is not None and attribute_at(stock_layer, f"{path}.bias") is None:
+                biases.append(path)  # that recovery has added
+        values, attributes = sizes_of_layer(units)
+        own[str(index)] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
         if experts:
-            own[index]["experts"] = experts
-        shown = layer_blocks[0].config_values | {"added_biases": biases}
-        different = {key: value for key, value in shown.items() if value != settings.get(key, [])}
+            own[str(index)]["experts"] = experts
+        different = {
+            key: value for key, value in (values | {"added_biases": biases}).items() if value != settings.get(key, [])
+        }  # fmt: skip
         if different:
-            table[index] = different
+            table[str(index)] = different
     path = next(path for path, module in stock.named_modules() if module is decoder_layers(stock))
     config_class, _, model_class = pruned_classes(record.model_type)
     keys = {} if record.found else {"per_layer_config": table, "added_biases": []}

@@ -24,17 +24,15 @@ from gprune.export import modeling_decilm
 from gprune.export.hf import check_reload, save_tokenizer
 from gprune.export.modeling_decilm import MULTIPLE
 from gprune.models.agreement import CHECK_TEXT
-from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
-from gprune.models.gguf import CHECK_TOKENS, difference_from_llama
+from gprune.models.families import PRUNED
+from gprune.models.gguf import CHECK_TOKENS, MODULES, difference_from_llama
 from gprune.models.modeling_pruned import legacy_rope_settings
+from gprune.models.surgery import widths
+from gprune.models.units import units_of
+from gprune.units.structure import Units
 
 log = logging.getLogger("gprune")
-# Module of a layer -> our names of its projections -> Llama's names.
-PROJECTIONS = {
-    "self_attn": {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"},
-    "mlp": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-}
 MODEL_TYPE = modeling_decilm.DeciLMConfig.model_type
 CONFIG_KEYS = (
     "vocab_size", "hidden_size", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
@@ -61,13 +59,13 @@ def is_ours(path: Path) -> bool:
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
 
 
-def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, unequal_heads: bool = False, **_: Any) -> None:
-    """Raise UserError if DeciLM cannot compute like a model with these blocks.
+def refuse(units: Sequence[Units], config: PreTrainedConfig, *, unequal_heads: bool = False, **_: Any) -> None:
+    """Raise UserError if DeciLM cannot compute like a model with these units.
 
     `unequal_heads` tells that pruning may remove another number of heads in each layer.
     """
-    heads = [block.heads for block in blocks]
-    reason, others = difference_from_llama(blocks, config), "hf"  # GGUF is refused for the same difference
+    heads = [u.settings["num_attention_heads"] * u.count for u in units if u.kind == "kv_groups"]
+    reason, others = difference_from_llama(units, config), "hf"  # GGUF is refused for the same difference
     if reason is None:
         others = "hf or gguf, which vLLM and llama.cpp load"
         if len(set(heads)) > 1:
@@ -76,8 +74,8 @@ def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, unequal_heads: 
             reason = "--sparsity.scope includes attention; --sparsity.uniform_width true removes equally many heads"
     if reason is not None:
         raise UserError(
-            f"Cannot export '{blocks[0].family.model_type}' to nemotron-nas: it must compute like Llama with equally "
-            f"many query heads in all layers, but {reason}. Export to {others}."
+            f"Cannot export '{config.model_type.removeprefix(PRUNED)}' to nemotron-nas: it must compute like Llama "
+            f"with equally many query heads in all layers, but {reason}. Export to {others}."
         )
 
 
@@ -95,18 +93,19 @@ def ffn_settings(width: int, hidden_size: int, *, by_multiplier: bool) -> dict[s
 
 def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the content of config.json. `tensors` is the result of `llama_tensors`."""
-    config, blocks = model.config, blocks_of(model)
-    values = config.to_dict()
-    widths = [block.neurons for block in blocks]
-    by_multiplier = all(width % MULTIPLE == 0 for width in widths)
+    config, layers = model.config, model.get_decoder().layers
+    values, sizes = config.to_dict(), widths(model)
+    head_dim = layers[0].self_attn.head_dim
+    heads = [layer.self_attn.o_proj.in_features // head_dim for layer in layers]
+    by_multiplier = all(width % MULTIPLE == 0 for width in sizes["neurons"])
     block_configs = [
         {
             "attention": {
-                "no_op": False, "replace_with_linear": False, "n_heads_in_group": block.heads // block.kv_groups,
+                "no_op": False, "replace_with_linear": False, "n_heads_in_group": heads_of_layer // groups,
             },
-            "ffn": ffn_settings(block.neurons, config.hidden_size, by_multiplier=by_multiplier),
+            "ffn": ffn_settings(width, config.hidden_size, by_multiplier=by_multiplier),
         }
-        for block in blocks
+        for width, groups, heads_of_layer in zip(sizes["neurons"], sizes["kv_groups"], heads, strict=True)
     ]  # fmt: skip
     module = Path(modeling_decilm.__file__).stem
     settings = {key: values[key] for key in CONFIG_KEYS if values.get(key) is not None}
@@ -117,11 +116,11 @@ def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[st
         "auto_map": {
             "AutoConfig": f"{module}.DeciLMConfig", "AutoModelForCausalLM": f"{module}.DeciLMForCausalLM",
         },
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": blocks[0].heads,
-        "num_key_value_heads": blocks[0].kv_groups,
-        "intermediate_size": max(widths),
-        "head_dim": blocks[0].head_dim,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": sizes["kv_groups"][0],
+        "intermediate_size": max(sizes["neurons"]),
+        "head_dim": head_dim,
         "attention_bias": any(name.endswith("_proj.bias") and ".self_attn." in name for name in tensors),
         "mlp_bias": any(name.endswith("_proj.bias") and ".mlp." in name for name in tensors),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
@@ -131,7 +130,7 @@ def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[st
 
 
 def llama_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights by the names of Llama.
+    """Return the weights, whose names are those of Llama.
 
     If a projection of the attention (or FFN) of any layer has a bias, those of all layers have one, 0 where it was
     missing.
@@ -140,21 +139,16 @@ def llama_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     tensors = {"model.embed_tokens.weight": decoder.embed_tokens.weight, "model.norm.weight": decoder.norm.weight}
     if has_own_head(model):
         tensors["lm_head.weight"] = model.lm_head.weight
-    blocks = blocks_of(model)
-    biased = {
-        scope for scope, parts in PROJECTIONS.items()
-        if any(block.parts[part].bias is not None for block in blocks for part in parts)
+    modules = {
+        f"{index}.{path}": layer.get_submodule(path) for index, layer in enumerate(decoder.layers)
+        for path in MODULES.values()
     }  # fmt: skip
-    for index, block in enumerate(blocks):
-        prefix = f"model.layers.{index}"
-        tensors[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = block.ffn_norm.weight
-        for scope, parts in PROJECTIONS.items():
-            for part, name in parts.items():
-                weight, bias = block.parts[part].weight, block.parts[part].bias
-                tensors[f"{prefix}.{scope}.{name}.weight"] = weight
-                if scope in biased:
-                    tensors[f"{prefix}.{scope}.{name}.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
+    biased = {path.split(".")[1] for path, module in modules.items() if getattr(module, "bias", None) is not None}
+    for path, module in modules.items():
+        tensors[f"model.layers.{path}.weight"] = module.weight
+        if path.split(".")[1] in biased:  # `self_attn` or `mlp`
+            bias = module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias
+            tensors[f"model.layers.{path}.bias"] = bias
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
@@ -166,7 +160,7 @@ def write(
     The size and the engines that can read the widths are logged. With `check`, logits of the folder in a fresh process
     are compared with those of the model.
     """
-    refuse(blocks_of(model), model.config)
+    refuse(units_of(model), model.config)
     tensors = llama_tensors(model)
     path.mkdir()
     text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
@@ -178,7 +172,7 @@ def write(
     model.generation_config.save_pretrained(path)
     save_tokenizer(tokenizer, path, config)
     size = sum(file.stat().st_size for file in path.iterdir())
-    for_all = all(block.neurons % MULTIPLE == 0 for block in blocks_of(model))
+    for_all = all(width % MULTIPLE == 0 for width in widths(model)["neurons"])
     engines = "all engines with the class" if for_all else "vLLM and transformers"
     hint = "" if for_all else f"; with --sparsity.width_multiple {MULTIPLE} others can too"
     log.info("Size: %.1f MB; %s can read its widths%s", size / 1e6, engines, hint)

@@ -23,7 +23,6 @@ from gprune.corpora.windows import count_tokens
 from gprune.method.experts import expert_lines
 from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory
-from gprune.models.blocks import blocks_of, by_layer
 from gprune.models.copies import skeleton
 from gprune.models.experts import active_share
 from gprune.models.loading import locate_model
@@ -187,15 +186,16 @@ class MemoryEstimate:
     """Estimates of the terms of `Memory`, in one process."""
 
     def __init__(self, plan: Plan):
-        cfg, budget, blocks = plan.cfg, plan.budget, blocks_of(plan.skeleton)
+        cfg, budget = plan.cfg, plan.budget
         config = plan.skeleton.config.get_text_config(decoder=True)
         self.plan, self.cfg, self.budget = plan, cfg, budget
         self.cpu = plan.device.type == "cpu"
         self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(budget.of_kind("layer"))
-        self.C = max(block.channels for block in blocks)
-        self.N = max(
-            sum(block.all_neurons * active_share(config, block) for block in layer) for layer in by_layer(blocks)
-        )
+        self.C = max(len(u.slices[-1].unit) if u.reads else 0 for u in budget.of_kind("kv_groups"))
+        neurons = [0.0] * self.L
+        for u in budget.of_kind("neurons"):
+            neurons[u.layer] += u.size * active_share(config, u)
+        self.N = max(neurons)
         self.autocast = cfg.trainer.precision == "bf16-mixed"
         self.weight = getattr(torch, cfg.model.dtype).itemsize
         self.activation = 2 if self.autocast else self.weight

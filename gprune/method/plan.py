@@ -13,7 +13,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from lightning import Callback
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gprune.calibration.block_errors import error_tokens, refuse_experts
 from gprune.calibration.saliency import salient_parts
@@ -25,13 +25,13 @@ from gprune.errors import UserError, quoting
 from gprune.evaluation.speed import costs_from_table, latency_table
 from gprune.export.convert import FORMATS, format_named
 from gprune.export.hf import kept_in_float32
-from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import skeleton
-from gprune.models.families import decoder_layers
+from gprune.models.families import decoder_layers, record_of
 from gprune.models.gguf import stored_type
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
-from gprune.models.parts import attribute_at
+from gprune.models.paths import attribute_at
+from gprune.models.surgery import widths
 from gprune.models.units import find_unpruned, units_of
 from gprune.recoveries import RECOVERY, recoveries_of
 from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
@@ -314,8 +314,7 @@ def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, togethe
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, record=family_of(config), trust_remote_code=cfg.model.trust_remote_code)
     check_structure(dense)
-    blocks = blocks_of(dense)
-    if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
+    if "attention" in cfg.sparsity.scope and not any(widths(dense)["kv_groups"]):
         raise UserError(
             f"--sparsity.scope {cfg.sparsity.scope} needs KV groups that can be removed; model type "
             f"'{config.model_type}' has none. Use ffn."
@@ -323,13 +322,13 @@ def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, togethe
     if (why := why_not_measurable(dense)) is not None:
         raise UserError(
             f"Cannot measure the perplexity of model type '{config.model_type}': {why}. Prune it with "
-            "gprune.apply_masks, or write a record (docs/extend.md, 'A model family')."
+            "gprune.apply_masks."
         )
     cfg, why_precision = resolve_precision(cfg, device, together=together)
     pricing = Pricing(cfg, dense, device)
     budget = pricing.budget()
     plan = Plan(pricing, budget, why_precision)
-    check_blocks(cfg, blocks, config)
+    check_export(cfg, dense)
     check_model(plan)
     _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan
@@ -350,7 +349,7 @@ def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.devic
 
 def check_model(plan: Plan) -> None:
     """Raise UserError for a model that the scope, the allocation, the metric or the recovery does not support."""
-    cfg, blocks = plan.cfg, blocks_of(plan.skeleton)
+    cfg = plan.cfg
     if "blocks" in cfg.sparsity.scope:
         check_attention_remains(plan)
         if plan.budget.removed:
@@ -361,30 +360,30 @@ def check_model(plan: Plan) -> None:
     for name in cfg.recovery.split("+"):
         RECOVERY[name].refuse(plan)
     if cfg.measures_errors:
-        refuse_experts(blocks)
+        refuse_experts(plan.skeleton)
     if "saliency" in cfg.needs:
-        for block in blocks:
-            salient_parts(block, "ffn")  # raises for experts
+        for u in plan.budget.of_kind("neurons"):
+            salient_parts(u, decoder_layers(plan.skeleton)[u.layer])  # raises for experts
 
 
-def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
-    """Raise UserError if flags of export or length do not fit the model's blocks or positions, or this machine."""
+def check_export(cfg: RunConfig, model: PreTrainedModel) -> None:
+    """Raise UserError if flags of export or length do not fit the model's units or positions, or this machine."""
     if cfg.export.format in FORMATS:
         target = format_named(cfg.export.format)
         uniform = cfg.sparsity.uniform_width
         unequal_heads = "attention" in cfg.sparsity.scope and not uniform
-        target.refuse(blocks, config, type=cfg.export.type, uniform=uniform, unequal_heads=unequal_heads)
+        target.refuse(units_of(model), model.config, type=cfg.export.type, uniform=uniform, unequal_heads=unequal_heads)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(
             f"--export.dtype must be --model.dtype ({cfg.model.dtype}) with --model.device_map, because offloaded "
             f"weights are not converted; got '{cfg.export.dtype}'."
         )
     longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
-    text_config = config.get_text_config(decoder=True)
-    if blocks[0].family.learned_positions and longest > (positions := text_config.max_position_embeddings):
+    text_config = model.config.get_text_config(decoder=True)
+    if record_of(model).learned_positions and longest > (positions := text_config.max_position_embeddings):
         raise UserError(
             f"--corpora.seq_len and --evaluation.seq_len must be at most {positions} tokens, the number of positions "
-            f"that model type '{config.model_type}' has learned; got {longest}."
+            f"that model type '{model.config.model_type}' has learned; got {longest}."
         )
 
 

@@ -71,7 +71,6 @@ from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run, open_run
 from gprune.method.save import check_discovered_structure, save
 from gprune.method.summary import summarise
-from gprune.models.blocks import Block
 from gprune.models.masks import Masks, bypassed
 from gprune.models.offload import device_of, is_offloaded
 from gprune.models.products import has_fast_products
@@ -351,7 +350,8 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
         """Return layers in the order of their removal."""
         if s.block_choice == "influence":
             order = statistics[cfg.corpora.scored[0]].influence.argsort(stable=True).tolist()
-            return {"gone": torch.tensor(list(dict.fromkeys(run.blocks[b].layer_index for b in order)))}
+            layer_of = [u.layer for u in run.budget.of_kind("neurons")]
+            return {"gone": torch.tensor(list(dict.fromkeys(layer_of[b] for b in order)))}
         return {"gone": torch.tensor(choose_layers(run.budget, loss_without), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", choose)["gone"].tolist())
@@ -383,7 +383,7 @@ def allocated_masks(
     return MaskFunction(
         allocation=cfg.base_allocation,
         options=typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options),
-        blocks=run.blocks,
+        layers=run.layers,
         scores=scores,
         statistics=of_corpora,
         errors=measured_errors(run, name, scores, pool_statistics(of_corpora)) if cfg.measures_errors else None,
@@ -447,7 +447,7 @@ def drift_of_block(run: Run, u: Units, statistics: Mapping[str, CorpusStatistics
         no_neurons = torch.zeros(len(cfg.corpora.drift), 0, dtype=torch.float64)
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
         return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
-    metric, weights = IMPORTANCE[cfg.importance].drift, unit_weights(u, run.blocks[u.number].layer)
+    metric, weights = IMPORTANCE[cfg.importance].drift, unit_weights(u, run.layers[u.layer])
 
     def score_neurons(moments: Moments) -> Tensor:
         """Score the neurons, (N,), from the moments of a corpus or of half of it."""
@@ -474,43 +474,44 @@ def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     run.step(4, "Partitioning")
 
     def compute() -> dict[str, Tensor]:
-        labels = [torch.zeros(0, dtype=torch.long)] * len(run.blocks)
-        ffn_blocks = [block for block in run.blocks if block.neurons]
-        for block, block_labels in zip(ffn_blocks, compute_labels(run, ffn_blocks, drift), strict=True):
-            labels[block.index] = block_labels
+        neurons = run.budget.of_kind("neurons")
+        labels = [torch.zeros(0, dtype=torch.long)] * len(neurons)
+        of_ffns = [u for u in neurons if u.count]
+        for u, block_labels in zip(of_ffns, compute_labels(run, of_ffns, drift), strict=True):
+            labels[u.number] = block_labels
         return {f"labels.{b}": block_labels for b, block_labels in enumerate(labels)}
 
     tensors = run.folder.tensors("assignment", compute)
-    return [tensors[f"labels.{b}"] for b in range(len(run.blocks))]
+    return [tensors[f"labels.{b}"] for b in range(len(drift))]
 
 
-def compute_labels(run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
-    """Compute the module labels, (N,) int64, of blocks with an FFN.
+def compute_labels(run: Run, neurons: Sequence[Units], drift: Sequence[Drift]) -> list[Tensor]:
+    """Compute the module labels, (N,) int64, of the neurons of blocks with an FFN.
 
     The controls `random` and `drift_only` keep the refined module sizes and reassign the neurons.
     """
     p, seed = run.cfg.partition, run.cfg.run.seed
-    log.info("Partitioning %d blocks into modules", len(blocks))
+    log.info("Partitioning %d blocks into modules", len(neurons))
     embeddings, labels = [], []
-    neurons = run.budget.of_kind("neurons")
-    for block in blocks:
-        weights = unit_weights(neurons[block.index], block.layer, device_of(block.layer))
+    for u in neurons:
+        layer = run.layers[u.layer]
+        weights = unit_weights(u, layer, device_of(layer))
         embedding = parameter_embedding(weights, dim=p.embedding_dim, seed=seed)
         initial = initial_partition(
-            embedding, drift[block.index].drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
+            embedding, drift[u.number].drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
             drift_weight=p.drift_weight, seed=seed,
         )  # fmt: skip
         embeddings.append(embedding)
         labels.append(initial)
     if p.method == "initial":
         return labels
-    refined = refine(run, embeddings, [drift[block.index] for block in blocks], labels)
+    refined = refine(run, embeddings, [drift[u.number] for u in neurons], labels)
     if p.method == "random":
-        pairs = zip(blocks, refined, strict=True)
-        return [shuffled_partition(of_block, seed=seed + BLOCK_SEED_STEP * block.index) for block, of_block in pairs]
+        pairs = zip(neurons, refined, strict=True)
+        return [shuffled_partition(of_block, seed=seed + BLOCK_SEED_STEP * u.number) for u, of_block in pairs]
     if p.method == "drift_only":
-        pairs = zip(blocks, refined, strict=True)
-        return [same_sizes_by_drift(of_block, drift[block.index].drift) for block, of_block in pairs]
+        pairs = zip(neurons, refined, strict=True)
+        return [same_sizes_by_drift(of_block, drift[u.number].drift) for u, of_block in pairs]
     return refined
 
 

@@ -17,12 +17,11 @@ from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.method.run import Run, TokenMeter
-from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
-from gprune.models.surgery import slice_model, slice_to_files
+from gprune.models.surgery import kept_layers, slice_model, slice_to_files
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
@@ -84,12 +83,11 @@ def tune(
 
 
 def _slice_in_memory(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
-    """Return a pruned copy of the dense model, after `revise` of each kept block."""
+    """Return a pruned copy of the dense model, after `revise` of each kept layer."""
     pruned = slice_model(run.model, masks)
     if revise is not None:
-        kept_blocks = [block for block, kept in zip(run.blocks, masks.blocks, strict=True) if kept]
-        for dense_block, block in zip(kept_blocks, blocks_of(pruned), strict=True):
-            revise(dense_block, block)
+        for dense_layer, layer, units in kept_layers(run.model, pruned, masks):
+            revise(dense_layer, layer, units)
     return pruned
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +25,7 @@ from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import Forecast
 from gprune.method.inputs import Text, load_dense, prepare_text
 from gprune.method.plan import Plan, describe_unpruned, forward_equivalents, make_plan
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.families import decoder_layers
 from gprune.models.loading import fingerprint, load_tokenizer
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
@@ -123,10 +123,10 @@ class Run:
     def budget(self) -> Budget:
         return self.plan.budget
 
-    @cached_property
-    def blocks(self) -> list[Block]:
-        """Blocks of the dense model."""
-        return blocks_of(self.model)
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Decoder layers of the dense model."""
+        return decoder_layers(self.model)
 
     def with_budget(self, budget: Budget) -> Run:
         """Return a copy with another budget."""

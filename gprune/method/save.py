@@ -116,8 +116,8 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
         raise UserError(
             f"{subject} must differ by {limit:.2e} or less; got {perplexity_difference:.2e}. Please report this model."
         )
-    is_exact = dtype == torch.float32 and not has_routers(run.blocks)
-    measured = difference.largest if is_exact else difference.size(run.blocks)
+    is_exact = dtype == torch.float32 and not has_routers(run.budget.units)
+    measured = difference.largest if is_exact else difference.size(run.budget.units)
     if not measured <= limit:
         subject = "Logits of the sliced and the masked model"
         raise UserError(f"{subject} must differ by {limit:.2e} or less; got {measured:.2e}. Please report this model.")
@@ -145,16 +145,16 @@ def check_discovered_structure(run: Run) -> None:
     reference = masked_logits(run.model, masks, ids).to(sliced_logits.device)
     difference = compare(reference, sliced_logits)
     limit = LOGIT_LIMIT[getattr(torch, run.cfg.model.dtype)] * difference.std
-    measured = difference.size(run.blocks)
+    measured = difference.size(run.budget.units)
     if not measured <= limit:
         raise UserError(
             f"Model type '{run.model.config.model_type}' cannot be pruned: its structure, found on a tiny copy, does "
             "not fit this model. With half of the units removed, logits of the masked and the sliced model must differ "
-            f"by {limit:.2e} or less; got {measured:.2e}. Write a record in a file that --import names "
-            "(docs/extend.md, 'A model family')."
+            f"by {limit:.2e} or less; got {measured:.2e}. Write a function that returns its units "
+            "in a file that --import names (docs/extend.md, 'A model type')."
         )
 
 
 def checked_tokens(run: Run) -> Tensor:
     """Return the token ids for comparing logits, (windows, tokens)."""
-    return compared_windows(run.text.test[0].tokens[:1, : run.cfg.evaluation.compared_tokens], run.blocks)
+    return compared_windows(run.text.test[0].tokens[:1, : run.cfg.evaluation.compared_tokens], run.budget.units)

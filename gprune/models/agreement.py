@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import least_experts
 from gprune.models.masks import Masks
+from gprune.models.units import units_of
+from gprune.units.structure import Units
 
 # Limits for differences between logits of the masked and the sliced model, in standard deviations of the logits. Both
 # models add the same terms in another order. The limit of float32 is for the largest difference. The limits of 16-bit
@@ -53,9 +54,9 @@ class Difference:
         """The root mean square of the differences of a token, median over tokens."""
         return float(self.difference.square().mean(-1).sqrt().median())
 
-    def size(self, blocks: Sequence[Block]) -> float:
+    def size(self, units: Sequence[Units]) -> float:
         """Return the root mean square of the differences; for mixtures of experts that of a typical token."""
-        return self.typical if has_routers(blocks) else self.rms
+        return self.typical if has_routers(units) else self.rms
 
     @property
     def std(self) -> float:
@@ -76,18 +77,18 @@ def compare(expected: Tensor, logits: Tensor) -> Difference:
     return Difference(expected, expected - logits.detach().float().to(expected.device))
 
 
-def has_routers(blocks: Sequence[Block]) -> bool:
-    """Return whether a router sends tokens to experts in any block."""
-    return any(block.has_experts for block in blocks)
+def has_routers(units: Sequence[Units]) -> bool:
+    """Return whether a router sends tokens to experts in any layer."""
+    return any(u.kind == "experts" for u in units)
 
 
-def compared_windows(ids: Tensor, blocks: Sequence[Block]) -> Tensor:
+def compared_windows(ids: Tensor, units: Sequence[Units]) -> Tensor:
     """Return token ids (1, T) for comparing logits; for mixtures of experts in windows of 16 tokens, (T // 16, 16).
 
     Rounding decides near ties between experts. The choice changes all later tokens of a window, so windows are short,
     and models are compared by a typical token.
     """
-    if has_routers(blocks) and ids.shape[1] >= 16:
+    if has_routers(units) and ids.shape[1] >= 16:
         return ids[:, : ids.shape[1] // 16 * 16].view(-1, 16)
     return ids
 
@@ -100,19 +101,20 @@ def random_masks(model: PreTrainedModel, *, share: float | None = None, scope: s
     keep all groups.
     """
     generator = torch.Generator().manual_seed(5)
-    ffn, attention = [], []
-    for block in blocks_of(model):
-        order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
-        neurons = 3 + block.index if share is None else int(share * block.neurons)
-        keep = order >= min(block.neurons - 1, neurons)
-        if "experts" in scope and block.has_experts:
-            groups, least = least_experts(model.config, block.experts)
-            of_group = torch.rand(groups, block.experts // groups, generator=generator).argsort(1)
-            kept = of_group < max(least, block.experts // groups // 2)
-            keep &= kept.view(-1, 1)
-        ffn.append(keep.flatten())
-        kv_groups = 1 if share is None else int(share * block.kv_groups)
-        kv_groups = kv_groups if "attention" in scope else 0
-        order = (torch.arange(block.kv_groups) - block.index) % max(1, block.kv_groups)  # other groups in each block
-        attention.append(order >= min(block.kv_groups - 1, kv_groups))
-    return Masks.of_blocks(ffn, attention)
+    masks = Masks()
+    for u in units_of(model):
+        if u.kind == "neurons":
+            order = torch.rand(u.rows, u.count, generator=generator).argsort(1)
+            removed = 3 + u.number if share is None else int(share * u.count)
+            keep = order >= min(u.count - 1, removed)
+            if "experts" in scope and u.rows > 1:
+                groups, least = least_experts(model.config, u.rows)
+                of_group = torch.rand(groups, u.rows // groups, generator=generator).argsort(1)
+                keep &= (of_group < max(least, u.rows // groups // 2)).view(-1, 1)
+            masks[u.key] = keep.flatten()
+        elif u.kind == "kv_groups":
+            removed = 1 if share is None else int(share * u.count)
+            removed = removed if "attention" in scope else 0
+            order = (torch.arange(u.count) - u.number) % max(1, u.count)  # other groups in each block
+            masks[u.key] = order >= min(u.count - 1, removed)
+    return masks

@@ -6,7 +6,7 @@ this call is replaced by one that computes expert by expert. Removing the last w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from gprune.models.blocks import Block, blocks_of
 from gprune.models.modeling_pruned import LayerConfig, find_parent
-from gprune.models.offload import resident
-from gprune.models.parts import attribute_at, is_inside
+from gprune.models.offload import load_parameter, resident
+from gprune.models.paths import attribute_at, is_inside
 from gprune.models.products import PRODUCT_MODULES
 from gprune.units.structure import Units
 
@@ -212,14 +211,15 @@ def experts_per_token(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def active_experts(config: PreTrainedConfig, block: Block) -> int:
-    """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
-    return min(experts_per_token(config) or block.experts, block.experts)
+def active_experts(config: PreTrainedConfig, neurons: Units) -> int:
+    """Return how many experts of these neurons compute each token; 1 without experts, all if the config does not
+    tell."""
+    return min(experts_per_token(config) or neurons.rows, neurons.rows)
 
 
-def active_share(config: PreTrainedConfig, block: Block) -> float:
-    """Return the share of a block's experts that compute each token; 1 without experts."""
-    return active_experts(config, block) / block.experts
+def active_share(config: PreTrainedConfig, neurons: Units) -> float:
+    """Return the share of experts that compute each token; 1 without experts."""
+    return active_experts(config, neurons) / neurons.rows
 
 
 def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
@@ -237,34 +237,23 @@ def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
     return groups, min(max(2, -(-needed // min(chosen, groups))), experts // groups)
 
 
-def router_needs(block: Block, config: PreTrainedConfig) -> tuple[int, int, str]:
-    """Return the groups of a block's router, the least number of experts, and why none may be removed, or ""."""
-    groups, least = least_experts(config, block.experts)
-    needed, why_not = experts_per_token(config.get_text_config(decoder=True)), why_experts_stay(block)
+def router_needs(experts: int, config: PreTrainedConfig, why_not: str) -> tuple[int, int, str]:
+    """Return the groups of a router, the least number of experts, and why none may be removed, or "".
+
+    `why_not` is a reason that is known already.
+    """
+    groups, least = least_experts(config, experts)
+    needed = experts_per_token(config.get_text_config(decoder=True))
     if not why_not and needed is None:
         why_not = "its configuration does not tell how many experts a token needs"
-    if not why_not and needed >= block.experts:
-        why_not = f"its router chooses all {block.experts} experts"
+    if not why_not and needed >= experts:
+        why_not = f"its router chooses all {experts} experts"
     return groups, groups * least, why_not
-
-
-def why_experts_stay(block: Block) -> str:
-    """Return why experts of a block cannot be removed as a whole; empty if they can."""
-    return "" if block.family.per_expert else block.family.whole_experts or "its router is unknown"
 
 
 def kept_experts(keep: Tensor, experts: int) -> Tensor:
     """Return which of E experts keep neurons, (E,) bool, from the keep mask of their neurons, (E x N,)."""
     return keep.view(experts, -1).any(1)
-
-
-def experts_without_neurons(blocks: Collection[Block], masks: Collection[Tensor]) -> dict[int, list[int]]:
-    """Return the experts that masks of neurons, (E x N,) per block, remove as a whole, in blocks that keep others."""
-    removed = {}
-    for block, mask in zip(blocks, masks, strict=True):
-        if block.has_experts and not (kept := kept_experts(mask, block.experts)).all() and kept.any():
-            removed[block.index] = (~kept).nonzero()[:, 0].tolist()
-    return removed
 
 
 def routing_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -287,49 +276,42 @@ def watch_routing(experts: nn.Module, watcher: Callable[[Tensor, Tensor], None])
     return experts.register_forward_pre_hook(pre_hook, with_kwargs=True)
 
 
-def expert_output(block: Block, expert: int, x: Tensor) -> Tensor:
-    """Return the outputs (n, H) of an expert for inputs x (n, N) of its down projection, not weighted by the router."""
-    y = x @ block.down.of_expert(expert).T.to(x)
-    for path in block.family.per_expert:
-        bias = attribute_at(block.layer, path) if is_inside(path, block.family.experts) else None
-        if bias is not None and bias.shape == (block.experts, y.shape[1]):
+def expert_output(layer: nn.Module, neurons: Units, expert: int, x: Tensor, experts: Units | None = None) -> Tensor:
+    """Return the outputs (n, H) of an expert for inputs x (n, N) of its down projection, not weighted by the router.
+
+    `experts` may have biases of the outputs.
+    """
+    down = neurons.slices[-1]
+    weight = load_parameter(*find_parent(layer, down.path))[expert]
+    y = x @ (weight.T if down.dim == 2 else weight).to(x)
+    for s in () if experts is None else experts.slices:
+        bias = attribute_at(layer, s.path) if is_inside(s.path, neurons.reads) else None
+        if bias is not None and bias.shape == (neurons.rows, y.shape[1]):
             y = y + bias[expert].to(y)
     return y
 
 
 @contextmanager
-def without_experts(model: PreTrainedModel, removed: Mapping[int, Collection[int]]) -> Iterator[PreTrainedModel]:
-    """Exclude experts, by block, from the choice of their router while the context lasts.
+def without_experts(layer: nn.Module, experts: Units, keep: Tensor) -> Iterator[None]:
+    """Exclude experts from the choice of their router while the context lasts; `keep` (E,) bool are the others.
 
-    While a layer computes, the router has the rows of kept experts only, as in the smaller model. The numbers that it
+    While the layer computes, the router has the rows of kept experts only, as in the smaller model. The numbers that it
     chooses are then converted to those of the whole stack.
     """
-    blocks = blocks_of(model) if removed else []
-    with ExitStack() as hooks:
-        for block in blocks:
-            if removed.get(block.index):
-                hooks.enter_context(_without_experts(block, removed[block.index]))
-        yield model
-
-
-@contextmanager
-def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
-    """Exclude experts of one block; see `without_experts`."""
-    E, stack = block.experts, block.family.experts
-    kept = torch.tensor([expert for expert in range(E) if expert not in removed])
+    E, stack = experts.count, experts.reads
+    kept = keep.cpu().nonzero()[:, 0]
     numbers = torch.cat([kept, torch.tensor([E])])  # the number after the last expert means none
-    of_router = [place for place in block.family.per_expert.items() if not is_inside(place[0], stack)]
-    sized = [path for path, size in block.family.attributes.items() if size == "experts" and not is_inside(path, stack)]
+    of_router = [s for s in experts.slices if not is_inside(s.path, stack)]
+    sized = [path for path in experts.attributes if not is_inside(path, stack)]
     restored = ExitStack()  # what the router had before
 
     def shrink_router(layer: nn.Module, _args: Any) -> None:
         restored.enter_context(resident(layer))
-        for path, dim in of_router:
-            module, name = find_parent(layer, path)
-            if (tensor := getattr(module, name, None)) is None:  # a router may lack a bias
-                continue
-            rows = torch.cat([kept, torch.arange(E, tensor.shape[dim])]).to(tensor.device)
-            smaller, values = tensor.detach().index_select(dim, rows), module._parameters
+        for s in of_router:
+            module, name = find_parent(layer, s.path)
+            tensor = getattr(module, name)
+            rows = torch.cat([kept, torch.arange(E, tensor.shape[s.dim])]).to(tensor.device)
+            smaller, values = tensor.detach().index_select(s.dim, rows), module._parameters
             if name in module._buffers:
                 values = module._buffers
             else:
@@ -350,9 +332,9 @@ def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
 
     with ExitStack() as hooks:
         hooks.callback(restored.close)
-        hooks.callback(block.layer.register_forward_pre_hook(shrink_router).remove)
-        hooks.callback(block.layer.register_forward_hook(lambda *_: restored.close(), always_call=True).remove)
+        hooks.callback(layer.register_forward_pre_hook(shrink_router).remove)
+        hooks.callback(layer.register_forward_hook(lambda *_: restored.close(), always_call=True).remove)
         # First, so that other hooks see the numbers of the whole stack.
-        pre_hook = block.down.host.register_forward_pre_hook(convert_numbers, with_kwargs=True, prepend=True)
+        pre_hook = layer.get_submodule(stack).register_forward_pre_hook(convert_numbers, with_kwargs=True, prepend=True)
         hooks.callback(pre_hook.remove)
         yield

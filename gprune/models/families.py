@@ -1,12 +1,9 @@
-"""Records of model families, one per `config.model_type`. No other code in gprune depends on a family's name.
+"""Structure of model types: which tensors of a decoder layer belong to the units of an FFN or an attention.
 
-A record describes where the prunable weights of a decoder layer are and how they are stored. Widths and numbers of
-heads are read from the shapes of weights, so a pruned model can be pruned again. To add a family, add its record to
-`FAMILIES`. `tests/models/test_agree.py` then tests it on a tiny model of its configuration class in transformers.
-`gprune.discovery.family_of` finds the record of a model of any type and attaches it; `record_of` reads it.
-
-Rows of a linear layer compute its outputs; columns read its inputs. Parts with the same path are fused in one module,
-whose rows belong to gate, then up (or to query, then key, then value).
+`gprune.discovery.family_of` finds the record of a model of any type on a tiny copy, and attaches it; `record_of` reads
+it. Records of a few types are written here, so that they need no tiny copy. No other code in gprune depends on a type's
+name, except exports to formats of other programs. Widths and numbers of heads are read from the shapes of weights, so a
+pruned model can be pruned again.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gprune.errors import UserError
 
@@ -27,76 +24,68 @@ RECORD = "_gprune_record"  # attribute of a model with its record, also of copie
 
 
 @dataclass(frozen=True)
+class Place:
+    """An FFN, experts or an attention of a layer, of any width.
+
+    The order of the rows of a tensor has a word for each part: `row`, for an attention `query`, `key` or `value`, and
+    `norm` for the weight of a norm over all units. `row | row` has a row of every neuron, and then another one of every
+    neuron; `row row` has both rows of a neuron next to each other.
+    """
+
+    kind: str  # `neurons` or `kv_groups`
+    reads: str  # path in the layer of the output projection, or of the module of experts
+    # Tensor -> dimension with rows of units, and their order. The last one is the weight that reads the units. Biases
+    # of linear layers are left out.
+    slices: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    classes: Mapping[str, str] = field(default_factory=dict)  # module -> its class, in layers with this place
+    head_dim: str = ""  # attribute of the layer with the size of a value head; empty: from the config
+    # Attribute of a module, or key of the configuration -> size: `neurons`, `experts`, `heads`, `kv_groups`, `channels`
+    # (heads x head_dim) or `kv_channels`
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    # Of experts: other tensors with an index per expert, such as rows of the router -> dimension. Indices after the
+    # last expert belong to none. Without them experts cannot be removed; `whole_experts` may have the reason.
+    per_expert: Mapping[str, int] = field(default_factory=dict)
+    whole_experts: str = ""
+    stays: str = ""  # why it is not pruned next to a larger one of its layer; the largest one is pruned
+
+
+@dataclass(frozen=True)
 class Family:
-    """Paths of a family's parts, relative to the decoder layer, by default those of Llama. None: no such part."""
+    """Structure of a model type."""
 
     model_type: str
+    places: tuple[Place, ...] = ()  # largest first; a layer has those whose modules it has
+    refused: tuple[Place, ...] = ()  # that cannot be pruned in any layer, with the reason
     layers: str = "layers"  # path of the layers in the decoder
-    # FFN. `experts` is the module with the stacked tensors gate_up_proj (E, 2N, H) and down_proj (E, H, N).
-    gate: str | None = "mlp.gate_proj"
-    up: str | None = "mlp.up_proj"
-    down: str | None = "mlp.down_proj"  # None: no prunable FFN
-    experts: str | None = None  # layers without this module use gate, up and down
-    # Attention
-    query: str | None = "self_attn.q_proj"
-    key: str | None = "self_attn.k_proj"
-    value: str | None = "self_attn.v_proj"
-    output: str | None = "self_attn.o_proj"  # None: no prunable attention
-    # Norms over all heads, which are sliced with them. A norm per head keeps its size and is not named here.
-    query_norm: str | None = None
-    key_norm: str | None = None
-    # Norms before the projections
-    ffn_norm: str | None = "post_attention_layernorm"
-    attention_norm: str | None = "input_layernorm"
-    norm_offset: float = 0.0  # the norm multiplies by this + weight
-    # Configuration
-    width: str = "intermediate_size"  # key of the width of the FFN or of an expert
-    kv_heads: str | None = "num_key_value_heads"  # key; None: one key/value head per query head
-    learned_positions: bool = False  # whether text must not be longer than max_position_embeddings
-    logits_scaling: str | None = None  # key of the divisor of logits, or "a/b" for the ratio of two keys
-    softcap: str | None = None  # key of the limit c in c tanh(logits / c)
-    # Fields of discovered records (`gprune.discovery`)
     decoder: str | None = None  # path of the decoder in the model; None: the result of `get_decoder`
-    head_dim: str | None = None  # attribute of the layer with the size of a value head; None: from the config
-    layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
-    expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
-    expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, dimension of neurons
-    # Other tensors with an index per expert, such as rows of the router: path -> dimension. Indices after the last
-    # expert belong to none. Without them experts cannot be removed as a whole; `whole_experts` may have the reason.
-    per_expert: Mapping[str, int] = field(default_factory=dict)
-    expert_count: str = ""  # key of the number of experts; empty: not a whole number, or unknown
-    whole_experts: str = ""
-    # Other parameters -> dimension of units, `ffn` or `attention`.
-    extras: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    # Kinds of FFN and of attention, largest first, as fields that replace those of the record. A layer has the kinds
-    # whose modules it has. By default every layer has one FFN and one attention, by the fields of the record.
-    kinds: tuple[tuple[Mapping[str, Any], ...], ...] = (({},), ({},))
-    stays: str | None = None  # only for kinds: the reason not to prune it next to a larger one
-    # FFNs and experts that cannot be pruned in any layer: `down` or `experts`, `classes` (as in `kinds`) and `stays`.
-    refused: tuple[Mapping[str, Any], ...] = ()
-    found: bool = False  # whether discovered
+    norm_offset: float = 0.0  # norms multiply by this + weight
+    learned_positions: bool = False  # whether text must not be longer than max_position_embeddings
+    # How logits are computed from head times hidden states, by keys of the configuration
+    plain_head: bool = True  # whether they are this product, scaled or capped
+    logits_scaling: str | None = None  # divisor, or "a/b" for the ratio of two keys
+    logits_multiplier: str | None = None
+    softcap: str | None = None  # the limit c in c tanh(logits / c)
     before_head: str | None = None  # path of a module in the model through which hidden states pass before the head
-    plain_head: bool = True  # whether logits are head times hidden states, scaled or capped
-    logits_multiplier: str | None = None  # key of the factor of logits
-    # Attributes of stock modules with sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`,
-    # `experts`
-    attributes: Mapping[str, str] = field(default_factory=dict)
-    # Other families with the same computation, whose config allows more shapes -> settings for which they compute it
-    same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    found: bool = False  # whether discovered
 
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        # LlamaConfig requires that hidden_size is a multiple of the number of heads.
-        Family("llama", same_as={"mistral": {"sliding_window": None}}),
-        Family("mistral"),
-        Family("qwen2"),
-        Family("qwen3"),
-        Family("smollm3"),
-    )
-}
-BUILT_IN: tuple[Family, ...] = tuple(FAMILIES.values())  # records of gprune, without those of users
+def _like_llama(model_type: str) -> Family:
+    """Return the record of a type whose layers are those of Llama."""
+    weights = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    q, k, v, o, gate, up, down = [
+        f"{path}.weight" for path in (*weights, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    ffn = {gate: (0, "row"), up: (0, "row"), down: (1, "row")}
+    attention = {q: (0, "query"), k: (0, "key"), v: (0, "value"), o: (1, "row")}
+    settings = {"num_attention_heads": "heads", "num_key_value_heads": "kv_groups"}
+    return Family(model_type, (
+        Place("neurons", "mlp.down_proj", ffn, settings={"intermediate_size": "neurons"}),
+        Place("kv_groups", "self_attn.o_proj", attention, settings=settings),
+    ))  # fmt: skip
+
+
+FAMILIES = {name: _like_llama(name) for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3")}
 
 
 def attach_record(model: PreTrainedModel, record: Family) -> None:

@@ -36,8 +36,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from gprune.console import quieted
 from gprune.errors import UserError
 from gprune.models.agreement import CHECK_TEXT
-from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
+from gprune.models.families import PRUNED
+from gprune.models.units import units_of
+from gprune.units.structure import Units
 
 log = logging.getLogger("gprune")
 LLAMA_CPP = "llama-cpp-py-sync"
@@ -169,21 +171,18 @@ def is_ours(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def refuse(blocks: Sequence[Block], config: PreTrainedConfig, **_: Any) -> None:
-    """Raise UserError if llama.cpp's graph of Llama computes something else than a model with these blocks.
-
-    The blocks may have no weights.
-    """
-    if (reason := difference_from_llama(blocks, config)) is not None:
+def refuse(units: Sequence[Units], config: PreTrainedConfig, **_: Any) -> None:
+    """Raise UserError if llama.cpp's graph of Llama computes something else than a model with these units."""
+    if (reason := difference_from_llama(units, config)) is not None:
         raise UserError(
-            f"Cannot export '{blocks[0].family.model_type}' to GGUF: it must compute like Llama, but {reason}. Export "
-            "to hf; llama.cpp's own converter may read the folder, if all layers have equal widths."
+            f"Cannot export '{config.model_type.removeprefix(PRUNED)}' to GGUF: it must compute like Llama, but "
+            f"{reason}. Export to hf; llama.cpp's own converter may read the folder, if all layers have equal widths."
         )
 
 
-def difference_from_llama(blocks: Sequence[Block], config: PreTrainedConfig) -> str | None:
+def difference_from_llama(units: Sequence[Units], config: PreTrainedConfig) -> str | None:
     """Return how a model differs from Llama, such as "has hidden_act gelu instead of silu", or None."""
-    if blocks[0].family.model_type not in LIKE_LLAMA:
+    if config.model_type.removeprefix(PRUNED) not in LIKE_LLAMA:
         return f"is not one of {', '.join(LIKE_LLAMA)}"
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
@@ -195,9 +194,9 @@ def difference_from_llama(blocks: Sequence[Block], config: PreTrainedConfig) -> 
         return "has rotary embeddings for a part of each head"
     if 0 in (getattr(config, "no_rope_layers", None) or ()):
         return "has layers without rotary embeddings"
-    for block in blocks:
-        if not (block.neurons and block.kv_groups):  # for a size of 0 llama.cpp skips more than the FFN or attention
-            return f"has no FFN or no attention in layer {block.layer_index}"
+    for u in units:
+        if u.kind in ("neurons", "kv_groups") and not u.count:  # llama.cpp skips more than the FFN or attention
+            return f"has no FFN or no attention in layer {u.layer}"
     return None
 
 
@@ -310,7 +309,7 @@ def write_gguf(
 
     Vectors are float32. Matrices have the given type, or float16 if their rows do not fit blocks of q8_0.
     """
-    refuse(blocks_of(model), model.config)
+    refuse(units_of(model), model.config)
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
     types = {tensor_name: stored_type(tensor.shape, type) for tensor_name, tensor in named_tensors(model)}

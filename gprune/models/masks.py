@@ -5,7 +5,7 @@ Hooks exist only inside context managers. Weights do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from gprune.models.blocks import blocks_of
 from gprune.models.experts import (
     Watch,
-    experts_without_neurons,
     is_of_experts,
     kept_experts,
     watch_experts,
@@ -63,6 +61,12 @@ class Masks(dict[str, Tensor]):
             has_no_units = len(ffn) + len(attention) == 0
             is_kept.append(ffn.any() | attention.any() | has_no_units)
         return torch.stack(is_kept).tolist()  # one transfer if masks are on a GPU
+
+    def layers(self, units: Iterable[Units]) -> list[bool]:
+        """Whether each layer is kept, whose blocks are kept together; `units` are those of the model."""
+        by_layer = {u.layer: u.number for u in units if u.kind == "neurons"}
+        block_is_kept = self.blocks
+        return [block_is_kept[number] for number in by_layer.values()]
 
     def kept(self, u: Units) -> Tensor:
         """Return which of these units are kept, (rows x count,) bool."""
@@ -205,14 +209,19 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     Raises:
         UserError: if the model's type is not supported.
     """
-    blocks, units, layers = blocks_of(model), units_of(model), decoder_layers(model)
+    units, layers = units_of(model), decoder_layers(model)
     # Masks are copied to the devices once, and not in every forward pass.
     gates: dict[str, Tensor] = {}
     for kind in kinds_of_units(units):
         alike = [u for u in units if u.kind == kind and u.key in masks]
         if alike and not torch.stack([masks[u.key].all() for u in alike]).all():
             gates |= {u.key: masks[u.key].to(device_of(layers[u.layer])) for u in alike}
-    removed = {block.layer_index for block, stays in zip(blocks, masks.blocks, strict=True) if not stays}
-    experts = without_experts(model, experts_without_neurons(blocks, masks.ffn))
-    with bypassed(model, removed), experts, gated(model, gates, units):
+    neurons = [u for u in units if u.kind == "neurons"]
+    removed = {u.layer for u, stays in zip(neurons, masks.blocks, strict=True) if not stays}
+    with ExitStack() as contexts:
+        contexts.enter_context(bypassed(model, removed))
+        for u in units:
+            if u.kind == "experts" and (keep := masks.kept(u)).any() and not keep.all():
+                contexts.enter_context(without_experts(layers[u.layer], u, keep))
+        contexts.enter_context(gated(model, gates, units))
         yield model

@@ -4,7 +4,7 @@ Removing a neuron removes its rows of gate and up and its column of down. Removi
 head, the query heads that share it, their columns of the output projection, and their weights in a norm over all heads.
 The ratio of query to key/value heads does not change. Stock attention code infers the number of heads from shapes, or
 reads it from attributes, which the family's record names and which are updated. The model's config keeps the dense
-sizes. The true sizes are read from the weights (`gprune.models.blocks.blocks_of`), and `gprune.export` writes them for
+sizes. The true sizes are read from the weights (`gprune.models.units.units_of`), and `gprune.export` writes them for
 other programs. Before `save_pretrained`, convert the result with `gprune.export.hf.to_portable`.
 
 Experts of one block are pruned to equal widths, each with its own neurons, because their tensors are stacked. Experts
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,15 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block, blocks_of, by_layer, sizes_of_layer
 from gprune.models.copies import copy_without_hooks, skeleton, turn_off_rescaling
-from gprune.models.experts import kept_experts, least_experts, why_experts_stay
+from gprune.models.experts import kept_experts, least_experts
 from gprune.models.families import decoder_layers, decoder_of, record_of, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
 from gprune.models.offload import StoredWeights, attach_all_weights, attach_weights, load_parameter
-from gprune.models.parts import attribute_at
-from gprune.models.units import units_of, units_of_blocks
-from gprune.units.structure import KINDS, Slice, Units
+from gprune.models.paths import attribute_at
+from gprune.models.units import sizes_of_layer, units_by_layer, units_of
+from gprune.units.structure import KINDS, Slice, Units, unit_key
 
 # Patterns of names of fields of a configuration: with layer numbers, and with one value per layer.
 LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
@@ -67,9 +66,7 @@ def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     """
     check_masks(model, masks)
     turn_off_rescaling(model)
-    block_is_kept = masks.blocks
-    # Blocks of a layer are kept together.
-    layer_is_kept = [block_is_kept[blocks[0].index] for blocks in by_layer(blocks_of(model))]
+    layer_is_kept = masks.layers(units_of(model))
     # Before anything is sliced, because it may refuse, and the model may be changed in place.
     renumbered = None if all(layer_is_kept) else _renumbered(model, layer_is_kept)
     was_aligned = experts_aligned(model)
@@ -79,9 +76,9 @@ def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
         shared = [attribute_at(layers[u.layer], s.path) for u in units_of(model) for s in u.slices]
         model = copy_without_hooks(model, {id(tensor): tensor for tensor in shared})
     text_config = model.config.get_text_config(decoder=True)
-    for blocks, is_kept in zip(by_layer(blocks_of(model)), layer_is_kept, strict=True):
+    for index, (units, is_kept) in enumerate(zip(units_by_layer(model), layer_is_kept, strict=True)):
         if is_kept:
-            _slice_layer(blocks, model.config, text_config, masks)
+            _slice_layer(decoder_layers(model)[index], units, text_config, masks)
     if renumbered is not None:
         _drop_layers(model, layer_is_kept, renumbered)
     if not experts_aligned(model):
@@ -93,11 +90,11 @@ def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
 
 @torch.no_grad()
 def slice_to_files(
-    model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
+    model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[..., None] | None = None
 ) -> PreTrainedModel:
     """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file.
 
-    Before a layer is written, `revise(dense_block, pruned_block)` may change its sliced weights.
+    Before a layer is written, `revise(dense_layer, layer, units)` may change its sliced weights.
     """
     check_masks(model, masks)
     pruned = skeleton(copy.deepcopy(model.config), type(model), record=record_of(model)).eval().requires_grad_(False)
@@ -107,21 +104,27 @@ def slice_to_files(
     slice_model(pruned, masks, inplace=True)
     attach_all_weights(pruned, model)  # those of layers are replaced below
     folder.mkdir(parents=True, exist_ok=True)
-    block_is_kept = masks.blocks
-    dense_layers = [blocks for blocks in by_layer(blocks_of(model)) if block_is_kept[blocks[0].index]]
-    pruned_layers = by_layer(blocks_of(pruned))
-    for index, (dense_blocks, pruned_blocks) in enumerate(zip(dense_layers, pruned_layers, strict=True)):
-        cuts = _cuts(units_of_blocks(dense_blocks, model.config), masks)
-        _write_layer(dense_blocks, pruned_blocks, cuts, folder / f"{index}.safetensors", revise)
+    for index, (dense_layer, layer, units) in enumerate(kept_layers(model, pruned, masks)):
+        _write_layer(dense_layer, layer, units, masks, folder / f"{index}.safetensors", revise)
     return pruned
 
 
+def kept_layers(
+    model: PreTrainedModel, pruned: PreTrainedModel, masks: Masks
+) -> Iterator[tuple[nn.Module, nn.Module, list[Units]]]:
+    """Yield each kept layer of a dense model, the same layer of its pruned model, and the dense units of the layer."""
+    layer_is_kept, units = masks.layers(units_of(model)), units_by_layer(model)
+    kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
+    for index, layer in zip(kept, decoder_layers(pruned), strict=True):
+        yield decoder_layers(model)[index], layer, units[index]
+
+
 def _write_layer(
-    dense_blocks: Sequence[Block], pruned_blocks: Sequence[Block], cuts: Mapping[str, Sequence[Cut]], path: Path,
-    revise: Callable[[Block, Block], None] | None,
+    dense_layer: nn.Module, pruned_layer: nn.Module, units: Sequence[Units], masks: Masks, path: Path,
+    revise: Callable[..., None] | None,
 ) -> None:  # fmt: skip
-    """Load and slice the weights of a layer, revise its blocks, write them with saved buffers, and free the weights."""
-    dense_layer, pruned_layer = dense_blocks[0].layer, pruned_blocks[0].layer
+    """Load and slice the weights of a layer, revise them, write them with saved buffers, and free them."""
+    cuts = _cuts(units, masks)
     for path_in_layer, _ in list(dense_layer.named_parameters()):
         module_path, _, name = path_in_layer.rpartition(".")
         dense_weight = load_parameter(dense_layer.get_submodule(module_path), name).detach()
@@ -129,8 +132,7 @@ def _write_layer(
         parameter = nn.Parameter(weight.cpu().contiguous(), requires_grad=False)
         setattr(pruned_layer.get_submodule(module_path), name, parameter)
     if revise is not None:
-        for dense_block, pruned_block in zip(dense_blocks, pruned_blocks, strict=True):
-            revise(dense_block, pruned_block)
+        revise(dense_layer, pruned_layer, units)
     weights = {name: parameter.detach() for name, parameter in pruned_layer.named_parameters()}
     saved_names = dense_layer.state_dict().keys()
     stored = StoredWeights(dense_layer)  # a buffer may be offloaded too
@@ -295,7 +297,7 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     kept experts of a block, and enough of these for its router; and all or none of the blocks of a layer.
     """
     refuse_quantised(model.config)
-    blocks, units = blocks_of(model), {u.key: u for u in units_of(model)}
+    units = {u.key: u for u in units_of(model)}
     sizes = {key: u.size for key, u in units.items() if u.kind in ("neurons", "kv_groups") or key in masks}
     if unknown := list(masks.keys() - sizes.keys()) + list(sizes.keys() - masks.keys()):
         raise UserError(f"Masks must have the keys {', '.join(sizes)}; got {', '.join(masks)} ('{unknown[0]}').")
@@ -313,32 +315,35 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
                 f"of transformers have no size for them; got masks that remove {int((~mask).sum())} of '{key}'."
             )
     if not any(masks.blocks):
-        raise UserError(f"Masks must keep at least 1 of {len(blocks)} blocks; got 0.")
-    for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
+        raise UserError(f"Masks must keep at least 1 of {len(masks.blocks)} blocks; got 0.")
+    for number, (ffn, attention) in enumerate(zip(masks.ffn, masks.attention, strict=True)):
         if len(ffn) and len(attention) and ffn.any() != attention.any():
-            raise UserError(f"Masks of block {block.index} must keep units of both scopes, or of neither.")
-        if block.has_experts:
-            _check_experts(block, ffn, model.config)
-    block_is_kept = masks.blocks
-    for layer_blocks in by_layer(blocks):
-        first, last = layer_blocks[0], layer_blocks[-1]
-        if len({block_is_kept[block.index] for block in layer_blocks}) > 1:
-            numbers = f"{first.index} to {last.index}, of layer {first.layer_index}"
-            raise UserError(f"Masks of blocks {numbers}, must keep units of all of these blocks, or of none.")
+            raise UserError(f"Masks of block {number} must keep units of both scopes, or of neither.")
+    for u in units.values():
+        if u.kind == "experts":
+            _check_experts(u, masks[unit_key("neurons", u.number)], model.config)
+    for index, of_layer in enumerate(units_by_layer(model)):
+        numbers = [u.number for u in of_layer if u.kind == "neurons"]
+        if len({masks.blocks[number] for number in numbers}) > 1:
+            raise UserError(
+                f"Masks of blocks {numbers[0]} to {numbers[-1]}, of layer {index}, must keep units of all of these "
+                "blocks, or of none."
+            )
 
 
-def _check_experts(block: Block, keep: Tensor, config: PreTrainedConfig) -> None:
-    """Raise UserError unless the experts of a block that keep neurons keep equally many, and suffice for its router."""
-    counts = set(keep.view(block.experts, -1).sum(1).tolist())
+def _check_experts(experts: Units, keep: Tensor, config: PreTrainedConfig) -> None:
+    """Raise UserError unless experts that keep neurons keep equally many, and suffice for their router."""
+    number = experts.number
+    counts = set(keep.view(experts.count, -1).sum(1).tolist())
     if len(counts - {0}) > 1:
-        raise UserError(f"Masks['neurons.{block.index}'] must keep equally many neurons of every expert; got {counts}.")
+        raise UserError(f"Masks['neurons.{number}'] must keep equally many neurons of every expert; got {counts}.")
     if len(counts) == 1:  # all experts are kept, or the whole block is removed
         return
-    name = f"Experts of block {block.index} (model type '{config.model_type}')"
-    if why := why_experts_stay(block):
-        raise UserError(f"{name} cannot be removed as a whole: {why}.")
-    groups, least = least_experts(config, block.experts)
-    kept_by_group = kept_experts(keep, block.experts).view(groups, -1).sum(1).tolist()
+    name = f"Experts of block {number} (model type '{config.model_type}')"
+    if experts.stays:
+        raise UserError(f"{name} cannot be removed as a whole: {experts.stays}.")
+    groups, least = least_experts(config, experts.count)
+    kept_by_group = kept_experts(keep, experts.count).view(groups, -1).sum(1).tolist()
     if min(kept_by_group) < least or len(set(kept_by_group)) > 1:
         of_group = f" in each of {groups} groups, the same number" if groups > 1 else ""
         raise UserError(f"{name} must be at least {least}{of_group}; got {', '.join(map(str, kept_by_group))}.")
@@ -349,8 +354,8 @@ def widths(model: PreTrainedModel) -> dict[str, list[int]]:
 
     The width of a block with experts is that of each expert.
     """
-    blocks = blocks_of(model)
-    return {"neurons": [block.neurons for block in blocks], "kv_groups": [block.kv_groups for block in blocks]}
+    units = units_of(model)
+    return {kind: [u.count for u in units if u.kind == kind] for kind in ("neurons", "kv_groups")}
 
 
 Cut = tuple[
@@ -381,12 +386,9 @@ def _sliced(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
     return tensor
 
 
-def _slice_layer(
-    blocks: Sequence[Block], config: PreTrainedConfig, text_config: PreTrainedConfig, masks: Masks
-) -> None:
-    """Slice the blocks of a layer in place, and update size attributes of its modules."""
-    layer = blocks[0].layer
-    for path, cuts in _cuts(units_of_blocks(blocks, config), masks).items():
+def _slice_layer(layer: nn.Module, units: Sequence[Units], config: PreTrainedConfig, masks: Masks) -> None:
+    """Slice a layer in place, and update sizes in its modules."""
+    for path, cuts in _cuts(units, masks).items():
         module, name = find_parent(layer, path)
         dense = getattr(module, name)
         smaller = _sliced(load_parameter(module, name).detach(), cuts)
@@ -395,8 +397,9 @@ def _slice_layer(
         else:
             setattr(module, name, nn.Parameter(smaller, requires_grad=dense.requires_grad))
         update_linear_sizes(module)
-    sliced_blocks = [replace(block) for block in blocks]  # without the cached properties of the dense blocks
-    set_layer_sizes(layer, text_config, *sizes_of_layer(sliced_blocks))
+    # Experts that are kept have equally many neurons.
+    counts = {u.key: int(masks.kept(u).view(u.rows, -1).sum(1).max()) for u in units if u.size}
+    set_layer_sizes(layer, config, *sizes_of_layer([replace(u, count=counts.get(u.key, 0)) for u in units]))
 
 
 def _select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:

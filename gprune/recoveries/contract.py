@@ -31,15 +31,16 @@ from gprune.errors import UserError
 from gprune.registry import Registry
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from gprune.calibration.statistics import CorpusStatistics, Moments
-    from gprune.models.blocks import Block
     from gprune.models.masks import Masks
+    from gprune.units.structure import Units
 
 NEEDS = ("moments", "gram", "text")
-Revise = Callable[["Block", "Block"], None]  # (dense block, sliced block): changes the sliced one in place
+# (dense layer, sliced layer, units of the dense layer): changes the sliced layer in place
+Revise = Callable[["nn.Module", "nn.Module", "Sequence[Units]"], None]
 Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tensor | None"]]
 
 
@@ -98,13 +99,14 @@ class Recovery:
         Args:
             plan: has `skeleton`, the dense model without weights, and `cfg`, the settings.
         """
-        from gprune.models.blocks import blocks_of
+        from gprune.models.experts import is_of_experts
+        from gprune.models.families import decoder_layers, record_of
 
-        blocks = blocks_of(plan.skeleton)
+        layers = decoder_layers(plan.skeleton)
         alternatives = ", ".join(name for name in RECOVERY if RECOVERY[name].experts)
-        if not self.experts and any(block.has_experts for block in blocks):
+        if not self.experts and any(is_of_experts(layers[u.layer], u) for u in plan.budget.units):
             raise UserError(
-                f"--recovery {self.name} cannot recover experts (model type '{blocks[0].family.model_type}'). "
+                f"--recovery {self.name} cannot recover experts (model type '{record_of(plan.skeleton).model_type}'). "
                 f"Use one of {alternatives}."
             )
 
@@ -160,20 +162,17 @@ class Projection(Recovery):
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block by `solve`."""
         from gprune.models.offload import device_of
-        from gprune.models.units import units_of_blocks
+        from gprune.models.units import output_weight, set_output
 
-        def revise(dense: Block, block: Block) -> None:
-            """Correct those output projections of a sliced block that lost channels."""
-            parts = {"kv_groups": "output", "neurons": "down"}
-            for u in units_of_blocks([dense], material.dense.config):
-                if u.kind not in parts or (keep := material.masks[u.key]).all():
+        def revise(dense: nn.Module, layer: nn.Module, units: Sequence[Units]) -> None:
+            """Correct those output projections of a sliced layer that lost channels."""
+            for u in units:
+                if u.kind not in ("kv_groups", "neurons") or (keep := material.masks[u.key]).all():
                     continue
-                part = parts[u.kind]
                 moments = material.statistics.channels[u.key].total
-                weight = dense.parts[part].weight.to(device_of(dense.layer))
+                weight = output_weight(u, dense, device_of(dense))
                 keep = u.of_channels(keep) if u.rows == 1 else keep
-                new_weight, bias = self.solve(weight, keep, moments, experts=u.rows, ridge=material.ridge)
-                block.parts[part].set(new_weight, bias)
+                set_output(u, layer, *self.solve(weight, keep, moments, experts=u.rows, ridge=material.ridge))
 
         return revise
 

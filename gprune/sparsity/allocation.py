@@ -16,11 +16,10 @@ from gprune.errors import UserError
 from gprune.registry import Registry, UserCode
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from gprune.calibration.statistics import CorpusStatistics
     from gprune.importance.scores import Scores
-    from gprune.models.blocks import Block
     from gprune.models.masks import Masks
     from gprune.partition.modules import ModuleRanks
     from gprune.sparsity.budget import Budget
@@ -37,12 +36,12 @@ def allocation(
 ) -> Callable[[Rule], Rule]:
     """Register a rule that distributes the sparsity over blocks, as the value `name` of `--sparsity.allocation`.
 
-    The rule is called as `function(scores, statistics, blocks, budget, **options)`. It returns margins, of which the
+    The rule is called as `function(scores, statistics, layers, budget, **options)`. It returns margins, of which the
     smallest are removed until the budget is met, or `models.masks.Masks` that meet the budget.
 
     - scores: `importance.scores.Scores`, float64 by key of units, such as (N,) for the neurons `neurons.0`.
     - statistics: `calibration.statistics.CorpusStatistics` of the scoring corpus.
-    - blocks: `models.blocks.Block` of the dense model.
+    - layers: the decoder layers of the dense model.
     - budget: `sparsity.budget.Budget`, with `units`.
     - options: numbers and bools from `--sparsity.options.OPTION`; the rule has them as keyword-only parameters. They
       have the type of the parameter's annotation, such as int or bool; without one, float.
@@ -53,7 +52,7 @@ def allocation(
         from gprune import allocation
 
         @allocation("powers")
-        def powers(scores, statistics, blocks, budget, *, power=2.0):
+        def powers(scores, statistics, layers, budget, *, power=2.0):
             return {key: s**power for key, s in scores.items()}
 
     Args:
@@ -82,14 +81,19 @@ def allocation(
 
 
 def allocate(
-    name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
+    name: str,
+    scores: Scores,
+    statistics: CorpusStatistics,
+    layers: Sequence[nn.Module],
+    budget: Budget,
+    **options: float,
 ) -> Masks:
     """Return keep masks by the rule `name`. The rule is called with copies of scores and statistics."""
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
 
     rule = ALLOCATION[name]
-    result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
+    result = rule(copy.deepcopy(scores), statistics.copy(), layers, budget, **options)
     if isinstance(result, Masks):
         return checked_masks(ALLOCATION, name, result, budget)
     sizes = {u.key: u.size for u in budget.units if u.kind in budget.finer}
@@ -170,7 +174,7 @@ def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 
 
 @allocation("uniform")
-def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
+def uniform(scores: Scores, statistics: CorpusStatistics, layers: Sequence[nn.Module], budget: Budget) -> Margins:
     """m_i = r_i, the rank inside the block in (0, 1): every block loses the same fraction."""
     return _ranks(scores, budget)
 
@@ -183,7 +187,7 @@ def _ranks(scores: Scores, budget: Budget) -> dict[str, Tensor]:
 
 
 @allocation("global")
-def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
+def standardised(scores: Scores, statistics: CorpusStatistics, layers: Sequence[nn.Module], budget: Budget) -> Margins:
     """m_i = (s_i - mean s) / std s per block, with one threshold for all: FLAP's adaptive search (arXiv 2312.11983).
 
     As in the authors' repository, attention channels are standardised first and then averaged over each KV group.
@@ -211,7 +215,7 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
 def outlier_weighted(
     scores: Scores,
     statistics: CorpusStatistics,
-    blocks: Sequence[Block],
+    layers: Sequence[nn.Module],
     budget: Budget,
     *,
     multiple: AtLeast1Float = 5.0,
@@ -227,8 +231,6 @@ def outlier_weighted(
     import torch
 
     from gprune.models.units import output_weight
-
-    layers = {block.layer_index: block.layer for block in blocks}
 
     def outlier_share(u: Units) -> Tensor:
         """Return D_b before it is scaled, from the weight that reads units and the statistics of its inputs."""
@@ -252,7 +254,7 @@ def outlier_weighted(
 def reconstruction(
     scores: Scores,
     statistics: CorpusStatistics,
-    blocks: Sequence[Block],
+    layers: Sequence[nn.Module],
     budget: Budget,
     *,
     strength: NonNegative = 0.75,

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.importance.scores import Scores
-from gprune.models.blocks import Block
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, Modules
 from gprune.sparsity.allocation import allocate, module_thresholds
@@ -29,7 +28,7 @@ class MaskFunction:
 
     allocation: str  # allocation to blocks
     options: Mapping[str, float]  # of the allocation
-    blocks: Sequence[Block]
+    layers: Sequence[nn.Module]
     scores: Scores
     statistics: Sequence[CorpusStatistics]  # of the corpora of the scores
     errors: Tensor | None = None  # `CorpusStatistics.errors`, if the allocation reads them
@@ -52,7 +51,7 @@ class MaskFunction:
         if key not in self._allocated:
             # Statistics are pooled in each call and not kept, because of the size of their Gram matrices.
             statistics = replace(pool_statistics(self.statistics), errors=self.errors)
-            masks = allocate(self.allocation, self.scores, statistics, self.blocks, budget, **self.options)
+            masks = allocate(self.allocation, self.scores, statistics, self.layers, budget, **self.options)
             self._allocated[key] = masks
         return self._allocated[key]
 

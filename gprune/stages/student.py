@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from gprune.models.blocks import Part, blocks_of, decoder_layers, fused_rows, fused_tensors
+from gprune.models.families import decoder_layers, record_of
+from gprune.models.modeling_pruned import find_parent
+from gprune.models.products import PRODUCT_MODULES
 from gprune.models.units import units_of
-from gprune.units.structure import of_kind
+from gprune.units.structure import Slice
 
 
 class Student:
@@ -36,7 +39,7 @@ class Student:
         self.checkpointing = checkpointing
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}  # by name in `learned`: the RMS, to which learning rates are relative
-        self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
+        self._norm_offset = record_of(model).norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._merge_adapters: Callable[[], object] | None = None  # merges adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are below the resolution of bfloat16
@@ -69,24 +72,27 @@ class Student:
 
     def _split_fused_tensors(self) -> None:
         """Split fused tensors into their parts, which are trained separately until `to_plain_model`."""
-        for block in blocks_of(self.model):
-            for host, name, rows, dim in fused_tensors(block):
-                _parametrize(host, name, FusedParts(rows, dim))
+        for layer, s in sliced_tensors(self.model):
+            if len(s.parts) > 1:
+                _parametrize(*find_parent(layer, s.path), FusedParts([rows for _, rows in s.parts], s.dim))
 
     def _learn_adapters(self) -> None:
         """Add PEFT's LoRA adapters to the linear layers of blocks."""
         import peft
 
         self.model.requires_grad_(False)
-        blocks, layers = blocks_of(self.model), decoder_layers(self.model)
-        host_ids = {id(layer) for layer in adapted_layers(self.model)}
-        rows_of_host = {host: rows for block in blocks for host, rows in fused_rows(block).items()}
+        layers, hosts = decoder_layers(self.model), adapted_layers(self.model)
+        host_ids = {id(host) for host in hosts}
+        rows_of_host = {
+            find_parent(layer, s.path)[0]: [rows for _, rows in s.parts]
+            for layer, s in sliced_tensors(self.model) if len(s.parts) > 1
+        }  # fmt: skip
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=2 * self.rank,  # PEFT multiplies B A by lora_alpha / r, which is 2
             lora_dropout=0.0,
             target_modules=[name for name, module in layers.named_modules() if id(module) in host_ids],
-            fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),
+            fan_in_fan_out=any(isinstance(host, Conv1D) for host in hosts),
         )
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # from PEFT, about transformers
             # In a whole model with experts PEFT would replace targets in dense layers by the tensors of experts.
@@ -134,22 +140,28 @@ class Student:
 def trained_weights(model: PreTrainedModel, targets: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the names and weights that distillation trains: of FFNs (`mlp`), or `all` of decoder layers, each once."""
     seen = set()  # weights may be tied to those of another layer
-    neurons = of_kind({u.key: u for u in units_of(model)}, "neurons")
-    for block, u in zip(blocks_of(model), neurons, strict=True):
+    layers = decoder_layers(model)
+    for u in (u for u in units_of(model) if u.kind == "neurons"):
         ffn_modules = {s.path.rpartition(".")[0] for s in u.slices}
-        for name, parameter in block.layer.named_parameters():
+        for name, parameter in layers[u.layer].named_parameters():
             # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
             separator = ".parametrizations." if ".parametrizations." in name else "."
             module_name = name.rpartition(separator)[0]
             if id(parameter) not in seen and (targets == "all" or module_name in ffn_modules):
                 seen.add(id(parameter))
-                yield f"{block.layer_index}.{name}", parameter
+                yield f"{u.layer}.{name}", parameter
 
 
 def adapted_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the linear layers that get LoRA adapters: those of blocks, without tensors of several experts."""
-    parts = [part for block in blocks_of(model) for part in block.parts.values() if isinstance(part, Part)]
-    return list({id(part.host): part.host for part in parts}.values())
+    hosts = [find_parent(layer, s.path)[0] for layer, s in sliced_tensors(model)]
+    return list({id(host): host for host in hosts if isinstance(host, PRODUCT_MODULES)}.values())
+
+
+def sliced_tensors(model: PreTrainedModel) -> list[tuple[nn.Module, Slice]]:
+    """Return the slices of neurons and KV groups of a model, each with its layer."""
+    layers = decoder_layers(model)
+    return [(layers[u.layer], s) for u in units_of(model) if u.kind in ("neurons", "kv_groups") for s in u.slices]
 
 
 def _parametrize(host: nn.Module, name: str, parts: FusedParts) -> None:

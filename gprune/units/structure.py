@@ -25,7 +25,14 @@ class Slice:
     path: str  # of the parameter or buffer, relative to the layer
     dim: int
     unit: Tensor  # (size along dim,) int64; -1: the index belongs to no unit. Of experts side by side: of one expert
-    is_norm: bool = False  # whether the tensor is the weight of a norm over all units, whose statistic changes
+    # Name and indices of each part, by unit: `query`, `key`, `value`; `row` for others; `norm` for the weight of a norm
+    # over all units, whose statistic changes. A fused tensor has several.
+    parts: tuple[tuple[str, Tensor], ...] = ()
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the tensor is the weight of a norm over all units."""
+        return any(name == "norm" for name, _ in self.parts)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ class Units:
     slices: tuple[Slice, ...] = field(default=(), compare=False, repr=False)
     inputs: tuple[Slice, ...] = field(default=(), compare=False, repr=False)  # rows that metrics read
     reads: str = ""  # path of the linear layer, or of the module of experts, whose input channels belong to the units
+    # Attributes of modules (path in the layer) and keys of the configuration -> their value per unit.
+    attributes: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    settings: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     rows: int = 1  # experts side by side, which lose equally many neurons, each its own
     inside: str = ""  # key of the coarser units that contain these
     least: int = 1  # that stay: 1 neuron or KV group, the experts that a router needs, 0 layers

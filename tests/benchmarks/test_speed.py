@@ -14,7 +14,7 @@ from gprune.cli import main
 from gprune.errors import UserError
 from gprune.evaluation import speed
 from gprune.method import evaluate
-from gprune.models.blocks import decoder_layers
+from gprune.models.families import decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of

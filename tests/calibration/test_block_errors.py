@@ -12,11 +12,12 @@ import torch
 from gprune.calibration import block_errors as errors_module
 from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
 from gprune.importance.scores import fractional_ranks, score_units
-from gprune.models.blocks import blocks_of
+from gprune.models.families import decoder_layers
 from gprune.models.units import units_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.price import price_of
+from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches
 from tests.world import by_key, collect, hooks_of, make_tiny_llama
 
@@ -127,7 +128,7 @@ def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(stre
     assert errors[1, 0] > errors[1, LEVELS // 2] >= 0
     statistics = replace(statistics, errors=errors)
     budget = budget_of(units_of(model), 1 / 3, scope="ffn")
-    masks = allocate("reconstruction", scores, statistics, blocks_of(model), budget, strength=strength)
+    masks = allocate("reconstruction", scores, statistics, decoder_layers(model), budget, strength=strength)
     widths = [int(keep.sum()) for keep in masks.ffn]
     assert sum(widths) == 2 * 48
     assert widths[0] == min(widths)  # a block without error is pruned first
@@ -169,7 +170,7 @@ def test_reconstruction_equals_its_formula_in_plain_loops(strength, protected, m
     budget = budget_of(units, 0.4, scope="ffn", protect=protected, price=price)
     options = {} if strength is None else {"strength": strength}
     statistics = replace(statistics, errors=errors)
-    margins = ALLOCATION["reconstruction"](scores, statistics, blocks_of(model), budget, **options)
+    margins = ALLOCATION["reconstruction"](scores, statistics, decoder_layers(model), budget, **options)
     strength = 0.75 if strength is None else strength
     expected = reconstruction_shares(errors.tolist(), costs, protected, budget.target, strength)
     for key, share in by_key(expected).items():

@@ -16,7 +16,7 @@ from gprune.calibration.collector import Collector
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, weight_saliency
 from gprune.calibration.statistics import kind_of, pool_statistics
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
+from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.world import collect, hooks_of, make_tiny_llama
 

@@ -26,9 +26,9 @@ from gprune.method.plan import make_plan
 from gprune.models import embedded as assets
 from gprune.models import gguf as files
 from gprune.models.agreement import CHECK_TEXT
-from gprune.models.blocks import blocks_of
 from gprune.models.gguf import FILE_TYPES, LLAMA_CPP, has_llama_cpp, tokenizer_keys, write_gguf
 from gprune.models.surgery import slice_model
+from gprune.models.units import units_of
 from gprune.sparsity.target import HALF_BITS_PER_BYTE
 from gprune.storage import wheels
 from tests import tiny_run
@@ -256,7 +256,7 @@ def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
     with pytest.raises(UserError, match=r"'llama' to GGUF: .* has no FFN or no attention in layer 1"):
-        files.refuse(blocks_of(model), model.config)
+        files.refuse(units_of(model), model.config)
 
 
 @needs_llama_cpp

@@ -19,13 +19,13 @@ from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.agreement import compare
-from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import slice_model, widths
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
+from tests.blocks import blocks_of
 from tests.tiny_run import WORDS, environment, tiny_tokenizer
 from tests.world import TYPES, make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks, tiny_of
 

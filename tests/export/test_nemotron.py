@@ -13,9 +13,9 @@ from gprune.errors import UserError
 from gprune.export import export
 from gprune.export.hf import reloaded_logits, save_pruned
 from gprune.export.nemotron import ffn_settings, write
-from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
+from tests.blocks import blocks_of
 from tests.tiny_run import tiny_tokenizer
 from tests.world import make_tiny, masks_without, some_masks
 

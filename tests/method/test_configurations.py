@@ -18,12 +18,12 @@ import gprune
 from experiments.same_bits.configurations import configurations
 from gprune.method.plan import make_plan
 from gprune.method.run import open_run
-from gprune.models.blocks import blocks_of
 from gprune.models.masks import masked
 from gprune.runs.numbers import keyed
 from gprune.studies.archive import fold_records, unfold_records
 from gprune.units.structure import of_kind
 from tests import tiny_run
+from tests.blocks import blocks_of
 
 CONFIGURATIONS = configurations(real=False)
 CONFIGURATIONS |= {  # what the compared configurations do not reach

@@ -26,7 +26,6 @@ from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import hf
 from gprune.method.save import masked_logits
-from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
@@ -39,6 +38,7 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests import tiny_run
+from tests.blocks import blocks_of
 from tests.simulated_devices import TYPE, Devices, place_on_devices, simulate_devices
 from tests.world import collect, make_tiny, some_masks
 

@@ -22,7 +22,7 @@ from gprune.corpora.windows import Sample, make_windows
 from gprune.importance.scores import score_units
 from gprune.method import quality
 from gprune.method.plan import make_plan
-from gprune.models.blocks import blocks_of
+from gprune.models.families import decoder_layers
 from gprune.models.masks import masked
 from gprune.models.units import units_of
 from gprune.runs.results import load_run
@@ -141,7 +141,9 @@ def test_the_removed_share_is_the_largest_within_the_limit(trained, rise, tmp_pa
     rises = {}  # by the number of removed neurons
     found = {limit: sum(int((~keep).sum()) for keep in result.masks.ffn) for limit, result in results.items()}
     for cut in {*range(1, 3 * tiny_run.NEURONS - 2, 8), *found.values(), *(removed + 1 for removed in found.values())}:
-        rises[cut] = rise(allocate("uniform", scores, statistics, blocks_of(model), budget.removing(cut * neuron_cost)))
+        rises[cut] = rise(
+            allocate("uniform", scores, statistics, decoder_layers(model), budget.removing(cut * neuron_cost))
+        )
     for limit, result in results.items():
         removed = found[limit]
         limited = {cut: LIMITS[limit](of_cut) for cut, of_cut in rises.items()}

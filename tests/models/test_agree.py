@@ -23,8 +23,8 @@ from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import save_pruned
 from gprune.export.reload import align_weights
 from gprune.models.agreement import compare
-from gprune.models.blocks import blocks_of, by_layer, decoder_layers
 from gprune.models.experts import least_experts
+from gprune.models.families import decoder_layers
 from gprune.models.loading import load_weights
 from gprune.models.losses import iter_logits, next_token_losses, why_not_measurable
 from gprune.models.masks import Masks, masked
@@ -32,6 +32,7 @@ from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from tests import tiny_run
+from tests.blocks import blocks_of, by_layer
 from tests.world import MIXTURES, TYPES, hooks_of, make_tiny, masks_without, mixture, tiny_of
 
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")

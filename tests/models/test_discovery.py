@@ -17,13 +17,13 @@ from gprune.discovery.search import agree, check_by_copy, discover_from_tiny, di
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
 from gprune.models import experts
-from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.copies import skeleton
-from gprune.models.families import FAMILIES, Family, attach_record
+from gprune.models.families import FAMILIES, Family, attach_record, decoder_layers
 from gprune.models.loading import register_type
 from gprune.models.surgery import slice_model
 from gprune.models.units import find_unpruned, units_of
 from tests import tiny_run
+from tests.blocks import Block, blocks_of
 from tests.world import tiny_of
 
 

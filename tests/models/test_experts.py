@@ -17,13 +17,14 @@ from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE
 from gprune.importance.scores import Scores, idle_experts, score_experts, score_units
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import Block, blocks_of, decoder_layers
 from gprune.models.experts import router_needs
+from gprune.models.families import decoder_layers
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.units.structure import of_kind
+from tests.blocks import Block, blocks_of
 from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, restored, some_masks
 
 # Types whose routers divide weights by their sum only with a setting.

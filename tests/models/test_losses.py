@@ -7,7 +7,6 @@ import torch
 
 from experiments.architectures import default_config
 from gprune.discovery.tiny import shrunk
-from gprune.models.blocks import blocks_of
 from gprune.models.losses import (
     CHUNK,
     LogitTransform,
@@ -20,6 +19,7 @@ from gprune.models.losses import (
 )
 from gprune.models.masks import gated
 from gprune.models.products import CastWeights
+from tests.blocks import blocks_of
 from tests.world import by_key, make_tiny, make_tiny_llama, tiny_of
 
 

@@ -22,8 +22,8 @@ from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.method.save import masked_logits
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.experts import watch_experts
+from gprune.models.families import decoder_layers
 from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
     device_of,
@@ -35,6 +35,7 @@ from gprune.models.surgery import slice_model, slice_to_files
 from gprune.models.units import units_of
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
+from tests.blocks import blocks_of
 from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
 from tests.world import TYPES, WITH_EXPERTS, collect, make_tiny, some_masks, tiny_of
 

@@ -11,8 +11,8 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from gprune.discovery import check_structure, family_of
-from gprune.models.blocks import blocks_of
 from gprune.models.copies import skeleton
+from tests.blocks import blocks_of
 
 LONGROPE = {"type": "longrope", "short_factor": [1.05] * 48, "long_factor": [1.18] * 48}
 LLAMA3 = {

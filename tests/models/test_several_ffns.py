@@ -19,8 +19,7 @@ from gprune.discovery.tiny import tiny_model
 from gprune.importance.scores import score_units
 from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import blocks_of, by_layer, decoder_layers
-from gprune.models.families import attach_record
+from gprune.models.families import attach_record, decoder_layers
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
@@ -30,6 +29,7 @@ from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.whole_blocks import choose_layers
 from tests import tiny_run
+from tests.blocks import blocks_of, by_layer
 from tests.world import collect
 
 IDS = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))

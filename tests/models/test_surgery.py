@@ -8,11 +8,11 @@ from torch import nn
 
 from experiments.architectures import default_config, example
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks, masked
 from gprune.models.modeling_pruned import experts_aligned
 from gprune.models.surgery import attention_by_layer, slice_model, widths
 from tests import tiny_run
+from tests.blocks import blocks_of
 from tests.world import make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks
 
 

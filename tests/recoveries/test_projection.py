@@ -13,10 +13,10 @@ from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.errors import UserError
 from gprune.method.recover import fit_once
-from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
+from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.world import collect, some_masks
 

@@ -16,7 +16,7 @@ from experiments.architectures import example
 from gprune.calibration.block_errors import block_errors
 from gprune.errors import UserError
 from gprune.importance.scores import Scores, score_units
-from gprune.models.blocks import blocks_of
+from gprune.models.families import decoder_layers
 from gprune.models.masks import Masks, bypassed
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
@@ -64,7 +64,7 @@ def margins_of(name: str, with_outliers, scores: Scores | None = None, **options
     """Margins of neurons and of KV groups of each block by an allocation, with `half_budget`."""
     model, _, statistics, default = with_outliers
     scores = default if scores is None else scores
-    margins = ALLOCATION[name](scores, statistics, blocks_of(model), half_budget(model), **options)
+    margins = ALLOCATION[name](scores, statistics, decoder_layers(model), half_budget(model), **options)
     return of_kind(margins, "neurons"), of_kind(margins, "kv_groups")
 
 
@@ -92,7 +92,7 @@ def test_uniform_removes_equally_many_neurons_from_a_block_with_dead_neurons(sha
     dead = copy.deepcopy(scores)
     dead["neurons.0"][5:25] = 0.0
     budget = budget_of(units_of(model), share, scope="ffn")
-    masks = allocate("uniform", dead, statistics, blocks_of(model), budget)
+    masks = allocate("uniform", dead, statistics, decoder_layers(model), budget)
     removed = [int((~m).sum()) for m in masks.ffn]
     assert max(removed) - min(removed) <= 1
     assert not masks.ffn[0][5 : 5 + min(removed[0], 20)].any()
@@ -172,7 +172,7 @@ def test_margins_are_finite_for_a_dead_block(name, token_batch):
     model.model.layers[1].self_attn.v_proj.weight.data.zero_()
     statistics, scores = measured(model, token_batch)
     assert bool((scores["neurons.1"] == 0).all())
-    margins = ALLOCATION[name](scores, statistics, blocks_of(model), half_budget(model))
+    margins = ALLOCATION[name](scores, statistics, decoder_layers(model), half_budget(model))
     assert all(bool(torch.isfinite(m).all()) for m in margins.values())
     assert {key: len(m) for key, m in margins.items()} == by_key([48] * 3, [2] * 3)
 
@@ -184,7 +184,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     allocation("mine")(lambda scores, statistics, blocks, budget: scores)
     model, _, statistics, scores = with_outliers
     budget = budget_of(units_of(model), 0.6, scope="attention+ffn+blocks", block_share=0.9).without([2])
-    masks = allocate(name, scores, statistics, blocks_of(model), budget)
+    masks = allocate(name, scores, statistics, decoder_layers(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
     shallow = slice_model(model, Masks.of_blocks(*keep))
     others = [key for key in scores if not key.endswith(".2")]
@@ -196,7 +196,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     units = {u.key: u for u in units_of(model)}
     target = budget.target - units["layer.2"].parameters
     rest = budget_of(units_of(shallow), scope="attention+ffn").removing(target)
-    expected = allocate(name, scores_of_others, statistics_of_others, blocks_of(shallow), rest)
+    expected = allocate(name, scores_of_others, statistics_of_others, decoder_layers(shallow), rest)
     assert masks.blocks == [True, True, False]
     assert Masks.of_blocks(masks.ffn[:2], masks.attention[:2]) == expected
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()

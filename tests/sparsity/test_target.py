@@ -17,7 +17,6 @@ from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.method.plan import make_plan
-from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.allocation import allocate, checked_masks
@@ -25,6 +24,7 @@ from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.price import COST, Price, parameter_costs, price_of
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
+from tests.blocks import blocks_of
 from tests.world import by_key, collect, make_tiny_llama, restored, units_without_model
 
 

@@ -10,9 +10,9 @@ import torch
 
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
-from gprune.models.blocks import blocks_of
 from gprune.models.surgery import slice_model
 from gprune.stages.distillation import DistillationStage
+from tests.blocks import blocks_of
 from tests.world import some_masks
 
 WARNING = "The loss of distillation is not finite in bfloat16. Falling back to float32."

@@ -23,8 +23,6 @@ from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
 from gprune.models.agreement import random_masks
-from gprune.models.blocks import blocks_of
-from gprune.models.parts import ExpertPart, Part
 from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.runs import folder
@@ -33,6 +31,7 @@ from gprune.stages.distillation import DistillationStage, OutlierDetector
 from gprune.stages.student import Student
 from gprune.storage.files import read_tensors
 from tests import tiny_run
+from tests.blocks import Part, blocks_of
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
 from tests.test_readme import run_recipe
 from tests.world import make_tiny, some_masks, tiny_of
@@ -517,7 +516,7 @@ def scaled(parts: dict[str, float], model: torch.nn.Module) -> torch.nn.Module:
         for block, block_factor in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
             for name, exponent in parts.items():
                 part, factor = block.parts[name], block_factor**exponent
-                if isinstance(part, ExpertPart):
+                if block.has_experts:
                     stored = part.host.down_proj if name == "down" else part.host.gate_up_proj[:, block.neurons :]
                     stored.mul_(factor)
                     continue
