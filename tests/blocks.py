@@ -98,6 +98,11 @@ class Block:
         raise AttributeError(name)
 
     @property
+    def ffn(self) -> str:
+        """Path of the down projection or of the experts."""
+        return self.of_ffn.reads
+
+    @property
     def has_experts(self) -> bool:
         return is_of_experts(self.layer, self.of_ffn)
 

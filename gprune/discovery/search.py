@@ -50,6 +50,7 @@ from gprune.models.paths import is_inside, owner_of
 from gprune.models.surgery import slice_model
 from gprune.models.units import REMEDY, UNITS, places_in, units_at, units_of
 from gprune.storage.files import Cache, key_of
+from gprune.units.structure import Units
 
 log = logging.getLogger("gprune")
 RECORDS = Cache("structures")  # by class, content of the tiny configuration, and version of transformers
@@ -106,8 +107,9 @@ def discover_record(model: PreTrainedModel) -> Family:
     probe.check_forward()
     base = Family(probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True)
     function = UNITS.get(probe.name)
-    if function is not None and any(u.kind == "neurons" for u in function(model)):
-        return checked_units_of_user(probe, base)
+    of_user = [u for u in function(model) if u.kind == "neurons"] if function is not None else []
+    if of_user:
+        return checked_units_of_user(probe, base, of_user[0])
     accepted, refused = accept_candidates(probe, base)
     refused += experts_without_units(probe, [*accepted, *refused])
     base = replace(base, refused=tuple(refused))
@@ -135,9 +137,12 @@ def discover_record(model: PreTrainedModel) -> Family:
     return record
 
 
-def checked_units_of_user(probe: Probe, base: Family) -> Family:
-    """Return the record of a type whose units a user's function returns. Raise UserError unless they are correct."""
-    record = replace(base, **model_wide_fields(probe, []))
+def checked_units_of_user(probe: Probe, base: Family, neurons: Units) -> Family:
+    """Return the record of a type whose units a user's function returns, such as these. Raise UserError unless they are
+    correct."""
+    slices = {s.path: (s.dim, "row") for s in neurons.slices}
+    classes = {neurons.reads: type(probe.layers[neurons.layer].get_submodule(neurons.reads)).__name__}
+    record = replace(base, **model_wide_fields(probe, [Place("neurons", neurons.reads, slices, classes)]))
     failure = f"Cannot use the function in UNITS for model type '{probe.name}'"
     attach_record(probe.model, record)
     with quoting(f"{failure}: a tiny copy cannot be sliced: ", "."):

@@ -60,7 +60,8 @@ def ffn_place(probe: Probe, index: int, path: str, size: int, neuron: int, rows:
             return None
         slices = {name: slices[name] for name in weights}
         dim = 1 - row_dim(layer.get_submodule(reads))
-    return complete_place(layer, Place("neurons", reads, slices | {path: (dim, "row")}), modules, {size: "neurons"})
+    place = Place("neurons", reads, slices | {path: (dim, "row")}, settings={"intermediate_size": "neurons"})
+    return complete_place(layer, place, modules, {size: "neurons"})
 
 
 def attention_places(
@@ -150,6 +151,7 @@ def _attention_place(
     place = Place(
         "kv_groups", output, slices | {path: (1 - row_dim(linear[output]), "row")},
         head_dim=_head_dim_attribute(layer, owner_of(output), head_dim),
+        settings={"num_attention_heads": "heads", "num_key_value_heads": "kv_groups"},
     )  # fmt: skip
     # If sizes are equal, the last meaning is used.
     sizes = {size: "channels", groups * head_dim: "kv_channels", groups: "kv_groups", size // head_dim: "heads"}

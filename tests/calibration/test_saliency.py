@@ -13,7 +13,7 @@ import torch
 
 from experiments.architectures import example
 from gprune.calibration.collector import Collector
-from gprune.calibration.saliency import StreamingGradients, channel_saliency, weight_saliency
+from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts, weight_saliency
 from gprune.calibration.statistics import kind_of, pool_statistics
 from gprune.errors import UserError
 from tests.blocks import blocks_of
@@ -151,14 +151,14 @@ def test_saliency_counts_every_row_of_a_head(model_type):
     Every row counts for a channel, so that the saliency of all channels sums to that of all weights.
     """
     (block, *_) = [block for block in blocks_of(example(model_type)) if block.output is not None]
-    generator, total, gradients = torch.Generator().manual_seed(0), torch.zeros(()), {}
-    for name in ("query", "key", "value", "output"):
-        weight = block.parts[name].weight
+    generator, total, gradients = torch.Generator().manual_seed(0), torch.zeros(()), []
+    for part in salient_parts(block.of_attention, block.layer):
+        weight = part.weight(block.layer)
         gradient = torch.randn(weight.shape, generator=generator)
         sums = torch.ones(2), torch.stack([gradient, gradient])  # of a single window
-        gradients[name] = SimpleNamespace(compute=lambda sums=sums: sums)
+        gradients.append(SimpleNamespace(compute=lambda sums=sums: sums))
         total = total + (weight * gradient).abs().double().sum()
-    whole = channel_saliency(block, "attention", gradients)[2]
+    whole = channel_saliency(block.of_attention, block.layer, gradients)[2]
     assert whole.shape == (block.channels,)
     torch.testing.assert_close(whole.sum(), total, rtol=1e-6, atol=0)
     assert block.query.out_features > block.channels or block.key.out_features > block.value.out_features

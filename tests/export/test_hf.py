@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import gprune
 from gprune.discovery import family_of
@@ -401,14 +402,11 @@ def test_a_corrupted_export_is_detected_and_removed(value, tmp_path, token_batch
 def with_lora(model: nn.Module) -> nn.Module:
     """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
     peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
-    block = blocks_of(model)[0]
-    record = block.family
-    targets = {path.rpartition(".")[2] for path in (record.query, record.key, record.value, record.output)}
-    if not record.experts:
-        targets |= {path.rpartition(".")[2] for path in (record.gate, record.up, record.down) if path}
+    parts = [part for part in blocks_of(model)[0].parts.values() if isinstance(part.host, nn.Linear | Conv1D)]
+    targets = {part.slice.path.split(".")[-2] for part in parts}
     config = peft.LoraConfig(
         r=2, target_modules=sorted(targets), task_type="CAUSAL_LM", init_lora_weights=False,
-        fan_in_fan_out=block.output.transposed,
+        fan_in_fan_out=isinstance(parts[0].host, Conv1D),
     )  # fmt: skip
     return peft.get_peft_model(model.requires_grad_(False), config).eval()
 

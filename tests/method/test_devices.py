@@ -28,7 +28,7 @@ from gprune.export import hf
 from gprune.method.save import masked_logits
 from gprune.models.families import attach_record, record_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import slice_model
+from gprune.models.surgery import kept_layers, slice_model
 from gprune.models.units import units_of
 from gprune.partition.modules import ranks_in_modules
 from gprune.recoveries import Material, recoveries_of
@@ -38,7 +38,6 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests import tiny_run
-from tests.blocks import blocks_of
 from tests.simulated_devices import TYPE, Devices, place_on_devices, simulate_devices
 from tests.world import collect, make_tiny, some_masks
 
@@ -127,9 +126,9 @@ def recover(place: Place, name: str, **settings: Any) -> Tensor:
     revise = method.revise(material)
     with torch.no_grad():
         small = slice_model(place.model, masks)
-        for dense, block in zip(blocks_of(place.model), blocks_of(small), strict=True):
+        for layers in kept_layers(place.model, small, masks):
             if revise is not None:
-                revise(dense, block)
+                revise(*layers)
     small = method.tune(material, small)
     return logits(small, place)
 

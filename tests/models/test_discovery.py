@@ -8,22 +8,26 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, BartConfig, BertConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, PreTrainedModel
 
 from experiments.architectures import default_config, describe, example, read_table
 from gprune import discovery
 from gprune.discovery import check_structure, search
-from gprune.discovery.search import agree, check_by_copy, discover_from_tiny, discover_record
+from gprune.discovery.search import agree, discover_from_tiny, discover_record
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
+from gprune.export.hf import save_pruned
 from gprune.models import experts
+from gprune.models.agreement import random_masks
 from gprune.models.copies import skeleton
-from gprune.models.families import FAMILIES, Family, attach_record, decoder_layers
+from gprune.models.families import attach_record, decoder_layers, record_of
 from gprune.models.loading import register_type
-from gprune.models.surgery import slice_model
-from gprune.models.units import find_unpruned, units_of
+from gprune.models.masks import masked
+from gprune.models.surgery import slice_model, widths
+from gprune.models.units import UNITS, find_unpruned, units_of
+from gprune.units.structure import Slice, Units
 from tests import tiny_run
-from tests.blocks import Block, blocks_of
+from tests.blocks import blocks_of
 from tests.world import tiny_of
 
 
@@ -38,7 +42,7 @@ def _own_cache(tmp_path_factory):
 def test_a_record_with_what_it_refuses_is_loaded_from_the_cache(monkeypatch):
     config = default_config("longcat_flash")
     record = search.discover(config)
-    assert [kind["experts"] for kind in record.refused] == ["mlp.experts"]
+    assert [place.reads for place in record.refused] == ["mlp.experts"]
     monkeypatch.setattr(search, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
     assert json.dumps(asdict(search.discover(config))) == json.dumps(asdict(record))
 
@@ -189,7 +193,7 @@ def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, outpu
 
 def test_the_ffn_of_gemma_3n_is_pruned_without_activation_sparsity():
     model = tiny_of(shrunk(CONFIG_MAPPING["gemma3n_text"](activation_sparsity_pattern=[0.0] * 35)))
-    assert {block.family.down for block in blocks_of(model)} == {"mlp.down_proj"}
+    assert {block.ffn for block in blocks_of(model)} == {"mlp.down_proj"}
     assert find_unpruned(model).keys() == {"laurel.linear_right", "per_layer_projection"}
 
 
@@ -197,7 +201,7 @@ def test_a_dry_run_names_an_ffn_inside_a_router_with_its_share(world, tmp_path, 
     """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     model = example("zaya")
     ((path, unpruned),) = find_unpruned(model).items()
-    assert not any(path == block.family.down for block in blocks_of(model))
+    assert not any(path == block.ffn for block in blocks_of(model))
     model.save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     flags = [f"--model.name={tmp_path / 'model'}", "--dry_run=true"]
@@ -207,26 +211,43 @@ def test_a_dry_run_names_an_ffn_inside_a_router_with_its_share(world, tmp_path, 
     assert line.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
 
 
-# --- records by hand
+# --- units of a user
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        (Family("gemma", up="mlp.wrong"), r"up='mlp\.wrong' is not a module of GemmaDecoderLayer"),
-        (Family("gemma", layers="h"), "its decoder has no layers 'h'"),
-        (Family("gemma"), r"it needs norm_offset=1\.0"),
-        (Family("granite"), "granite"),  # whose logits have a scale
-        (Family("cohere2", ffn_norm="input_layernorm"), "logits are not head times hidden states"),
-        (Family("stablelm", value="self_attn.o_proj", key="self_attn.o_proj"), "o_proj"),
-    ],
-)
-def test_an_incorrect_record_is_refused_with_the_reason(record, reason, monkeypatch):
-    monkeypatch.setitem(FAMILIES, record.model_type, record)
-    settings = {"logits_scaling": 4.0} if record.model_type == "granite" else {}
-    with pytest.raises(UserError, match=reason) as caught:
-        check_by_copy(CONFIG_MAPPING[record.model_type](**settings))
-    assert "docs/extend.md" in str(caught.value)
+def units_of_gemma(model: PreTrainedModel, *, without_gate: bool = False) -> list[Units]:
+    """The neurons of a Gemma, as a user may write them."""
+    units = []
+    for i, layer in enumerate(model.model.layers):
+        neurons = torch.arange(layer.mlp.down_proj.in_features)
+        gate, up = (Slice(f"mlp.{name}_proj.weight", 0, neurons) for name in ("gate", "up"))
+        down = Slice("mlp.down_proj.weight", 1, neurons)
+        slices = (up, down) if without_gate else (gate, up, down)
+        fields = {"inputs": (gate, up), "reads": "mlp.down_proj", "settings": {"intermediate_size": 1}}
+        units.append(Units(f"neurons.{i}", "neurons", i, len(neurons), slices=slices, **fields))
+    return units
+
+
+def test_units_of_a_user_replace_those_that_would_be_found(monkeypatch, tmp_path):
+    monkeypatch.setitem(UNITS, "gemma", units_of_gemma)
+    monkeypatch.setattr(search, "accept_candidates", lambda *_: pytest.fail("searched"))
+    model = tiny()
+    check_structure(model)
+    assert {u.kind for u in units_of(model) if u.count} == {"layer", "neurons"}
+    assert record_of(model).norm_offset == 1.0
+    masks = random_masks(model)
+    with torch.no_grad(), masked(model, masks):
+        expected = model(torch.arange(3, 19)[None]).logits
+    small = slice_model(model, masks)
+    with torch.no_grad():
+        torch.testing.assert_close(small(torch.arange(3, 19)[None]).logits, expected, rtol=1e-4, atol=1e-4)
+    loaded = AutoModelForCausalLM.from_pretrained(save_pruned(small, None, tmp_path / "model"))
+    assert widths(loaded) == widths(small)
+
+
+def test_units_of_a_user_that_lack_a_slice_are_refused(monkeypatch):
+    monkeypatch.setitem(UNITS, "gemma", lambda model: units_of_gemma(model, without_gate=True))
+    with pytest.raises(UserError, match="function in UNITS for model type 'gemma': .* docs/extend.md"):
+        check_structure(tiny())
 
 
 # --- a run
@@ -297,7 +318,7 @@ def test_agreement_is_relative_to_the_change_by_the_mask():
         assert agree(masked_logits, masked_logits + torch.tensor([0.0, error]), dense=dense) == expected
 
 
-def without_calls(_block: Block, watcher: experts.Watcher) -> experts.Watch:
+def without_calls(_layer: nn.Module, _neurons: Units, watcher: experts.Watcher) -> experts.Watch:
     """Watch a module that is not part of the model, so that the watcher is never called."""
     return experts.Watch(nn.Module(), watcher)
 
@@ -305,8 +326,8 @@ def without_calls(_block: Block, watcher: experts.Watcher) -> experts.Watch:
 def with_reversed_tokens(watch):
     """Make a `watch_experts` that reports activations for other tokens than the expert computes."""
 
-    def watch_reversed(block: Block, watcher: experts.Watcher) -> experts.Watch:
-        return watch(block, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)))
+    def watch_reversed(layer: nn.Module, neurons: Units, watcher: experts.Watcher) -> experts.Watch:
+        return watch(layer, neurons, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)))
 
     return watch_reversed
 
@@ -316,11 +337,10 @@ def test_experts_whose_activations_are_not_observed_correctly_are_not_pruned(bro
     """For example, a class that computes its products in a custom kernel."""
     model = tiny("deepseek_v3")
     record = discover_record(model)
-    assert any("experts" in kind for kind in record.kinds[0])
+    assert any(place.reads == "mlp.experts" for place in record.places)
     for module in ("gprune.models.masks", "gprune.discovery.search"):
         monkeypatch.setattr(f"{module}.watch_experts", broken)
     record = discover_record(model)
-    assert record.kinds[0]
-    assert not any("experts" in kind for kind in record.kinds[0])
+    assert not any(place.reads == "mlp.experts" for place in record.places)
     attach_record(model, record)
     assert not any(block.has_experts for block in blocks_of(model))

@@ -108,7 +108,7 @@ def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """
     found = []
     for block in mixtures(model):
-        stack: nn.Module = block.layer.get_submodule(block.family.experts)
+        stack: nn.Module = block.layer.get_submodule(block.ffn)
         calls: list[tuple] = []
         handle = stack.register_forward_pre_hook(lambda _m, args, calls=calls: calls.append(args))
         model(ids, use_cache=False)

@@ -31,8 +31,8 @@ from gprune.models.offload import (
     offload_folder,
     resident,
 )
-from gprune.models.surgery import slice_model, slice_to_files
-from gprune.models.units import units_of
+from gprune.models.surgery import kept_layers, slice_model, slice_to_files
+from gprune.models.units import output_weight, set_output, units_of
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.blocks import blocks_of
@@ -152,14 +152,15 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
     masks.ffn[1][:] = False
     masks.attention[1][:] = False
 
-    def revise(dense, block):
+    def revise(dense, layer, units):
         """Change the weight and add a bias, as a recovery does."""
-        keep = masks.ffn[dense.index]
-        block.down.set(2 * dense.down.weight[:, keep], dense.down.weight[:, ~keep].sum(1))
+        (neurons,) = (u for u in units if u.kind == "neurons")
+        keep, down = masks[neurons.key], output_weight(neurons, dense)
+        set_output(neurons, layer, 2 * down[:, keep], down[:, ~keep].sum(1))
 
     in_memory = slice_model(whole, masks)
-    for dense, block in zip([b for b in blocks_of(whole) if b.index != 1], blocks_of(in_memory), strict=True):
-        revise(dense, block)
+    for layers in kept_layers(whole, in_memory, masks):
+        revise(*layers)
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks", revise)
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
     family_of(reloaded)

@@ -21,7 +21,7 @@ from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
 from gprune.models.families import attach_record, decoder_layers
 from gprune.models.masks import masked
-from gprune.models.surgery import slice_model
+from gprune.models.surgery import kept_layers, slice_model
 from gprune.models.units import units_of
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
@@ -89,8 +89,8 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
     wide, narrow = by_layer(blocks_of(two_ffn_model))[1]
-    assert (wide.family.down, wide.neurons, wide.kv_groups) == ("mlp.wide.down_proj", 44, 3)
-    assert (narrow.family.down, narrow.neurons, narrow.kv_groups) == ("mlp.narrow.down_proj", 28, 0)
+    assert (wide.ffn, wide.neurons, wide.kv_groups) == ("mlp.wide.down_proj", 44, 3)
+    assert (narrow.ffn, narrow.neurons, narrow.kv_groups) == ("mlp.narrow.down_proj", 28, 0)
     masks = random_masks(two_ffn_model)
     with masked(two_ffn_model, masks):
         expected = logits(two_ffn_model)
@@ -123,8 +123,8 @@ def test_statistics_of_a_shared_expert_count_all_tokens_and_least_squares_fits_i
     masks = random_masks(shared_expert_model)
     small = slice_model(shared_expert_model, masks)
     revise = RECOVERY["least_squares"].revise(Material(shared_expert_model, masks, ridge=ridge, statistics=statistics))
-    for dense, block in zip(blocks_of(shared_expert_model), blocks_of(small), strict=True):
-        revise(dense, block)
+    for of_layer in kept_layers(shared_expert_model, small, masks):
+        revise(*of_layer)
     for index, x in enumerate(inputs):
         moments = statistics.channels[f"neurons.{2 * index + 1}"].total  # the second block of the layer
         torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.errors import UserError
 from gprune.method.recover import fit_once
-from gprune.models.surgery import slice_model
+from gprune.models.surgery import kept_layers, slice_model
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.blocks import blocks_of
@@ -141,8 +141,9 @@ def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_mode
     material = Material(tiny_model, masks, statistics=collect(tiny_model, batches(token_batch, 6), gram=True))
     raw, small = projection_inputs(tiny_model, token_batch), slice_model(tiny_model, masks)
     revise = RECOVERY["least_squares"].revise(material)
+    for layers in kept_layers(tiny_model, small, masks):
+        revise(*layers)
     for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
-        revise(dense, block)
         for part, kind, channels in (("down", "neurons", 1), ("output", "kv_groups", dense.channels_per_group)):
             keep = masks[f"{kind}.{dense.index}"].repeat_interleave(channels)
             x = raw[kind][dense.index]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from transformers import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 import gprune
 from experiments.architectures import DEFAULTS, default_config
@@ -23,6 +24,7 @@ from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
 from gprune.models.agreement import random_masks
+from gprune.models.families import record_of
 from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.runs import folder
@@ -364,7 +366,7 @@ def test_a_recovery_with_options_is_the_same_object_in_revise_and_tune(world, tm
             self.label, self.revised = label, []
 
         def revise(self, material):
-            return lambda dense, block: self.revised.append(dense.index)
+            return lambda dense, layer, units: self.revised.append(units[0].layer)
 
         def tune(self, material, pruned):
             tuned.append((self.label, self.revised))
@@ -521,7 +523,7 @@ def scaled(parts: dict[str, float], model: torch.nn.Module) -> torch.nn.Module:
                     stored.mul_(factor)
                     continue
                 rows = slice(None) if part.rows is None else part.rows
-                weight = part.host.weight.T if part.transposed else part.host.weight
+                weight = part.host.weight.T if isinstance(part.host, Conv1D) else part.host.weight
                 weight[rows] = weight[rows] * factor
                 if part.host.bias is not None and name not in ("down", "output"):
                     part.host.bias[rows] *= factor
@@ -533,12 +535,20 @@ def gains_folded(model: torch.nn.Module) -> torch.nn.Module:
     model = copy.deepcopy(model)
     with torch.no_grad():
         for block, factor in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
-            norms, names = [block.attention_norm], ["query", "key", "value"]
+            modules = dict(block.layer.named_children())
+            attention_norm, ffn_norm = (
+                next(modules[name] for name in names if name in modules)
+                for names in (
+                    ("input_layernorm", "ln_1", "self_attn_layer_norm"),
+                    ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm"),
+                )
+            )
+            norms, names = [attention_norm], ["query", "key", "value"]
             if not block.has_experts:  # the FFN's norm of a block with experts also feeds the router
-                norms += [block.ffn_norm]
+                norms += [ffn_norm]
                 names += ["gate", "up"]
             for norm in norms:
-                norm.weight.copy_((norm.weight + block.family.norm_offset) / factor - block.family.norm_offset)
+                norm.weight.copy_((norm.weight + record_of(model).norm_offset) / factor - record_of(model).norm_offset)
                 if getattr(norm, "bias", None) is not None:
                     norm.bias /= factor
             for host in {block.parts[name].host for name in names if name in block.parts}:
