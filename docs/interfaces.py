@@ -16,9 +16,7 @@ import gprune
 from gprune.calibration.statistics import ChannelStatistics, CorpusStatistics, Moments
 from gprune.importance.metrics import UnitWeights
 from gprune.importance.scores import Scores
-from gprune.models.blocks import Block
 from gprune.models.masks import Masks
-from gprune.models.parts import Part
 from gprune.partition.modules import ModuleRanks
 from gprune.partition.objective import RefinementInputs
 from gprune.recoveries.contract import Material
@@ -50,10 +48,8 @@ OBJECTS: dict[type, str] = {
     ChannelStatistics: "total halves half gram saliency",
     CorpusStatistics: "channels influence errors",
     Scores: "channels experts",
-    Block: "index layer_index layer parts neurons experts heads kv_groups head_dim channels channels_per_group",
-    Part: "weight bias in_features out_features set",
-    Slice: "path dim unit is_norm",
-    Units: "key kind layer count parameters slices inputs reads rows inside least step stays size",
+    Slice: "path dim unit parts is_norm",
+    Units: "key kind layer count parameters slices inputs reads attributes settings rows inside least step stays size",
     Budget: "units price target total sparsity scope share equal width_multiple removed lost of_kind at removed_by",
     ModuleRanks: "p labels modules sizes logits with_offsets",
     Masks: "ffn attention blocks kept",

@@ -16,6 +16,7 @@ from gprune.discovery.fit import check_fit
 from gprune.models.families import FAMILIES, PRUNED, RECORD, Family, attach_record, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.masks import masked as masked_with_record
+from gprune.models.units import UNITS
 
 # Records that this process has discovered or read from the cache, by class of the config and its content as JSON.
 _known: dict[tuple[type, str], Family] = {}
@@ -39,7 +40,7 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
 def _discovered(config: PreTrainedConfig) -> Family:
     """Return the record of a configuration, discovered once per process."""
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
-    if key not in _known:
+    if key not in _known or config.model_type.removeprefix(PRUNED) in UNITS:  # a function may change
         from gprune.discovery.search import discover  # only types without a record need it
 
         _known[key] = discover(config)

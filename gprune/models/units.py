@@ -21,7 +21,7 @@ from gprune.models.products import PRODUCT_MODULES
 from gprune.units.structure import KINDS, Slice, Units, unit_key
 
 REMEDY = (
-    "Write a function that returns its units in a file that --import names (docs/extend.md, 'A model type'), or choose "
+    "Write a function that returns its units in a file that --import names (docs/extend.md, 'Model types'), or choose "
     "a type in docs/architectures.md"
 )
 # Model type -> a function of a user that returns units of a model: further ones of a kind of its own, or neurons and KV

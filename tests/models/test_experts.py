@@ -303,10 +303,10 @@ def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are
 def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_the_reason():
     model = mixture("mixtral", num_experts_per_tok=8)
     (block, *_) = mixtures(model)
-    assert router_needs(block, model.config)[2] == "its router chooses all 8 experts"
+    assert router_needs(block.experts, model.config, "")[2] == "its router chooses all 8 experts"
     vars(model.config)["num_experts_per_tok"] = None  # the class would refuse it
     reason = "its configuration does not tell how many experts a token needs"
-    assert router_needs(block, model.config)[2] == reason
+    assert router_needs(block.experts, model.config, "")[2] == reason
 
 
 def test_gradients_pass_routers_without_the_removed_experts():

@@ -172,6 +172,6 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
     described = describe_unpruned(SimpleNamespace(budget=budget, skeleton=model, cfg=settings))
     assert re.search(r"\d of \d layers, without units that can be removed", described)
     scores = score_units("wanda_sp", model, statistics, scope=("neurons", "kv_groups"))
-    masks = allocate(rule, scores, statistics, blocks, budget)
+    masks = allocate(rule, scores, statistics, decoder_layers(model), budget)
     removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert 0 <= removed - budget.target < budget.largest_step
