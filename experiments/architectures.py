@@ -368,7 +368,7 @@ def cells(row: Mapping[str, Any], kind: str) -> dict[str, str]:
     if not passed(row):
         measured = {name: row.get(name) for name in ("ffn", "moved", "agrees", "budget", "generation", "reloaded")}
         why = row.get("reason") or ", ".join(f"{name}: {value}" for name, value in measured.items())
-        return of_type | {"reason": why.split(" Write a record")[0]}
+        return of_type | {"reason": why.split(" Write a function")[0]}
     return of_type | {
         "structure": "record" if row["record"] else "discovered",
         "FFN": row["ffn"],

@@ -24,10 +24,12 @@ from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
 from gprune.method import inputs
 from gprune.method.plan import make_plan
+from gprune.models.agreement import random_masks
 from gprune.models.families import FAMILIES
 from gprune.models.loading import load_model
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model
+from gprune.models.units import UNITS
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from tests import tiny_run
@@ -57,12 +59,10 @@ def world(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _restore_registries():
-    """Restore registries and families after each test."""
-    families = set(FAMILIES)
+    """Restore registries after each test."""
     with restored(gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
         yield
-    for added in FAMILIES.keys() - families:
-        del FAMILIES[added]
+    UNITS.clear()
 
 
 def recipe(word: str) -> str:
@@ -393,16 +393,15 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run_with_the_plann
     assert run.summary["forward_tokens"] <= sum(forward for forward, _ in planned.values())
 
 
-@pytest.mark.parametrize("family", ["seed_oss", "starcoder2"])
-def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
-    run_recipe("FAMILIES[record.model_type]")
+def test_the_recipe_for_a_type_prunes_and_reloads(tmp_path):
+    run_recipe('UNITS["starcoder2"]')
     ids = torch.arange(3, 35).view(2, 16)
-    model = make_tiny(family)
-    masks = some_masks(model, attention=True)
+    model = make_tiny("starcoder2")
+    masks = random_masks(model, scope="ffn")
     pruned = slice_model(model, masks)
     with masked(model, masks):
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
-    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
     assert torch.equal(reloaded(ids).logits, pruned(ids).logits)
 
 

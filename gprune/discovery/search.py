@@ -150,8 +150,7 @@ def checked_units_of_user(probe: Probe, base: Family, neurons: Units) -> Family:
         is_sliced_correctly = masked_equals_sliced(probe)
     if not is_sliced_correctly:
         raise UserError(
-            f"{failure}: the masked and the sliced tiny copy do not compute the same; a slice may be missing. "
-            f"{remedy}"
+            f"{failure}: the masked and the sliced tiny copy do not compute the same; a slice may be missing. {remedy}"
         )
     check_untied(probe.model)
     return record
