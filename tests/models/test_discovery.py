@@ -247,7 +247,7 @@ def test_units_of_a_user_replace_those_that_would_be_found(monkeypatch, tmp_path
 
 def test_units_of_a_user_that_lack_a_slice_are_refused(monkeypatch):
     monkeypatch.setitem(UNITS, "gemma", lambda model: units_of_gemma(model, without_gate=True))
-    with pytest.raises(UserError, match=r"function in UNITS for model type 'gemma': .* docs/extend.md"):
+    with pytest.raises(UserError, match=r"function in UNITS for model type 'gemma': .*docs/extend\.md"):
         check_structure(tiny())
 
 
