@@ -16,7 +16,6 @@ from gprune.importance.metrics import EXPERT_IMPORTANCE
 from gprune.importance.scores import Scores, idle_experts
 from gprune.method.plan import Plan
 from gprune.method.run import Run
-from gprune.models.experts import kept_experts
 from gprune.models.masks import Masks
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Projection
@@ -65,16 +64,17 @@ def expert_lines(plan: Plan) -> dict[str, str]:
 def experts_entry(run: Run, masks: Masks) -> dict[str, Any]:
     """Return the entry `experts` of the summary: scores of experts and the removed ones by layer, and a sentence."""
     removed, scores, stored = {}, {}, run.folder.read("experts") or {}
-    for block in run.blocks:
-        if block.has_experts and masks.blocks[block.index]:
-            kept, layer = kept_experts(masks.ffn[block.index], block.experts), str(block.layer_index)
-            removed[layer] = (~kept).nonzero()[:, 0].tolist()
-            of_layer = stored[f"scores.{block.index}"].tolist()
+    experts = run.budget.of_kind("experts")
+    for u in experts:
+        if masks.blocks[u.number]:
+            layer = str(u.layer)
+            removed[layer] = (~masks.kept(u)).nonzero()[:, 0].tolist()
+            of_layer = stored[f"scores.{u.number}"].tolist()
             scores[layer] = [score if math.isfinite(score) else None for score in of_layer]  # JSON has no -inf
     if not removed:  # whole blocks have taken all layers with experts
         return {}
     counts = [len(experts) for experts in removed.values()]
-    total = max(block.experts for block in run.blocks)
+    total = max(u.count for u in experts)
     said = f"{span(counts)} of {total} experts are removed in each of {len(counts)} layers{overshoot(run.plan)}."
     numbers = {"removed": sum(counts), "kept": sum(map(len, scores.values())) - sum(counts)}
     entry = {"said": said, "metric": run.cfg.sparsity.expert_metric, "removed": removed, "scores": scores}

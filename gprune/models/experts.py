@@ -6,7 +6,7 @@ this call is replaced by one that computes expert by expert. Removing the last w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -292,14 +292,26 @@ def expert_output(layer: nn.Module, neurons: Units, expert: int, x: Tensor, expe
 
 
 @contextmanager
-def without_experts(layer: nn.Module, experts: Units, keep: Tensor) -> Iterator[None]:
-    """Exclude experts from the choice of their router while the context lasts; `keep` (E,) bool are the others.
+def without_experts(
+    layers: Sequence[nn.Module], units: Iterable[Units], removed: Mapping[int, Collection[int]]
+) -> Iterator[None]:
+    """Exclude experts, by block, from the choice of their router while the context lasts.
 
-    While the layer computes, the router has the rows of kept experts only, as in the smaller model. The numbers that it
+    While a layer computes, the router has the rows of kept experts only, as in the smaller model. The numbers that it
     chooses are then converted to those of the whole stack.
     """
+    with ExitStack() as hooks:
+        for u in units:
+            if u.kind == "experts" and removed.get(u.number):
+                hooks.enter_context(_without_experts(layers[u.layer], u, removed[u.number]))
+        yield
+
+
+@contextmanager
+def _without_experts(layer: nn.Module, experts: Units, removed: Collection[int]) -> Iterator[None]:
+    """Exclude the experts of one block; see `without_experts`."""
     E, stack = experts.count, experts.reads
-    kept = keep.cpu().nonzero()[:, 0]
+    kept = torch.tensor([expert for expert in range(E) if expert not in removed])
     numbers = torch.cat([kept, torch.tensor([E])])  # the number after the last expert means none
     of_router = [s for s in experts.slices if not is_inside(s.path, stack)]
     sized = [path for path in experts.attributes if not is_inside(path, stack)]

@@ -218,10 +218,7 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
             gates |= {u.key: masks[u.key].to(device_of(layers[u.layer])) for u in alike}
     neurons = [u for u in units if u.kind == "neurons"]
     removed = {u.layer for u, stays in zip(neurons, masks.blocks, strict=True) if not stays}
-    with ExitStack() as contexts:
-        contexts.enter_context(bypassed(model, removed))
-        for u in units:
-            if u.kind == "experts" and (keep := masks.kept(u)).any() and not keep.all():
-                contexts.enter_context(without_experts(layers[u.layer], u, keep))
-        contexts.enter_context(gated(model, gates, units))
+    kept = {u.number: masks.kept(u) for u in units if u.kind == "experts"}
+    lost = {number: (~keep).nonzero()[:, 0].tolist() for number, keep in kept.items() if keep.any()}
+    with bypassed(model, removed), without_experts(layers, units, lost), gated(model, gates, units):
         yield model

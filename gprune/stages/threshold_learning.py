@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gprune.models.experts import without_experts
+from gprune.models.families import decoder_layers
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks, bypassed, gated
 from gprune.partition.modules import ModuleRanks
@@ -171,7 +172,7 @@ class ThresholdLearning(FrozenLMStage):
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.gates, self.budget.units)
-        experts = without_experts(self.lm, self.budget.removed_experts)
+        experts = without_experts(decoder_layers(self.lm), self.budget.units, self.budget.removed_experts)
         with bypassed(self.lm, self.budget.removed), experts, gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
