@@ -41,7 +41,8 @@ MADE_BY = {
     "experiments.kinds --clones clones --output data": (
         "news", "interviews", "conversation", "fiction", "speeches", "travel", "medicine", "papers", "drama", "law",
         "rust", "german", "howto", "biography", "essays", "letters", "podcasts", "vlogs", "court", "textbooks", "c",
-        "french",
+        "french", "spanish", "italian", "portuguese", "russian", "c4_code_5", "c4_code_10", "c4_code_25",
+        "c4_code_25_spanish", "c4_code_25_russian", "c4_code_25_four",
     ),
 }  # fmt: skip
 
