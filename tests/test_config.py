@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -209,10 +210,11 @@ OTHERS = ["wiki", "web", "stories", "technical", "python_docs"]  # that are eval
          ["a.txt", "c4", "wikitext2", "code_github", "stackexchange", "gsm8k", "stories", "python_docs"]),
         ("--corpora.text a.txt --corpora.recover [web] --corpora.evaluate [a.txt]", ["a.txt"] * 3 + ["web"], ["a.txt"]),
         ("--corpora.recover [web] --corpora.text a.txt", ["a.txt"] * 4, ["a.txt", *OTHERS]),
+        ("--corpora.text '{a.txt: 0.7, b.txt: 0.3}'", ["a.txt b.txt"] * 4, ["a.txt", "b.txt", *OTHERS]),
     ],
 )  # fmt: skip
 def test_ones_own_text_takes_the_roles_that_earlier_flags_and_files_name(flags, roles, evaluated):
-    cfg = parse(flags.split())
+    cfg = parse(shlex.split(flags))
     assert [" ".join(getattr(cfg.corpora, role)) for role in ("score", "drift", "learn", "recover")] == roles
     assert cfg.corpora.evaluate == evaluated
     assert cfg.repeat == "auto"
@@ -221,14 +223,36 @@ def test_ones_own_text_takes_the_roles_that_earlier_flags_and_files_name(flags, 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--corpora.text 5", "--corpora.text must be a valid list; got 5."),
+    [("--corpora.text 5",
+      "--corpora.text must be a name, a list of names, or shares by name such as '{a.txt: 0.7, c4: 0.3}'; got 5."),
+     ("--corpora.text '{a: 0.7, b: 0.2}'",
+      "--corpora.text must have shares above 0 that add up to 1; got {'a': 0.7, 'b': 0.2}, in all 0.9."),
+     ("--corpora.text '{a: 1.2, b: -0.2}'",
+      "--corpora.text must have shares above 0 that add up to 1; got {'a': 1.2, 'b': -0.2}, in all 1."),
+     ("--corpora.text '{a: half}'",
+      "--corpora.text must be a name, a list of names, or shares by name such as '{a.txt: 0.7, c4: 0.3}'; got {'a': "
+      "'half'}."),
      ("--corpora.evaluate stories --corpora.text a.txt", "--corpora.evaluate must be a valid list; got 'stories'."),
      ("--corpora.evaluate 5 --corpora.text a.txt", "--corpora.evaluate must be a valid list; got 5.")],
 )  # fmt: skip
 def test_ones_own_text_of_a_wrong_type_is_refused_by_name(flags, message):
     with pytest.raises(UserError) as error:
-        parse(flags.split())
+        parse(shlex.split(flags))
     assert str(error.value) == message
+
+
+def test_corpora_of_a_mixture_share_windows_and_training_tokens():
+    flags = ["--corpora.text={a: 0.7, b: 0.25, c: 0.05}", "--corpora.num_samples=8", "--corpora.seq_len=100"]
+    cfg = parse([*flags, "--distill.tokens=60000"])
+    assert cfg.corpora.windows_of(["a", "b", "c"], 8, least=2) == {"a": 17, "b": 6, "c": 2}
+    assert cfg.corpora.windows_of(["b", "c"], 9) == {"b": 15, "c": 3}  # shares of the corpora that are read
+    assert cfg.fresh_tokens == 60000
+    assert cfg.settings()["corpora"]["shares"] == {"a": 0.7, "b": 0.25, "c": 0.05}
+    equal = parse(["--corpora.text=[a, b, c]", "--corpora.num_samples=8", "--corpora.seq_len=100"])
+    assert equal.corpora.windows_of(["a", "b", "c"], 8) == {"a": 8, "b": 8, "c": 8}
+    assert "shares" not in equal.settings()["corpora"]
+    with pytest.raises(UserError, match=r"--corpora.text must have a share of each corpus that .*; got none of 'd'"):
+        parse([*flags, "--corpora.drift=[a, d]"]).corpora.windows_of(["a", "d"], 1)
 
 
 def test_ones_own_text_is_short_for_other_flags_and_set_in_python_too():

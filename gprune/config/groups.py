@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,6 +33,7 @@ from gprune.checks import (
     Positive,
     Quantile,
     Text,
+    format_value,
     validation_message,
 )
 from gprune.errors import UserError, closest_name
@@ -231,9 +232,22 @@ def _one_name_to_list(names: Any) -> Any:
     return [names] if isinstance(names, str) else names
 
 
-def name_or_list(names: list[str] | None) -> list[str] | str | None:
+def _as_text(text: Any) -> Any:
+    """Return `--corpora.text` as a list of names, or as shares by name. UserError for another type."""
+    text = _one_name_to_list(text)
+    is_list = isinstance(text, list) and all(isinstance(name, str) for name in text)
+    is_mixture = isinstance(text, dict) and all(isinstance(share, int | float) for share in text.values())
+    if text is not None and not is_list and not is_mixture:
+        raise UserError(
+            f"--corpora.text must be a name, a list of names, or shares by name such as '{{a.txt: 0.7, c4: 0.3}}'; got "
+            f"{format_value(text)}."
+        )
+    return {name: float(share) for name, share in text.items()} if is_mixture else text
+
+
+def name_or_list(names: Any) -> Any:
     """Convert a list of one corpus to its name, the form in which settings are stored."""
-    return names[0] if names is not None and len(names) == 1 else names
+    return names[0] if isinstance(names, list) and len(names) == 1 else names
 
 
 ROLES = ("score", "drift", "learn", "recover", "evaluate")  # settings of `CorporaConfig` that name corpora
@@ -245,8 +259,9 @@ def roles_of_text(text: Any, evaluate: Any) -> dict[str, list[str]]:
     `evaluate` are the corpora of `--corpora.evaluate` until then, which stay as text that the run does not use.
     """
     text = _one_name_to_list(text)
-    if not text or not isinstance(text, list) or not isinstance(evaluate, list):
+    if not text or not isinstance(text, list | dict) or not isinstance(evaluate, list):
         return {}
+    text = [*text]
     return dict.fromkeys(ROLES, text) | {"evaluate": [*text, *(name for name in evaluate if name not in text)]}
 
 
@@ -255,10 +270,14 @@ class CorporaConfig(Group, prefix="corpora."):
     path of a .txt, .jsonl, .csv or .parquet file or of a folder. Rows have a string `text`, or in .jsonl `messages` for
     the chat template of the model's tokenizer."""
 
-    text: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list), NEVER] = None
+    text: Annotated[
+        list[Text] | dict[Text, float] | None, BeforeValidator(_as_text), PlainSerializer(name_or_list), NEVER
+    ] = None
     """Your own text, such as mine.jsonl or [mine.jsonl,c4]: short for --corpora.score, drift, learn and recover with
-    this text, and for reporting it before the other corpora of --corpora.evaluate. Of a file, 20 % are only reported.
-    Short text is used several times, see --distill.repeat. Flags that follow may change a role again."""
+    this text, and for reporting it before the other corpora of --corpora.evaluate. {mine.jsonl: 0.7, c4: 0.3} gives
+    shares of the windows and of the training tokens, which otherwise are equal. Of a file, 10 % are development text,
+    and 20 % are only reported. Short text is used several times, see --distill.repeat. Flags that follow may change a
+    role again."""
     score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list)] = Field(
         ["wiki"]
     )
@@ -304,6 +323,32 @@ class CorporaConfig(Group, prefix="corpora."):
                 raise UserError(f"--corpora.{role} must name at least one corpus; got an empty list.")
             if len(set(names)) != len(names):
                 raise UserError(f"--corpora.{role} must name each corpus once; got {names}.")
+        if self.shares:
+            total = sum(self.shares.values())
+            if not all(share > 0 for share in self.shares.values()) or abs(total - 1) > 1e-6:
+                raise UserError(
+                    f"--corpora.text must have shares above 0 that add up to 1; got {self.shares}, in all {total:g}."
+                )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the corpora in a mixture, which `text` has; empty if all corpora have the same share."""
+        return self.text if isinstance(self.text, dict) else {}
+
+    def windows_of(self, corpora: Sequence[str], each: int, *, least: int = 1) -> dict[str, int]:
+        """Return the number of windows of each corpus: `each`, or `each` on average by `shares`, and at least `least`.
+
+        Raise UserError for a corpus without a share.
+        """
+        if not self.shares or each <= 0:
+            return dict.fromkeys(corpora, each)
+        if missing := [name for name in corpora if name not in self.shares]:
+            raise UserError(
+                f"--corpora.text must have a share of each corpus that the run reads ({', '.join(corpora)}); got none "
+                f"of '{missing[0]}'."
+            )
+        total = sum(self.shares[name] for name in corpora)
+        return {name: max(least, round(each * len(corpora) * self.shares[name] / total)) for name in corpora}
 
     @property
     def scored(self) -> list[str]:

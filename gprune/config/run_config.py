@@ -364,18 +364,22 @@ class RunConfig(Group):
     @property
     def fresh_tokens(self) -> int:
         """Number of training tokens of a recovery."""
-        return len(self.corpora.recover) * self.fresh_windows * self.corpora.seq_len
+        return self._windows(self.corpora.recover, self.fresh_windows) * self.corpora.seq_len
 
     @property
     def recovery_measurements(self) -> int:
         """Number of measurements of development perplexity while a recovery trains: by default after each quarter."""
-        windows, batch_size = len(self.corpora.recover) * self.fresh_windows, self.distill.batch_size
+        windows, batch_size = self._windows(self.corpora.recover, self.fresh_windows), self.distill.batch_size
         return self.trainer.measurements(windows, batch_size, 0.25, accumulate=self.distill.accumulate)
 
     @property
     def learned_windows(self) -> int:
         """Number of windows in an epoch of threshold learning."""
-        return len(self.corpora.learn) * (self.corpora.learn_samples or self.corpora.num_samples)
+        return self._windows(self.corpora.learn, self.corpora.learn_samples or self.corpora.num_samples)
+
+    def _windows(self, corpora: list[str], each: int) -> int:
+        """Return the number of windows of corpora in all, with `each` window per corpus on average."""
+        return sum(self.corpora.windows_of(corpora, each).values())
 
     @property
     def development_tokens(self) -> int:
@@ -462,6 +466,7 @@ class RunConfig(Group):
         """
         for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
+        self.corpora.windows_of(self.train_corpora, 1)  # raises for a corpus without a share
         for role in ROLES:
             names: dict[str, str] = {}  # identity of a corpus -> its first name
             for name in getattr(self.corpora, role) or ():
@@ -504,6 +509,8 @@ class RunConfig(Group):
         """
         settings = _identifying(self, self.model_dump(), self.model_dump(exclude_defaults=True))
         settings["corpora"]["score"] = name_or_list(self.corpora.scored)
+        if self.corpora.shares:
+            settings["corpora"]["shares"] = self.corpora.shares
         if self.base_allocation in ALLOCATION:
             settings["sparsity"]["options"] = option_defaults(ALLOCATION[self.base_allocation]) | self.sparsity.options
         settings["evaluation"]["development_samples"] = self.development_windows

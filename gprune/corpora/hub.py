@@ -1,4 +1,7 @@
-"""Table of corpora on the Hugging Face hub. `datasets` 5 loads all of their formats without running remote code."""
+"""Corpora on the Hugging Face hub: a table of known ones, and any other as `OWNER/NAME` or `OWNER/NAME:CONFIG`.
+
+`datasets` 5 loads all formats without running remote code.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from dataclasses import dataclass, replace
 import huggingface_hub
 
 from gprune.console import quieted
-from gprune.corpora.load import CORPORA, contiguous_split
-from gprune.errors import quoting
+from gprune.corpora.load import CORPORA, contiguous_split, document_of
+from gprune.errors import UserError, quoting
+
+MOST_ROWS = 20_000  # of a data set that is not in the table
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,28 @@ def load_hub(corpus: HubCorpus, split: str) -> list[str]:
         rows = datasets.load_dataset(corpus.path, corpus.config, split=hub_split, streaming=corpus.limit is not None)
         texts = [corpus.text.format(**row) for row in itertools.islice(rows, corpus.limit)]
     return [document for document in corpus.documents(texts) if document.strip()]
+
+
+def load_named(name: str, split: str) -> list[str]:
+    """Load the documents of "train" or "test" of the data set `OWNER/NAME` or `OWNER/NAME:CONFIG`.
+
+    Rows have the column `text` or `messages`. At most `MOST_ROWS` rows are read. Without a test split, the validation
+    split is used, and without both train is cut 70/30.
+    """
+    import datasets
+
+    path, _, config = name.partition(":")
+    remedy = "its text into a .jsonl file, and name that file"
+    with hub_errors(f"corpus '{name}', which is no file or folder here,", remedy), offline_if_unreachable():
+        splits = datasets.load_dataset(path, config or None, streaming=True)
+        of_test = next((other for other in ("test", "validation") if other in splits), None)
+        chosen = of_test if split == "test" and of_test else "train"
+        if chosen not in splits:
+            raise UserError(f"Corpus '{name}' must have the split train; got {', '.join(splits)}.")
+        rows = itertools.islice(splits[chosen], MOST_ROWS)
+        documents = [document_of(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+    documents = [document for document in documents if document.strip()]
+    return documents if of_test else contiguous_split(documents, split)
 
 
 def hub_errors(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:

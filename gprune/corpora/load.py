@@ -2,15 +2,16 @@
 
 A name is looked up, in this order, as a path (`.txt`, `.jsonl`, `.csv`, `.parquet`, or a folder of them), as a local
 mirror in `$GPRUNE_DATA_DIR/corpora`, and in `CORPORA`, which has embedded corpora (no hub needed) and hub data sets.
-To add a corpus, register a function that returns the documents of "train" and "test"; development text is taken from
-train:
+Any other name `OWNER/NAME` is a data set on the Hugging Face hub. To add a corpus, register a function that returns the
+documents of "train" and "test"; development text is taken from train:
 
     @CORPORA.register("my_corpus")
     def my_corpus(split: str) -> list[str]: ...
 
 A folder has `<split>.jsonl` (or .txt, .parquet) for train, validation (or dev) and test, the layout of
 `datasets.load_dataset("<folder>")`, in lower or upper case. A missing test split falls back to validation. Text without
-splits is cut 70/30, and a single file 80/20, after long documents were cut into passages if there are few of them.
+splits is cut 70/30. Of a single file, 70 % are train text, 10 % development text and 20 % test text, after long
+documents were cut into passages if there are few of them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from gprune.storage.paths import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
+DEVELOPMENT_EVERY_OF_FILE = 8  # 10 % of a file, whose train documents are 80 %
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 TRAIN_SHARE = 0.7
-TRAIN_SHARE_OF_FILE = 0.8  # of which every tenth document is development text
+TRAIN_SHARE_OF_FILE = 0.8  # with development text
 LEAST_DOCUMENTS = 15  # of text without splits, so that all three splits have some
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME or OWNER/NAME:CONFIG
 PASSAGES = 40  # into which the text of fewer documents is cut
 SHORTEST_PASSAGE = 200  # characters
 # Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
@@ -72,21 +75,24 @@ def read_corpus(name: str, split: str) -> list[str]:
 def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] = read_corpus) -> list[str]:
     """Load the documents of one split, in a fixed order.
 
-    The split "development", for tuning, is every tenth document of the train text; "train" has the others.
+    The split "development", for tuning, is every tenth document of the train text (of a single file every eighth);
+    "train" has the others.
     """
     if split not in SPLITS:
         raise UserError(f"Corpus '{name}': Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
     documents = read(name, "test" if split == "test" else "train")
     found = len(documents)
+    path = _path_of(name)
+    every = DEVELOPMENT_EVERY_OF_FILE if path is not None and path.is_file() else DEVELOPMENT_EVERY
     if split != "test":
-        development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
+        development = documents[every - 1 :: every]
         if split == "development":
             documents = development
         else:
             excluded = set(development)  # also removes repetitions of a development document
             documents = [document for document in documents if document not in excluded]
     if not documents:
-        cut = f"text without splits is cut in two, and every {DEVELOPMENT_EVERY}th train document is development text"
+        cut = f"text without splits is cut in two, and every {every}th train document is development text"
         raise UserError(
             f"Corpus '{name}' must have {LEAST_DOCUMENTS} or more documents for its split {split}, because {cut}; got "
             f"{found} of {'test' if split == 'test' else 'train'}. Cut long documents at paragraphs."
@@ -99,13 +105,17 @@ def source_of(name: str) -> Corpus:
     path = _path_of(name)
     if path is None and name in CORPORA:
         return CORPORA[name]
+    if path is None and HUB_NAME.fullmatch(name):
+        from gprune.corpora.hub import load_named  # imports the hub's client
+
+        return partial(load_named, name)
     if path is None:
         mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
         command = next((command for command, made in MADE_BY.items() if name in made), None)
         remedy = f" In a clone of gprune, python -m {command} makes {name}." if command else ""
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
-            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files.{remedy}"
+            f"{', '.join(mirrors) or 'none'}; a path to {', '.join(SUFFIXES)} files; or OWNER/NAME on the hub.{remedy}"
         )
     if not path.exists():
         raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
@@ -116,7 +126,9 @@ def source_of(name: str) -> Corpus:
 
 
 def _path_of(name: str) -> Path | None:
-    """Return the file or folder of a corpus; None for a registered name and for an unknown one."""
+    """Return the file or folder of a corpus; None for a registered name, a name on the hub, and for an unknown one."""
+    if HUB_NAME.fullmatch(name) and not name.lower().endswith(SUFFIXES) and not Path(name).exists():
+        return None  # OWNER/NAME
     if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
     mirror = _mirrors() / name
@@ -307,9 +319,14 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
             row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:  # its message would name line 1, because only one line was parsed
             raise ValueError(f"{error.msg} at column {error.colno}") from error
-        if isinstance(row, dict) and "messages" in row and "text" not in row:
-            return _conversation_of(row["messages"], f"{path}:{number}")
-        return _text_of(row, f"{path}:{number}")
+        return document_of(row, f"{path}:{number}")
+
+
+def document_of(row: object, location: str) -> str:
+    """Return the document in a row with `text` or `messages`. UserError, which begins with `location`, for others."""
+    if isinstance(row, dict) and "messages" in row and "text" not in row:
+        return _conversation_of(row["messages"], location)
+    return _text_of(row, location)
 
 
 def _conversation_of(messages: object, location: str) -> Conversation:

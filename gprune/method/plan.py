@@ -235,7 +235,8 @@ class Plan:
     @property
     def calibration_tokens(self) -> int:
         """Number of tokens in a pass over all calibration corpora."""
-        return len(self.cfg.calibration_corpora) * self.cfg.corpora.num_samples * self.cfg.corpora.seq_len
+        c = self.cfg.corpora
+        return sum(c.windows_of(self.cfg.calibration_corpora, c.num_samples, least=2).values()) * c.seq_len
 
     @cached_property
     def gram_ranges(self) -> list[list[int]]:
@@ -268,7 +269,8 @@ class Plan:
     def recovery_tokens(self, chain: str) -> tuple[int, int]:
         """Return the (forward, forward and backward) tokens of a model's recovery, including development text."""
         cfg = self.cfg
-        text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
+        c = cfg.corpora
+        text = sum(c.windows_of(c.recover, c.num_samples, least=2).values()) * c.seq_len
         forward = trained = 0
         for recovery in recoveries_of(chain, cfg.recovery_settings):
             own_forward, own_trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
