@@ -39,7 +39,7 @@ from gprune.checks import (
 from gprune.errors import UserError, closest_name
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.target import Target, TargetSetting
+from gprune.sparsity.target import Target, TargetSetting, split_scope
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
@@ -410,7 +410,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
 
 def _sort_scope(scope: Any) -> str:
     """Put the parts of a scope in the order of the flag's values, so that `ffn+attention` is `attention+ffn`."""
-    parts = str(scope).split("+")
+    parts = ["blocks" if part == "layers" else part for part in str(scope).split("+")]
     parts.sort(key="attention+ffn+experts+blocks".find)  # -1 for an unknown part, which the flag's type rejects
     return "+".join(parts)
 
@@ -419,11 +419,11 @@ class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
     target: TargetSetting = 0.3
-    """How much is removed: 0.3, 30%, 95M, 200MiB, 1.4x or +5%. 0.3: 30 % of the scope's parameters. 30%: 30 % of all
-    parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
-    times as fast on this machine. +5%: as much as possible while perplexity on development text, after the parts of
-    --recovery that do not train, is at most 5 % above the dense model (3% is a share of all parameters, +3% a
-    quality)."""
+    """How much is removed: 30%ffn, 30%, 95M, 200MiB, 1.4x or +5%. 30%ffn: 30 % of the FFN's parameters; of another
+    --sparsity.scope, such as 30%attention+ffn, 30 % of its parameters. 0.3 is 30 % of any scope. 30%: 30 % of all
+    parameters of the model. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the
+    model is 1.4 times as fast on this machine. +5%: as much as possible while perplexity on development text, after the
+    parts of --recovery that do not train, is at most 5 % above the dense model."""
     limit: Annotated[Literal["mean", "worst"], IF_CHANGED] = "mean"
     """Whose perplexity a target in quality such as +5% limits. mean: the geometric mean over the development corpora.
     worst: that of every development corpus."""
@@ -432,7 +432,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     bytes (of the export), seconds (on this machine), or the name of a registered cost."""
     scope: Annotated[Literal[SCOPES], BeforeValidator(_sort_scope)] = "ffn"
     """What may be removed. ffn: FFN neurons. attention: KV groups too. experts: whole experts of mixtures, alone (with
-    --gprune false) or too. blocks: whole blocks too. They share one budget."""
+    --gprune false) or too. blocks (or layers): whole layers too. They share one budget."""
     block_share: Annotated[float, Field(gt=0, le=1), NEVER] = 0.25
     """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
     block_choice: Annotated[Literal["loss", "influence"], NEVER] = "loss"
@@ -489,6 +489,14 @@ class SparsityConfig(Group, prefix="sparsity."):
     because gradients underestimate what their removal costs."""
     centred: bool = True
     """Subtract the mean gradient over all units. Without it Adam raises all gates together, which changes no mask."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Raise UserError for a target such as `30%ffn` that is a share of another scope."""
+        given, scope = settings.get("target"), settings.get("scope", "ffn")
+        _, of_scope = split_scope(given)
+        if of_scope and _sort_scope(of_scope) != _sort_scope(scope):
+            raise UserError(f"--sparsity.target must be a share of --sparsity.scope {scope}; got {given}.")
+        super().__init__(**settings)
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""

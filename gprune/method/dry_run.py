@@ -80,10 +80,9 @@ def describe(plan: Plan) -> str:
 
 def describe_target(plan: Plan) -> dict[str, str]:
     """Return how many parameters are removed at uniform sparsity, or how the run searches for a quality."""
-    cfg, parameters, in_scope = plan.cfg, plan.skeleton.num_parameters(), plan.budget.total_parameters
+    cfg = plan.cfg
     if not cfg.searches_quality:
-        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
-        return {"removes": f"{plan.removed:,} parameters: {shares}"}
+        return {"removes": plan.describe_removed()}
     text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
     target = cfg.sparsity.target
     kept = f"{target} on every development corpus" if cfg.sparsity.limit == "worst" else target

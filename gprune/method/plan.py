@@ -292,6 +292,11 @@ class Plan:
         """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
         return self.budget.parameters_removed_by(uniform_masks(self.budget))
 
+    def describe_removed(self) -> str:
+        """Return how many parameters are removed, and their share of the scope and of the model."""
+        of_scope, of_model = self.removed / self.budget.total_parameters, self.removed / self.skeleton.num_parameters()
+        return f"{self.removed:,} parameters: {of_scope:.1%} of {self.cfg.sparsity.scope}, {of_model:.1%} of the model"
+
     @property
     def forward_tokens(self) -> int:
         """Number of tokens that pass forward only, over all steps."""

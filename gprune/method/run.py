@@ -240,6 +240,8 @@ def open_run(
     plan = make_plan(cfg, user_callbacks, together=True)
     cfg = plan.cfg
     tokenizer = load_tokenizer(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    if not cfg.searches_quality:
+        log.info("Removing %s", plan.describe_removed())
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     # Before weights are loaded, which may take minutes.
     text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings)
