@@ -24,12 +24,12 @@ from xml.etree import ElementTree
 
 from experiments.corpora import mix, write
 from gprune.console import Parser, run_guarded
+from gprune.corpora.hub import TREEBANKS, join_sentences
 from gprune.corpora.load import split_text
 from gprune.errors import UserError
 from gprune.report.tables import Table
 from gprune.storage.paths import expanded
 
-SENTENCES = 20  # of a treebank without documents, in one document
 GUM = ("UniversalDependencies/UD_English-GUM", "afb41ee9bca57991125814fa04d96a0e61470c8b")
 TEI = "{http://www.tei-c.org/ns/1.0}"
 LAW = "{https://code.dccouncil.us/schemas/dc-library}"
@@ -58,9 +58,8 @@ def treebank_document(conllu: str) -> list[str]:
 
 
 def treebank(conllu: str) -> list[str]:
-    """Return documents of `SENTENCES` neighbouring sentences."""
-    sentences = _sentences(conllu)
-    return [" ".join(sentences[first : first + SENTENCES]) for first in range(0, len(sentences), SENTENCES)]
+    """Return documents of neighbouring sentences."""
+    return join_sentences(conllu.splitlines())
 
 
 def abstracts_of_medicine(content: str) -> list[str]:
@@ -97,12 +96,6 @@ def law(content: str) -> list[str]:
 def _genre(name: str, licence: str, purpose: str = "unseen") -> Kind:
     """Return a genre of GUM."""
     return Kind(*GUM, rf"not-to-release/sources/GUM_{name}_.*\.conllu", treebank_document, licence, purpose)
-
-
-def _language(treebank_name: str, commit: str, prefix: str, licence: str) -> Kind:
-    """Return a language for mixtures of calibration text: the dev and test files of a treebank."""
-    repository, files = f"UniversalDependencies/UD_{treebank_name}", rf"{prefix}-ud-(dev|test)\.conllu"
-    return Kind(repository, commit, files, treebank, licence, "calibration")
 
 
 KINDS = {
@@ -149,11 +142,11 @@ KINDS = {
         "UniversalDependencies/UD_French-GSD", "830e2782304af08b3cc1c9250475343e04274d81", r"fr_gsd-ud-test\.conllu",
         treebank, "CC BY-SA 4.0", "choosing",
     ),
-    "spanish": _language("Spanish-GSD", "57c045644664e5c1e169263cc4e3b95e40c078ba", "es_gsd", "CC BY-SA 4.0"),
-    "italian": _language("Italian-ISDT", "689c1bf3c7d132903d2196ac69b76a0933c90997", "it_isdt", "CC BY-NC-SA 3.0"),
-    "portuguese": _language("Portuguese-GSD", "691a8b597cc37e1c822ba808244c8eaca498eeb2", "pt_gsd", "CC BY-SA 4.0"),
-    "russian": _language("Russian-GSD", "5400f2fd7264b7699727bb61b09f53841899df26", "ru_gsd", "CC BY-SA 4.0"),
 }  # fmt: skip
+KINDS |= {  # languages for mixtures of calibration text
+    name: Kind(of.repository, of.commit, "|".join(map(re.escape, of.files)), treebank, of.licence, "calibration")
+    for name, of in TREEBANKS.items()
+}
 UNSEEN, CHOOSING, CALIBRATION = (
     [name for name, kind in KINDS.items() if kind.purpose == purpose]
     for purpose in ("unseen", "choosing", "calibration")

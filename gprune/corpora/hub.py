@@ -9,8 +9,8 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import huggingface_hub
 
@@ -23,7 +23,7 @@ MOST_ROWS = 20_000  # of a data set that is not in the table
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Location of a corpus on the hub, and how rows are converted to text."""
+    """Location of a corpus on the hub or of its files, and how rows are converted to text."""
 
     name: str  # in gprune
     path: str  # on the hub
@@ -32,6 +32,8 @@ class HubCorpus:
     test: str | None = "test"  # the hub's name of the test split; None if "train" is the only split, which is cut 70/30
     limit: int | None = None  # number of rows to stream from a large data set; None downloads the split
     documents: Callable[[list[str]], list[str]] = list  # joins rows into documents, where rows are lines or sentences
+    # Split -> addresses of files, for text that is not on the hub; `path` is then a format of `datasets`.
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def join_articles(lines: list[str]) -> list[str]:
@@ -44,12 +46,69 @@ def join_articles(lines: list[str]) -> list[str]:
     return ["".join(article) for article in articles if "".join(article).strip()]
 
 
+def join_sentences(lines: Sequence[str]) -> list[str]:
+    """Join the sentences of a treebank in CoNLL-U format into documents of `SENTENCES` neighbouring sentences."""
+    sentences = [line.removeprefix("# text = ") for line in lines if line.startswith("# text = ")]
+    return [" ".join(sentences[first : first + SENTENCES]) for first in range(0, len(sentences), SENTENCES)]
+
+
+@dataclass(frozen=True)
+class Treebank:
+    """A treebank of Universal Dependencies at a fixed commit, whose dev and test files are a corpus in its language."""
+
+    repository: str
+    commit: str
+    prefix: str  # of its files
+    licence: str
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files, in order."""
+        return [f"{self.prefix}-ud-{split}.conllu" for split in ("dev", "test")]
+
+    def corpus(self, name: str) -> HubCorpus:
+        """Return the corpus with these files."""
+        files = {"train": [f"{RAW}/{self.repository}/{self.commit}/{file}" for file in self.files]}
+        return HubCorpus(name, "text", test=None, documents=join_sentences, files=files)
+
+
+def _red_pajama(name: str, folder: str) -> HubCorpus:
+    """Return a sample of RedPajama that LLM-Shearing has."""
+    files = {split: [f"{SHEARING}/{folder}/sample_{folder}{n}.jsonl"] for n, split in enumerate(("train", "test"), 1)}
+    return HubCorpus(name, "json", files=files)
+
+
+RAW = "https://raw.githubusercontent.com"
+SHEARING = (
+    f"{RAW}/princeton-nlp/LLM-Shearing/cbf39a32dba040025c373a63c742d305df1860cd/llmshearing/data/sample_redpajama"
+)
+SENTENCES = 20  # of a treebank, in one document
+TREEBANKS = {  # languages of `--config trained`
+    "spanish": Treebank(
+        "UniversalDependencies/UD_Spanish-GSD", "57c045644664e5c1e169263cc4e3b95e40c078ba", "es_gsd", "CC BY-SA 4.0"
+    ),
+    "italian": Treebank(
+        "UniversalDependencies/UD_Italian-ISDT",
+        "689c1bf3c7d132903d2196ac69b76a0933c90997",
+        "it_isdt",
+        "CC BY-NC-SA 3.0",
+    ),
+    "portuguese": Treebank(
+        "UniversalDependencies/UD_Portuguese-GSD", "691a8b597cc37e1c822ba808244c8eaca498eeb2", "pt_gsd", "CC BY-SA 4.0"
+    ),
+    "russian": Treebank(
+        "UniversalDependencies/UD_Russian-GSD", "5400f2fd7264b7699727bb61b09f53841899df26", "ru_gsd", "CC BY-SA 4.0"
+    ),
+}
 HUB_CORPORA = (
     HubCorpus("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", documents=join_articles),
     HubCorpus("c4", "allenai/c4", "en", test="validation", limit=2000),
     HubCorpus("alpaca", "tatsu-lab/alpaca", text="Instruction: {instruction}\n{input}\nResponse: {output}", test=None),
     HubCorpus("gsm8k", "openai/gsm8k", "main", text="Question: {question}\nAnswer: {answer}"),
     HubCorpus("codeparrot", "codeparrot/codeparrot-clean-valid", text="{content}", test=None, limit=2000),
+    _red_pajama("code_github", "github"),
+    _red_pajama("stackexchange", "stackexchange"),
+    *(treebank.corpus(name) for name, treebank in TREEBANKS.items()),
 )  # fmt: skip
 
 
@@ -64,9 +123,14 @@ def load_hub(corpus: HubCorpus, split: str) -> list[str]:
     mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{corpus.name}/{split}.jsonl (an object with 'text' per line), "
     remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
     with hub_errors(f"corpus '{corpus.name}'", remedy), offline_if_unreachable():
-        rows = datasets.load_dataset(corpus.path, corpus.config, split=hub_split, streaming=corpus.limit is not None)
-        texts = [corpus.text.format(**row) for row in itertools.islice(rows, corpus.limit)]
-    return [document for document in corpus.documents(texts) if document.strip()]
+        documents = []
+        for address in corpus.files.get(hub_split, [None]):  # documents do not cross the end of a file
+            rows = datasets.load_dataset(
+                corpus.path, corpus.config, data_files=address and {hub_split: address}, split=hub_split,
+                streaming=corpus.limit is not None,
+            )  # fmt: skip
+            documents += corpus.documents([corpus.text.format(**row) for row in itertools.islice(rows, corpus.limit)])
+    return [document for document in documents if document.strip()]
 
 
 def load_named(name: str, split: str) -> list[str]:

@@ -40,11 +40,11 @@ PASSAGES = 40  # into which the text of fewer documents is cut
 SHORTEST_PASSAGE = 200  # characters
 # Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
 MADE_BY = {
-    "experiments.corpora --output data": ("code_github", "stackexchange", "c4_code", "c4_code_wiki"),
+    "experiments.corpora --output data": ("c4_code", "c4_code_wiki"),
     "experiments.kinds --clones clones --output data": (
         "news", "interviews", "conversation", "fiction", "speeches", "travel", "medicine", "papers", "drama", "law",
         "rust", "german", "howto", "biography", "essays", "letters", "podcasts", "vlogs", "court", "textbooks", "c",
-        "french", "spanish", "italian", "portuguese", "russian", "c4_code_5", "c4_code_10", "c4_code_25",
+        "french", "c4_code_5", "c4_code_10", "c4_code_25",
         "c4_code_25_spanish", "c4_code_25_russian", "c4_code_25_four",
     ),
 }  # fmt: skip

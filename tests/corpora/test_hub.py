@@ -41,7 +41,9 @@ def test_hub_corpora_format_rows_as_documents_of_the_requested_split(record, unr
 
     def rows(path, name, **options):
         requested.update(options, where=(path, name))
-        return ({field: f"{field} {options['split']} {i}" for field in fields} for i in range(3000))
+        line = "# text = " if record.documents is hub.join_sentences else ""
+        file = f" {options['data_files']}" if options["data_files"] else ""
+        return ({field: f"{line}{field} {options['split']} {i}{file}" for field in fields} for i in range(3000))
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
     documents = load_corpus(record.name, "test")
@@ -50,7 +52,8 @@ def test_hub_corpora_format_rows_as_documents_of_the_requested_split(record, unr
     assert all(field in documents[0] for field in fields)
     assert requested["where"] == (record.path, record.config)
     if record.test is None:  # split 70/30 after the limit
-        assert len(documents) == 0.3 * (record.limit or 3000)
+        in_all = 2 * 3000 / hub.SENTENCES if record.documents is hub.join_sentences else record.limit or 3000
+        assert len(documents) == 0.3 * in_all
         assert not set(documents) & set(load_corpus(record.name, "train"))
 
 
