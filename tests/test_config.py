@@ -21,6 +21,7 @@ from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.config.groups import REPLACEMENTS, CorporaConfig, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS, given_flags
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.corpora import is_local
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.storage.yaml_text import to_yaml
@@ -432,6 +433,29 @@ def test_shipped_configurations_load_by_name_unless_a_file_has_that_path(name, t
     assert parse(["--config", f"./{name}"]) == RunConfig(ridge=0.5)
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gprune"]
     assert "configs/*.yaml" in package
+
+
+def test_the_recipes_name_their_text_and_embedded_names_another_one(caplog):
+    trained, untrained = parse(["--config", "trained"]), parse(["--config", "untrained"])
+    assert trained.corpora.shares == untrained.corpora.shares
+    assert sum(trained.corpora.shares.values()) == pytest.approx(1)
+    assert untrained.recovery == "least_squares"
+    untrained.recovery, untrained.distill = trained.recovery, trained.distill
+    assert untrained == trained
+    offline = parse(["--config", "trained", "--config", "embedded"])
+    assert all(map(is_local, offline.train_corpora))
+    assert offline.distill == trained.distill
+    own = parse(["--config", "trained", "--corpora.text", "mine.jsonl"])
+    assert own.train_corpora == ["mine.jsonl"]
+    assert own.corpora.shares == {}
+    assert parse(["--config", "best"]) == trained
+    assert [record.message for record in caplog.records] == [
+        "--config best is now --config trained, which also names its text."
+    ]
+    recipe = parse(["--config", str(ROOT / "experiments/recipe.yaml")])
+    for name in ("importance", "gprune", "recovery", "distill"):
+        assert getattr(recipe, name) == getattr(trained, name)
+    assert recipe.sparsity == trained.sparsity
 
 
 class Unexpected:

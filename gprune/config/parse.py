@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -23,9 +24,11 @@ from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
+log = logging.getLogger("gprune")
 SHIPPED = {  # configurations that --config knows by name
     file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 }
+RENAMED = {"best": "trained"}  # former names of shipped configurations
 CONSENT = "model.trust_remote_code"
 TEXT = "corpora.text"
 GROUPS: dict[str, type[Group]] = {  # groups of flags by name
@@ -174,8 +177,8 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     """Read settings from a YAML file or a shipped configuration, by dotted name.
 
     Args:
-        name: path of a file, relative to `folder`; or the name of a shipped configuration (`best`, `gates`, `paper`,
-            `protocol`, `smoke`, `untrained`) if there is no such file.
+        name: path of a file, relative to `folder`; or the name of a shipped configuration (`embedded`, `gates`,
+            `paper`, `protocol`, `smoke`, `trained`, `untrained`) if there is no such file.
         folder: by default the working folder.
 
     Raises:
@@ -183,6 +186,9 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     """
     path = os.path.join(folder, name)
     has_file = os.path.exists(path) and not os.path.isdir(path)  # a file or a pipe
+    if name in RENAMED and not has_file:
+        former, name = name, RENAMED[str(name)]
+        log.warning("--config %s is now --config %s, which also names its text.", former, name)
     if name in SHIPPED and not has_file:
         path = SHIPPED[name]
     message = f"--config must be a YAML file of flags or one of {', '.join(SHIPPED)}; got"
