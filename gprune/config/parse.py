@@ -160,7 +160,7 @@ def _parse_value(flag: str, text: str) -> Any:
     """
     kind = FLAG_TYPES.get(flag.removeprefix("--"))
     is_text = kind in (str, str | None)
-    if text == "None" and type(None) in get_args(kind):
+    if text == "None" and (kind is None or type(None) in get_args(kind)):
         return None
     if kind in (int, int | None) and re.fullmatch(r"\d+\.0", text):
         return int(text[:-2])

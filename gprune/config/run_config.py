@@ -27,6 +27,7 @@ from gprune.config.groups import (
     refuse_removed,
 )
 from gprune.config.running import (
+    WITHOUT_EFFECT,
     DistillConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -515,7 +516,8 @@ class RunConfig(Group):
             settings["sparsity"]["options"] = option_defaults(ALLOCATION[self.base_allocation]) | self.sparsity.options
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["distill"]["repeat"] = self.repeat
-        settings["trainer"]["world_size"] = self.processes
+        arguments = {name: v for name, v in self.trainer.other_arguments.items() if name not in WITHOUT_EFFECT}
+        settings["trainer"] |= arguments | {"world_size": self.processes}
         s = self.sparsity
         in_use = [name for part, names in IDENTITY_OF_PARTS.items() if part in s.scope for name in names]
         settings["sparsity"] |= {name: getattr(s, name) for name in in_use}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
@@ -162,9 +161,31 @@ def parse_precision(value: Any) -> Any:
     return name
 
 
-class TrainerConfig(Group, prefix="trainer."):
+SET_BY_GPRUNE = {  # arguments of Lightning's Trainer that gprune sets -> what to use instead
+    "max_epochs": "--sparsity.epochs (thresholds), --partition.steps (refinement), --distill.tokens",
+    "max_time": "--trainer.callbacks '[{class_path: Timer, init_args: {duration: 00:12:00:00}}]'",
+    "accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
+    "limit_val_batches": "--evaluation.development_samples",
+    "limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
+    "overfit_batches": "--trainer.limit_train_batches",
+    "num_sanity_val_steps": "--trainer.fast_dev_run true",
+    "barebones": "--logging.mode disabled --trainer.log_every_n_steps 100",
+    "use_distributed_sampler": "--trainer.devices alone, whose samplers repeat no window",
+    "inference_mode": "--trainer.devices alone, because stages need gradients",
+    "default_root_dir": "--run.dir",
+    "enable_checkpointing": "--run.checkpoint_minutes",
+}
+WITHOUT_EFFECT = (  # arguments of Lightning's Trainer that change no result, so that they do not identify a run
+    "profiler", "log_every_n_steps", "detect_anomaly", "enable_progress_bar", "enable_model_summary",
+    "enable_autolog_hparams", "model_registry",
+)  # fmt: skip
+
+
+class TrainerConfig(Group, prefix="trainer.", extra="allow"):
     """Flags of Lightning's Trainer. Each stage has its own Trainer: calibration, refinement, threshold learning, and
-    recoveries that train."""
+    recoveries that train. Other arguments of lightning.Trainer are accepted too, such as --trainer.profiler simple,
+    --trainer.max_steps 100, --trainer.gradient_clip_val 1, --trainer.deterministic true or --trainer.fast_dev_run true.
+    """
 
     accelerator: Annotated[Text, NEVER] = "auto"
     """cpu, gpu, or auto. auto: a GPU if there is one; cpu on a Mac."""
@@ -193,26 +214,18 @@ class TrainerConfig(Group, prefix="trainer."):
     logger: Annotated[list[ClassPath], NEVER] = Field([])
     """Lightning loggers in addition to CSV and W&B, such as [{class_path: TensorBoardLogger}] or MLFlowLogger. They
     write into the run's folder unless `save_dir` is given. Classes of other packages need --import."""
-    log_every_n_steps: Annotated[AtLeast1 | None, NEVER] = None
-    """Steps between points of a curve. Default: 1, and 10 in the refinement."""
-    gradient_clip_val: Annotated[Positive | None, IF_CHANGED] = None
-    """Largest gradient norm in stages without a limit of their own (distillation has --distill.clip). Default: none."""
     limit_train_batches: Annotated[Positive | None, IF_CHANGED] = None
     """Batches per epoch of stages that train on text: a number of batches, or a share if below 1. Default: all."""
-    profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, NEVER] = None
-    """Lightning profiler. Reports are written to profiles/ of the run folder, one file per stage."""
-    max_steps: Annotated[AtLeast1 | None, IF_CHANGED] = None
-    """Largest number of optimizer steps of stages that train on text. Default: no limit."""
     val_check_interval: Annotated[Annotated[int | float, Field(gt=0)] | None, IF_CHANGED] = None
     """How often development perplexity is measured while a stage trains on text: a number of batches, or a share of the
     batches if below 1. Default: after each epoch of threshold learning, and up to four times in a distillation."""
-    fast_dev_run: Annotated[bool, IF_CHANGED] = False
-    """Train each stage on one batch, without curves and checkpoints, to find errors quickly. Other steps run in
-    full."""
-    deterministic: Annotated[bool, IF_CHANGED] = False
-    """Use torch.use_deterministic_algorithms in stages: the same bits in every run on a GPU, but slower."""
-    detect_anomaly: Annotated[bool, NEVER] = False
-    """Report the operation whose gradient is NaN, and stop. Slow."""
+    __pydantic_extra__: dict[str, JsonValue]
+
+    @classmethod
+    def check_name(cls, name: str, where: str) -> None:
+        """Raise UserError for an argument that gprune sets. Lightning's names are checked by `runs.trainer`."""
+        if name in SET_BY_GPRUNE:
+            raise UserError(f"{where}: Setting 'trainer.{name}' cannot be changed. Use {SET_BY_GPRUNE[name]}.")
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for a float `val_check_interval` above 1: neither a number of batches nor a share."""
@@ -223,31 +236,10 @@ class TrainerConfig(Group, prefix="trainer."):
             )
 
     @property
-    def lightning_arguments(self) -> dict[str, Any]:
-        """Arguments of Lightning's Trainer for devices and precision.
-
-        A precision `auto` is replaced by 32-true here, and resolved later, when the hardware is known.
-        """
-        return {
-            "accelerator": self.lightning_accelerator,
-            "precision": "32-true" if self.precision == "auto" else self.precision,
-            "devices": self.devices,
-            "num_nodes": self.num_nodes,
-            "strategy": self.lightning_strategy,
-        }
-
-    @property
-    def lightning_strategy(self) -> str:
-        """Lightning's argument `strategy` of stages that do not shard their models."""
-        return "ddp" if self.strategy == "fsdp" else self.strategy
-
-    @property
-    def lightning_accelerator(self) -> str:
-        """Lightning's argument `accelerator`.
-
-        On a Mac, `auto` is cpu, because statistics are float64, which Apple's GPU does not support.
-        """
-        return "cpu" if self.accelerator == "auto" and sys.platform == "darwin" else self.accelerator
+    def other_arguments(self) -> dict[str, Any]:
+        """Arguments of Lightning's Trainer that have no field here. null and false stand for Lightning's default."""
+        given = self.model_extra or {}
+        return {name: value for name, value in given.items() if value is not None and value is not False}
 
     def validation_interval(
         self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1

@@ -34,7 +34,14 @@ from gprune.models.losses import why_not_measurable
 from gprune.models.parts import attribute_at
 from gprune.models.units import find_unpruned, units_of
 from gprune.recoveries import RECOVERY, recoveries_of
-from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
+from gprune.runs.trainer import (
+    UserCallbacks,
+    arguments_of_user,
+    check_trainer,
+    matmul_precision,
+    placement,
+    resolve_precision,
+)
 from gprune.sparsity.budget import Budget, budget_of, default_width_multiple
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.experts import check_routers
@@ -344,7 +351,11 @@ def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, togethe
 
 def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
     """Return the Trainer's device. A dry run assumes that the requested GPUs and nodes exist."""
-    settings = cfg.trainer.lightning_arguments | {"callbacks": callbacks}
+    given = arguments_of_user(cfg.trainer)
+    for name in ("deterministic", "benchmark"):  # settings of PyTorch, which the Trainer of the check would leave set
+        given.pop(name, None)
+    precision = "32-true" if cfg.trainer.precision == "auto" else cfg.trainer.precision  # `auto` is resolved later
+    settings = placement(cfg.trainer) | given | {"precision": precision, "callbacks": callbacks}
     try:
         return check_trainer(**settings)
     except UserError:
