@@ -40,7 +40,7 @@ from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
 from gprune.registry import Registry, Stage, check_stage, stages_of
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.price import COST
+from gprune.sparsity.price import COST, COSTS_OF_RUN
 from gprune.sparsity.target import Target
 from gprune.user_code import code_of, code_of_module
 
@@ -209,7 +209,7 @@ class RunConfig(Group):
             metrics.append(self.reliability.metric)
         return [
             *((IMPORTANCE, name) for name in dict.fromkeys(metrics)),
-            (COST, self.sparsity.currency),
+            *((COST, name) for name in [self.sparsity.currency] if name not in COSTS_OF_RUN),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
             *([(EXPERT_IMPORTANCE, self.sparsity.expert_metric)] if "experts" in self.sparsity.scope else []),
