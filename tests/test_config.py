@@ -15,12 +15,11 @@ import torch
 import yaml
 
 import gprune
-from gprune.benchmarks.settings import Benchmarks
 from gprune.cli import run
 from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.config.groups import REPLACEMENTS, CorporaConfig, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS, given_flags
-from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.running import SET_BY_GPRUNE, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora import is_local
 from gprune.errors import UserError
 from gprune.registry import Registry
@@ -52,25 +51,12 @@ def test_a_name_can_be_registered_again_only_from_the_same_module():
     assert (registry["red"](), "red" in registry, "blue" in registry) == (2, True, False)
 
 
-def test_replacements_of_removed_flags_are_existing_flags():
-    replacements = re.findall(r"--([\w.]+)", " ".join(REPLACEMENTS.values()))
-    assert len(replacements) > len(REPLACEMENTS) / 2  # other texts name no flag
-    of_evaluate = set(Benchmarks.__pydantic_fields__)
-    assert set(replacements) - {"config", "import"} - of_evaluate <= FLAG_TYPES.keys()
-    assert not {name.removeprefix("evaluate.") for name in REPLACEMENTS} & of_evaluate
-    removed_flags = {name for name in REPLACEMENTS if "=" not in name}  # others are removed values
-    assert not removed_flags & FLAG_TYPES.keys()
-
-
-def test_a_removed_recovery_is_refused_with_its_replacement_from_flags_python_and_lists(tmp_path):
-    """Records of earlier versions can still be read (`check=False`)."""
-    removed = "least_squares_sequential"
-    (tmp_path / "list.yaml").write_text(f"rows: {{x: {{recovery: {removed}}}}}")
-    (row,) = Listing.read(tmp_path / "list.yaml").rows
-    for use in (lambda: parse([f"--recovery={removed}+distill"]), RunConfig(recovery=removed).validate, row.check):
-        with pytest.raises(UserError, match=rf"--recovery {removed} was removed. Use --recovery least_squares\.$"):
-            use()
-    assert config_from_mapping({"recovery": removed}, check=False).recovery == removed
+def test_replacements_of_names_are_existing_flags():
+    replacements = re.findall(r"--([\w.]+)", " ".join([*REPLACEMENTS.values(), *SET_BY_GPRUNE.values()]))
+    assert len(replacements) > len(SET_BY_GPRUNE)
+    assert set(replacements) - {"import", "trainer.log_every_n_steps", "trainer.fast_dev_run"} <= FLAG_TYPES.keys()
+    assert not REPLACEMENTS.keys() & FLAG_TYPES.keys()
+    assert not SET_BY_GPRUNE.keys() & TrainerConfig.model_fields.keys()
 
 
 # --- the same validation for every way to set a value --------------------------------------------------------------
@@ -176,7 +162,6 @@ def test_an_invalid_value_gives_the_same_message_however_it_is_set(name, value, 
         ("sparsity.targt", "Unknown setting 'sparsity.targt'. Did you mean 'target'? Available: target, "),
         ("run.zzz", "Unknown setting 'run.zzz'. Available: dir, name, seed, checkpoint_minutes."),
         ("sparsty", "Unknown setting 'sparsty'. Did you mean 'sparsity'? Available: model, "),
-        ("distill.points", "Unknown setting 'distill.points'. Use --trainer.val_check_interval."),
         ("seed", "Unknown setting 'seed'. Use --run.seed."),
     ],
 )

@@ -56,7 +56,6 @@ def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
     if value == DEFAULT_MULTIPLE:
         return value
     if isinstance(value, str):
-        refuse_removed("--sparsity.width_multiple", value)
         raise UserError(f"--sparsity.width_multiple must be a whole number or {DEFAULT_MULTIPLE}; got '{value}'.")
     return check(value)
 
@@ -78,43 +77,14 @@ SCOPES = (  # values of --sparsity.scope, with their parts in this order
     "experts+blocks", "ffn+experts+blocks", "attention+ffn+experts+blocks",
 )  # fmt: skip
 
-REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were removed -> what to use instead
+REPLACEMENTS = {  # flags of Lightning's command line, and names that only files have -> what to use instead
     "seed": "--run.seed",
     "seed_everything": "--run.seed",
     "ckpt_path": "the same command again, which resumes the run",
     "optimizer": "--sparsity.learning_rate, --distill.learning_rate, or a stage of your own (docs/extend.md)",
     "import": "the command's flag --import; files cannot import code",
     "model.made_elsewhere": "gprune.measure in Python, or a row `model: FOLDER` of a list",
-    "plan.tflops": "the tokens of --dry_run true",
-    "plan.memory": "--dry_run true alone, which prints the bytes that a device needs",
-    "evaluation.controls": "--evaluation.before_recovery for the model before recovery, and a list with rows such as "
-    "`base` and `averaged` instead of controls (gprune study experiments/first_look.yaml)",
-    "corpora.collect": "`gprune study`, which collects what all rows of a list need in one pass",
-    "distill.points": "--trainer.val_check_interval",
-    "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
-    "sparsity.allocation=depth": "--sparsity.scope ffn+blocks with --sparsity.block_choice influence",
-    "corpora.calibrator": "--stages MODULE, whose `calibrator` is the class (docs/extend.md)",
-    "partition.refiner": "--stages MODULE, whose `refiner` is the class (docs/extend.md)",
-    "sparsity.learner": "--stages MODULE, whose `learner` is the class (docs/extend.md)",
-    "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
-    "recovery=least_squares_sequential": "--recovery least_squares",
-    "sparsity.width_multiple=auto": "--sparsity.width_multiple default or a number such as 64",
-    "speed": "--sparsity.target 1.4x alone: it times a prompt of 128 tokens and 32 generated ones, once for each model "
-    "(again if the folder $GPRUNE_CACHE/speed is removed)",
-    "evaluate.engine": "python -m experiments.engines",
-    "evaluate.speed_batch": "python -m experiments.engines",
-    "evaluate.speed_prompt": "python -m experiments.engines",
-    "evaluate.tasks=speed": "python -m experiments.engines",
-    "evaluate.source": "--include_path FOLDER for YAML tasks of lm_eval, which python -m experiments.tasks writes",
-    "evaluate.shard": "--device_map auto",
-    "report.base": "the key compare of a list, which names pairs of rows (gprune study)",
 }
-
-
-def refuse_removed(flag: str, value: str) -> None:
-    """Raise UserError for a value of a flag that was removed (`REPLACEMENTS`)."""
-    if replacement := REPLACEMENTS.get(f"{flag.removeprefix('--')}={value}"):
-        raise UserError(f"{flag} {value} was removed. Use {replacement}.")
 
 
 class Group(
@@ -494,7 +464,6 @@ class SparsityConfig(Group, prefix="sparsity."):
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""
         for allocation in (self.allocation, self.start):
-            refuse_removed("--sparsity.allocation", allocation)
             ALLOCATION.check(allocation)
         if ALLOCATION[self.start].modules:
             raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")

@@ -24,7 +24,6 @@ from gprune.config.groups import (
     ReliabilityConfig,
     SparsityConfig,
     name_or_list,
-    refuse_removed,
 )
 from gprune.config.running import (
     WITHOUT_EFFECT,
@@ -136,8 +135,6 @@ class RunConfig(Group):
 
     def _check_options(self) -> None:
         """Raise UserError for names that are not registered, and for options of a name that the run does not use."""
-        for name in self.recovery.split("+"):
-            refuse_removed("--recovery", name)
         # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
         allocation = self.base_allocation
         options = whole_numbers(self.sparsity.options)
