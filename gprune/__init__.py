@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gprune import corpora, stages  # noqa: F401 - they register themselves
 from gprune.config import RunConfig
 from gprune.console import lazy_exports
-from gprune.corpora.load import CORPORA
+from gprune.corpora.documents import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metric, metric
 from gprune.models.families import FAMILIES, Family

@@ -1,8 +1,9 @@
 """Corpora by name (`load_corpus`), windows of tokens, and the batches of a Trainer."""
 
+from gprune.corpora.documents import CORPORA
 from gprune.corpora.embedded import EMBEDDED_CORPORA, EXLLAMAV2
 from gprune.corpora.hub import HUB_CORPORA
-from gprune.corpora.load import CORPORA, HUB_NAME, identity, load_corpus, source_of
+from gprune.corpora.load import HUB_NAME, identity, load_corpus, source_of
 from gprune.storage.wheels import cached_wheels
 
 __all__ = ["CORPORA", "identity", "is_local", "load_corpus", "source_of"]

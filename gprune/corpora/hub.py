@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import huggingface_hub
 
 from gprune.console import quieted
-from gprune.corpora.load import CORPORA, contiguous_split, document_of
+from gprune.corpora.documents import CORPORA, contiguous_split, document_of
 from gprune.errors import UserError, quoting
 
 MOST_ROWS = 20_000  # of a data set that is not in the table

@@ -24,15 +24,15 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
 
+from gprune.corpora.documents import CORPORA, Conversation, Corpus, contiguous_split, document_of, text_of, without_text
 from gprune.errors import UserError, quoting
-from gprune.registry import NAME, Registry
+from gprune.registry import NAME
 from gprune.storage.paths import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
 DEVELOPMENT_EVERY_OF_FILE = 8  # 10 % of a file, whose train documents are 80 %
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
-TRAIN_SHARE = 0.7
 TRAIN_SHARE_OF_FILE = 0.8  # with development text
 LEAST_DOCUMENTS = 15  # of text without splits, so that all three splits have some
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME or OWNER/NAME:CONFIG
@@ -48,20 +48,6 @@ MADE_BY = {
         "c4_code_25_spanish", "c4_code_25_russian", "c4_code_25_four",
     ),
 }  # fmt: skip
-
-
-class Conversation(str):
-    """Messages as JSON: a document that `windows.make_windows` renders by the chat template of the model's tokenizer.
-
-    Attributes:
-        location: where the messages are, such as `mine.jsonl:12`.
-    """
-
-    location: str
-
-
-Corpus = Callable[[str], list[str]]
-CORPORA: Registry[Corpus] = Registry("corpus")
 
 
 def read_corpus(name: str, split: str) -> list[str]:
@@ -199,17 +185,6 @@ def split_text(text: str, size: int = 2000) -> list[str]:
     return [document.strip("\r\n") for document in [*documents, "".join(lines)] if document.strip()]
 
 
-def contiguous_split(documents: Iterable[str], split: str, train_share: float = TRAIN_SHARE) -> list[str]:
-    """Return the first part of the distinct documents for "train", by default 70 %, the others for "test".
-
-    The split is contiguous, because neighbouring pieces may come from one source: with every other piece of an article
-    in test, train text would leak into test.
-    """
-    distinct = list(dict.fromkeys(documents))
-    cut = round(train_share * len(distinct))
-    return distinct[:cut] if split == "train" else distinct[cut:]
-
-
 def text_files(path: Path) -> list[Path]:
     """Return the path itself if it is a text file, or the text files of a folder, sorted by name."""
     candidates = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -286,7 +261,7 @@ def _read(path: Path) -> Iterator[str]:
 
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         if "text" not in frame:
-            raise _without_text(str(path), f"the keys {', '.join(frame)}")
+            raise without_text(str(path), f"the keys {', '.join(frame)}")
         yield from frame["text"]
     elif suffix == ".txt":
         with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
@@ -305,11 +280,11 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     with ParquetFile(path) as file:
         if "text" not in file.schema_arrow.names:
-            raise _without_text(str(path), f"the keys {', '.join(file.schema_arrow.names)}")
+            raise without_text(str(path), f"the keys {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(columns=["text"]):
             for text in batch["text"].to_pylist():
                 if text is not None:
-                    yield _text_of({"text": text}, str(path))
+                    yield text_of({"text": text}, str(path))
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> str:
@@ -320,42 +295,3 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
         except json.JSONDecodeError as error:  # its message would name line 1, because only one line was parsed
             raise ValueError(f"{error.msg} at column {error.colno}") from error
         return document_of(row, f"{path}:{number}")
-
-
-def document_of(row: object, location: str) -> str:
-    """Return the document in a row with `text` or `messages`. UserError, which begins with `location`, for others."""
-    if isinstance(row, dict) and "messages" in row and "text" not in row:
-        return _conversation_of(row["messages"], location)
-    return _text_of(row, location)
-
-
-def _conversation_of(messages: object, location: str) -> Conversation:
-    """Return the messages of a row. UserError, which begins with `location`, if they are not messages."""
-    must = "must be a list of objects with the strings 'role' and 'content'"
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{location}: The field 'messages' {must}; got {messages!r:.100}.")
-    for number, message in enumerate(messages, start=1):
-        values = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
-            raise UserError(f"{location}: The field 'messages' {must}; message {number} is {message!r:.100}.")
-    conversation = Conversation(json.dumps(messages, ensure_ascii=False))
-    conversation.encode()  # raises ValueError for an unpaired surrogate
-    conversation.location = location
-    return conversation
-
-
-def _without_text(location: str, got: str) -> UserError:
-    """Return the error for a row, or a table, without text."""
-    return UserError(
-        f"{location}: The row must be an object with a string 'text' or, in a .jsonl file, with 'messages'; got {got}."
-    )
-
-
-def _text_of(row: object, location: str) -> str:
-    """Return the field `text` of a row. UserError, which begins with `location`, if there is none."""
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        has_other_keys = isinstance(row, dict) and "text" not in row
-        raise _without_text(location, f"the keys {', '.join(row)}" if has_other_keys and row else f"{row!r:.100}")
-    text.encode()  # raises ValueError for an unpaired surrogate
-    return text

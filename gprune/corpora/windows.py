@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gprune.corpora.load import Conversation, cut_text
+from gprune.corpora.documents import Conversation
+from gprune.corpora.load import cut_text
 from gprune.errors import UserError, quoting
 
 log = logging.getLogger("gprune")

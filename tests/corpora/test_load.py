@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from gprune.corpora.documents import CORPORA
 from gprune.corpora.embedded import EMBEDDED_CORPORA
-from gprune.corpora.load import CORPORA, SPLITS, identity, load_corpus, source_of
+from gprune.corpora.load import SPLITS, identity, load_corpus, source_of
 from gprune.errors import UserError
 from tests.world import restored
 

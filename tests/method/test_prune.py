@@ -23,7 +23,7 @@ import gprune.method.inputs
 import gprune.storage.files
 from gprune import report
 from gprune.calibration.statistics import pool_statistics
-from gprune.corpora.load import CORPORA
+from gprune.corpora.documents import CORPORA
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
