@@ -232,7 +232,7 @@ def test_corpora_of_a_mixture_share_windows_and_training_tokens():
     cfg = parse([*flags, "--distill.tokens=60000"])
     assert cfg.corpora.windows_of(["a", "b", "c"], 8, least=2) == {"a": 17, "b": 6, "c": 2}
     assert cfg.corpora.windows_of(["b", "c"], 9) == {"b": 15, "c": 3}  # shares of the corpora that are read
-    assert cfg.fresh_tokens == 60000
+    assert cfg.corpora.windows_of(["a", "b", "c"], cfg.fresh_windows) == {"a": 420, "b": 150, "c": 30}
     assert cfg.settings()["corpora"]["shares"] == {"a": 0.7, "b": 0.25, "c": 0.05}
     equal = parse(["--corpora.text=[a, b, c]", "--corpora.num_samples=8", "--corpora.seq_len=100"])
     assert equal.corpora.windows_of(["a", "b", "c"], 8) == {"a": 8, "b": 8, "c": 8}

@@ -223,18 +223,6 @@ class _Setting(argparse.Action):
         overlay(namespace, {flag.removeprefix("--"): _parse_value(flag, text)}, flag)
 
 
-class _Target(_Setting):
-    """Action of `--sparsity.target`, which cannot be given both as a quality (`+5%`) and as an amount."""
-
-    earlier: str | None = None
-
-    def __call__(self, parser: Any, namespace: Any, text: Any, flag: str | None = None) -> None:
-        if self.earlier is not None and self.earlier.startswith("+") != text.startswith("+"):
-            raise UserError(f"{flag} must be a quality or an amount; got both {self.earlier} and {text}.")
-        self.earlier = text
-        super().__call__(parser, namespace, text, flag)
-
-
 class _SettingsFile(ActionConfigFile):
     """Action of `--config`: merge a file or a shipped configuration into the settings.
 
@@ -292,7 +280,7 @@ class FlagParser(Parser):
                 text = f"{text.removesuffix('.').partition('. ')[0]}." if flag in MAIN_FLAGS else SUPPRESS
             section.add_argument(
                 f"--{flag}",
-                action=_Target if flag == "sparsity.target" else _Setting,
+                action=_Setting,
                 metavar=_placeholder(name, FLAG_TYPES[flag]),
                 default=SUPPRESS if value is None else value,
                 help=text,

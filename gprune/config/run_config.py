@@ -300,11 +300,6 @@ class RunConfig(Group):
         return self.recovery != "none" and self.evaluation.before_recovery
 
     @property
-    def evaluated_stages(self) -> list[str]:
-        """Stages of the model in records, in their order."""
-        return ["dense", *(["pruned"] if self.measures_pruned else []), self.final_stage]
-
-    @property
     def processes(self) -> int:
         """Number of processes over all nodes (the world size)."""
         return self.trainer.devices * self.trainer.num_nodes
@@ -358,31 +353,6 @@ class RunConfig(Group):
         if self.distill.repeat is not None:
             return self.distill.repeat
         return "auto" if self.corpora.text else False
-
-    @property
-    def fresh_tokens(self) -> int:
-        """Number of training tokens of a recovery."""
-        return self._windows(self.corpora.recover, self.fresh_windows) * self.corpora.seq_len
-
-    @property
-    def recovery_measurements(self) -> int:
-        """Number of measurements of development perplexity while a recovery trains: by default after each quarter."""
-        windows, batch_size = self._windows(self.corpora.recover, self.fresh_windows), self.distill.batch_size
-        return self.trainer.measurements(windows, batch_size, 0.25, accumulate=self.distill.accumulate)
-
-    @property
-    def learned_windows(self) -> int:
-        """Number of windows in an epoch of threshold learning."""
-        return self._windows(self.corpora.learn, self.corpora.learn_samples or self.corpora.num_samples)
-
-    def _windows(self, corpora: list[str], each: int) -> int:
-        """Return the number of windows of corpora in all, with `each` window per corpus on average."""
-        return sum(self.corpora.windows_of(corpora, each).values())
-
-    @property
-    def development_tokens(self) -> int:
-        """Largest number of tokens in the development text. By default a quality target uses less of small corpora."""
-        return len(self.development_corpora) * self.development_windows * self.corpora.seq_len
 
     @property
     def evaluated_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Annotated, Any, Literal
 
@@ -147,18 +146,9 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
         return code_at(self.class_path) if "." in self.class_path else {}
 
 
-def parse_precision(value: Any) -> Any:
-    """Return Lightning's full name of a precision, such as `bf16-mixed` for `bf16`. UserError for unsupported ones."""
-    reasons = {
-        "bf16-true": "steps of AdamW are below the resolution of bfloat16 weights",
-        "16-mixed": "float16 overflows without loss scaling, which the stages do not have",
-        "64-true": "nothing here needs float64",
-    }
-    full_names = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed", "16-true": "16-mixed", "64": "64-true"}
-    name = full_names.get(str(value), value)
-    if (reason := reasons.get(str(name))) is not None:
-        raise UserError(f"--trainer.precision must be auto, 32-true or bf16-mixed; got {value!r} ({reason}).")
-    return name
+def full_precision(value: Any) -> Any:
+    """Return Lightning's full name of a precision."""
+    return {"bf16": "bf16-mixed", "32": "32-true"}.get(str(value), value)
 
 
 SET_BY_GPRUNE = {  # arguments of Lightning's Trainer that gprune sets -> what to use instead
@@ -200,7 +190,7 @@ class TrainerConfig(Group, prefix="trainer.", extra="allow"):
     """Argument of torch.set_float32_matmul_precision. highest: float32 matrix products in float32, on AMD's CPUs with
     AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: permits
     bfloat16, which CPUs with AMX and GPUs use."""
-    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(parse_precision)] = "auto"
+    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(full_precision)] = "auto"
     """Precision of threshold learning, of recoveries that train, and of errors of blocks (--sparsity.allocation
     reconstruction); statistics and evaluation use --model.dtype. bf16-mixed: matrix products in bfloat16
     (autocast). They are 2 to 7 times as fast on CPUs with AMX and on AMD's CPUs with AVX512-BF16, and slower on other
@@ -240,47 +230,6 @@ class TrainerConfig(Group, prefix="trainer.", extra="allow"):
         """Arguments of Lightning's Trainer that have no field here. null and false stand for Lightning's default."""
         given = self.model_extra or {}
         return {name: value for name, value in given.items() if value is not None and value is not False}
-
-    def validation_interval(
-        self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1
-    ) -> tuple[int, int]:
-        """Return the number of batches in an epoch, and the number of batches between two development measurements.
-
-        The interval is `--trainer.val_check_interval`, by default `share` of the epoch, rounded up to whole optimizer
-        steps. Raise UserError if the flag is more than an epoch, or `--trainer.limit_train_batches` leaves no batch.
-        """
-        all_batches = math.ceil(windows / batch_size)
-        batches = all_batches
-        if limit := self.limit_train_batches:  # a number of batches, or a share below 1
-            batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
-            if not batches:
-                raise UserError(
-                    f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches in an epoch of "
-                    f"each training stage; got {limit:g}."
-                )
-        interval = self.val_check_interval or share
-        if isinstance(interval, float):
-            rounding_error = 1e-9  # of the product, which would otherwise add a batch
-            interval = math.ceil(batches * interval - rounding_error)
-        if interval > batches:
-            raise UserError(
-                f"--trainer.val_check_interval must be {batches} or less, the batches in an epoch of a training stage, "
-                f"or a share from 0 to 1; got {interval}."
-            )
-        whole_steps = accumulate * math.ceil(interval / accumulate)
-        return batches, min(batches, whole_steps)
-
-    def measurements(
-        self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1, epochs: int = 1
-    ) -> int:
-        """Return the number of measurements of development perplexity before, during and after training.
-
-        Arguments as for `validation_interval`. The last measurement is after the last step, also if the interval does
-        not divide the batches of an epoch.
-        """
-        batches, interval = self.validation_interval(windows, batch_size, share, accumulate=accumulate)
-        after_last_step = int(batches % interval > 0)
-        return 1 + epochs * (batches // interval) + after_last_step
 
 
 class RunFolderConfig(Group, prefix="run."):

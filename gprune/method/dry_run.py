@@ -61,6 +61,7 @@ def describe(plan: Plan) -> str:
         plan = replace(plan, budget=plan.budget.removing(plan.budget.step))
     else:
         lines.setdefault("widths", describe_widths(plan.budget))
+    stages = ["dense", *(["pruned"] if cfg.measures_pruned else []), cfg.final_stage]
     remaining = parameters - plan.removed
     size = f"{remaining * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}"
     lines |= {
@@ -68,7 +69,7 @@ def describe(plan: Plan) -> str:
         "exports": f"{'at most ' if cfg.searches_quality else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
-        "evaluates": f"the model on {len(cfg.corpora.evaluate)} corpora: {', '.join(cfg.evaluated_stages)}",
+        "evaluates": f"the model on {len(cfg.corpora.evaluate)} corpora: {', '.join(stages)}",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "loads": describe_loading(plan),
@@ -83,7 +84,7 @@ def describe_target(plan: Plan) -> dict[str, str]:
     cfg = plan.cfg
     if not cfg.searches_quality:
         return {"removes": plan.describe_removed()}
-    text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
+    text = f"{plan.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
     target = cfg.sparsity.target
     kept = f"{target} on every development corpus" if cfg.sparsity.limit == "worst" else target
     return {

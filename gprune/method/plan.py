@@ -39,6 +39,7 @@ from gprune.runs.trainer import (
     arguments_of_user,
     check_trainer,
     matmul_precision,
+    measurements,
     placement,
     resolve_precision,
 )
@@ -216,15 +217,21 @@ class Plan:
         return total
 
     @property
+    def development_tokens(self) -> int:
+        """Largest number of tokens in the development text. By default a quality target uses less of small corpora."""
+        return len(self.cfg.development_corpora) * self.cfg.development_windows * self.cfg.corpora.seq_len
+
+    @property
     def learning_tokens(self) -> tuple[int, int]:
         """Tokens of threshold learning, and of development perplexity before, during and after learning."""
         cfg, epochs = self.cfg, self.cfg.sparsity.epochs
-        learning = epochs * cfg.learned_windows * cfg.corpora.seq_len
+        windows = self._windows(cfg.corpora.learn, cfg.corpora.learn_samples or cfg.corpora.num_samples)
+        learning = epochs * windows * cfg.corpora.seq_len
         # The curve over sparsities has the dense model, the target and others.
-        measured = cfg.trainer.measurements(cfg.learned_windows, cfg.corpora.batch_size, epochs=epochs)
+        measured = measurements(cfg.trainer, windows, cfg.corpora.batch_size, epochs=epochs)
         measured += 2 + len(cfg.evaluation.curve)
         teacher = learning if cfg.sparsity.loss == "kl" else 0
-        return measured * cfg.development_tokens + teacher, learning
+        return measured * self.development_tokens + teacher, learning
 
     @property
     def searched_models(self) -> int:
@@ -236,14 +243,18 @@ class Plan:
         """Tokens of the search for a quality, and of the recovered model on development text if it is trained."""
         cfg = self.cfg
         recovered, _ = self.recovery_tokens(cfg.training_free_recovery)
-        searched = cfg.development_tokens + self.searched_models * (recovered + cfg.development_tokens)
-        return {8: (searched, 0), 9: (cfg.development_tokens if cfg.recovery_learns else 0, 0)}
+        searched = self.development_tokens + self.searched_models * (recovered + self.development_tokens)
+        return {8: (searched, 0), 9: (self.development_tokens if cfg.recovery_learns else 0, 0)}
 
     @property
     def calibration_tokens(self) -> int:
         """Number of tokens in a pass over all calibration corpora."""
         c = self.cfg.corpora
-        return sum(c.windows_of(self.cfg.calibration_corpora, c.num_samples, least=2).values()) * c.seq_len
+        return self._windows(self.cfg.calibration_corpora, c.num_samples, least=2) * c.seq_len
+
+    def _windows(self, corpora: list[str], each: int, *, least: int = 1) -> int:
+        """Return the number of windows of corpora in all, with `each` window per corpus on average."""
+        return sum(self.cfg.corpora.windows_of(corpora, each, least=least).values())
 
     @cached_property
     def gram_ranges(self) -> list[list[int]]:
@@ -276,15 +287,20 @@ class Plan:
     def recovery_tokens(self, chain: str) -> tuple[int, int]:
         """Return the (forward, forward and backward) tokens of a model's recovery, including development text."""
         cfg = self.cfg
-        c = cfg.corpora
-        text = sum(c.windows_of(c.recover, c.num_samples, least=2).values()) * c.seq_len
+        text = self._windows(cfg.corpora.recover, cfg.corpora.num_samples, least=2) * cfg.corpora.seq_len
+        fresh_windows = self._windows(cfg.corpora.recover, cfg.fresh_windows)
         forward = trained = 0
         for recovery in recoveries_of(chain, cfg.recovery_settings):
-            own_forward, own_trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
+            own_forward, own_trained = recovery.tokens(
+                text, fresh_windows * cfg.corpora.seq_len, attention=cfg.attention
+            )
             forward += own_forward
             trained += own_trained
             if recovery.learns:
-                forward += cfg.recovery_measurements * cfg.development_tokens
+                measured = measurements(  # by default after each quarter
+                    cfg.trainer, fresh_windows, cfg.distill.batch_size, 0.25, accumulate=cfg.distill.accumulate
+                )
+                forward += measured * self.development_tokens
         return forward, trained
 
     @property

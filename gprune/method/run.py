@@ -42,6 +42,7 @@ from gprune.runs.trainer import (
     placement,
     plain_interrupts,
     raise_as_user_error,
+    validation_interval,
 )
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -202,7 +203,7 @@ class Run:
         if validates:
             windows = sum(len(of_corpus.tokens) for of_corpus in text)
             accumulate = kwargs.get("accumulate_grad_batches", 1)
-            _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
+            _, interval = validation_interval(t, windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
         learned = self.folder.manifest.get("learned_tokens", {})
         stage.tokens_before = sum(tokens for other, tokens in learned.items() if other != name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import os
 import re
 import signal
@@ -279,6 +280,49 @@ def launch_processes(trainer: TrainerConfig) -> Fabric:
     fabric = Fabric(**placement(trainer))
     fabric.launch()
     return fabric
+
+
+def validation_interval(
+    t: TrainerConfig, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1
+) -> tuple[int, int]:
+    """Return the number of batches in an epoch, and the number of batches between two development measurements.
+
+    The interval is `--trainer.val_check_interval`, by default `share` of the epoch, rounded up to whole optimizer
+    steps. Raise UserError if the flag is more than an epoch, or `--trainer.limit_train_batches` leaves no batch.
+    """
+    all_batches = math.ceil(windows / batch_size)
+    batches = all_batches
+    if limit := t.limit_train_batches:  # a number of batches, or a share below 1
+        batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
+        if not batches:
+            raise UserError(
+                f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches in an epoch of "
+                f"each training stage; got {limit:g}."
+            )
+    interval = t.val_check_interval or share
+    if isinstance(interval, float):
+        rounding_error = 1e-9  # of the product, which would otherwise add a batch
+        interval = math.ceil(batches * interval - rounding_error)
+    if interval > batches:
+        raise UserError(
+            f"--trainer.val_check_interval must be {batches} or less, the batches in an epoch of a training stage, "
+            f"or a share from 0 to 1; got {interval}."
+        )
+    whole_steps = accumulate * math.ceil(interval / accumulate)
+    return batches, min(batches, whole_steps)
+
+
+def measurements(
+    t: TrainerConfig, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1, epochs: int = 1
+) -> int:
+    """Return the number of measurements of development perplexity before, during and after training.
+
+    Arguments as for `validation_interval`. The last measurement is after the last step, also if the interval does
+    not divide the batches of an epoch.
+    """
+    batches, interval = validation_interval(t, windows, batch_size, share, accumulate=accumulate)
+    after_last_step = int(batches % interval > 0)
+    return 1 + epochs * (batches // interval) + after_last_step
 
 
 @contextmanager
