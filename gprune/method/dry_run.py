@@ -104,6 +104,8 @@ def describe_text(plan: Plan) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
     except Exception:  # tokenizers and the hub raise many classes
+        tokenizer = None
+    if tokenizer is None or tokenizer.vocab_size < 2:  # for some types transformers makes an empty one from a config
         return f"not counted, because the tokenizer of {m.name} cannot be loaded"
     text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=to_download)
     needed: dict[tuple[str, str], int] = {}
