@@ -1,6 +1,7 @@
 """The figure of the README and its table of quality, from the committed records.
 
-    python -m experiments.readme                                # prints the table
+    python -m experiments.readme                                # prints the table of quality
+    python -m experiments.readme --shares                       # prints what is lost and gained at several shares
     python -m experiments.readme --figures experiments/figures  # draws readme.png
 
 All numbers are unseen perplexity divided by that of the dense model ("times dense").
@@ -15,6 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments.groups import GROUPS, ratios
 from experiments.summary import runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
 from gprune.report.figures import add_title, draw_line, line_style, save, style
@@ -99,6 +101,27 @@ def table() -> Table:
     return Table("readme", "Quality", COLUMNS, cells)
 
 
+# Share of the FFN: the row on twelve unseen kinds of text, and how many times as fast as dense (a prompt of 128 tokens
+# and 32 new ones, one CPU thread, float32 in transformers; 8 bits against f16 in llama.cpp: experiments/pages/speed.md).
+SHARES_OF_FFN: dict[str, tuple[Place, str]] = {
+    "30 % of the FFN": (("languages.yaml", "SmolLM2, c4_code"), "1.19"),
+    "50 % of the FFN": (("kinds_text.yaml", "c4_code, 98k"), "1.31"),
+}
+
+
+def shares_table() -> Table:
+    """Return the README's table of what is lost and gained."""
+    rows = [["nothing, 8 bits", "0 %", "half", f"{EIGHT_BITS:.2f}", "1.19"]]
+    for label, (place, speed) in SHARES_OF_FFN.items():
+        run, _ = find(place)
+        before, after = (run.summary[f"parameters_{when}"] for when in ("before", "after"))
+        of_kind = dict(zip(GROUPS, ratios(run), strict=False))
+        loss = f"{of_kind['all twelve']:.2f} ({of_kind['German']:.1f})"
+        rows.append([label, f"{1 - after / before:.0%}".replace("%", " %"), f"{2 * after / 1e6:.0f} MB", loss, speed])
+    columns = ["removed", "of the model", "size, 16 bits", "loss, times dense", "speed, times dense"]
+    return Table("shares", "What is lost and gained", columns, rows)
+
+
 def points(places: Sequence[Place]) -> list[tuple[float, float]]:
     """Return the points of a line, (share of the FFN, times dense), in the order of their shares."""
     found = filter(None, map(find, places))
@@ -140,10 +163,12 @@ def work(arguments: Sequence[str] | None = None) -> str:
     """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.readme", description=__doc__)
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figure to this folder, no table")
-    folder = parser.parse_args(arguments).figures
+    parser.add_argument("--shares", action="store_true", help="print what is lost and gained at several shares")
+    options = parser.parse_args(arguments)
+    folder = options.figures
     quiet()
     if folder is None:
-        return table().to_markdown() + "\n"
+        return (shares_table() if options.shares else table()).to_markdown() + "\n"
     (path,) = save(drawn(), folder, "readme")
     with Image.open(path) as picture:
         few_colours = picture.convert("RGB").quantize(256)  # less than half of the bytes

@@ -88,7 +88,7 @@ def test_every_flag_on_a_page_exists(page):
     others = "--print_config --help --sparsity.options.power --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
     others += "--write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat --clones"
-    others += " --no-deps --engine --prompt --batch --options.rescale.power --data --wheel"
+    others += " --no-deps --engine --prompt --batch --options.rescale.power --data --wheel --shares"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     assert set(re.findall(flag, text)) <= {*re.findall(flag, PAGES["docs/flags.md"]), *others.split()}
 
@@ -144,13 +144,13 @@ def test_every_link_leads_to_an_existing_file_and_heading(page):
             assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
 
 
-def test_the_readme_has_at_most_1400_words_and_180_lines():
-    assert len(README.split()) <= 1400
-    assert len(README.splitlines()) <= 180
+def test_the_readme_has_at_most_1200_words_besides_its_tables_of_numbers():
+    assert len(QUALITY.sub("", README).split()) <= 1200
+    assert len(README.splitlines()) <= 190
 
 
 CONFIGURATIONS = sorted((ROOT / "gprune/configs").glob("*.yaml"))
-QUALITY = re.compile(r"<!-- python -m experiments.readme -->.*?<!-- end of its output -->", re.DOTALL)
+QUALITY = re.compile(r"<!-- python -m experiments.readme .*?-->.*?<!-- end of its output -->", re.DOTALL)
 NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\]"
 
 

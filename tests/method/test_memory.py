@@ -170,7 +170,12 @@ def test_the_table_of_large_models_has_the_planned_memory(model, config, plan_of
     (tmp_path / "8b/config.json").write_text(json.dumps(config))
     size, *cells = row.split(" | ")
     trained = "--config=trained"
-    recipes = ([trained], [trained, "--distill.targets=mlp"], [trained, "--distill.targets=lora"], ["--config=untrained"])
+    recipes = (
+        [trained],
+        [trained, "--distill.targets=mlp"],
+        [trained, "--distill.targets=lora"],
+        ["--config=untrained"],
+    )
     for cell, flags in zip(cells, recipes, strict=True):
         planned = plan_of_8b(*flags, "--trainer.accelerator=gpu")
         assert planned["memory"].split()[1] == cell.split()[0]
