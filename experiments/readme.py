@@ -101,11 +101,11 @@ def table() -> Table:
     return Table("readme", "Quality", COLUMNS, cells)
 
 
-# Share of the FFN: the row on twelve unseen kinds of text, and how many times as fast as dense (a prompt of 128 tokens
-# and 32 new ones, one CPU thread, float32 in transformers; 8 bits against f16 in llama.cpp: experiments/pages/speed.md).
+# Share of the FFN: the row on twelve unseen kinds of text, and how many times as fast as dense: a prompt of 128 tokens
+# and 32 new ones, one CPU thread, float32 in transformers. 8 bits against f16 in llama.cpp (pages/speed.md).
 SHARES_OF_FFN: dict[str, tuple[Place, str]] = {
-    "30 % of the FFN": (("languages.yaml", "SmolLM2, c4_code"), "1.19"),
-    "50 % of the FFN": (("kinds_text.yaml", "c4_code, 98k"), "1.31"),
+    "30 % of the FFN": (("languages.yaml", "SmolLM2, 10 %"), "1.19"),
+    "50 %, C4 and code alone": (("kinds_text.yaml", "c4_code, 98k"), "1.31"),
 }
 
 
@@ -131,7 +131,7 @@ def points(places: Sequence[Place]) -> list[tuple[float, float]]:
 @style()
 def drawn() -> Figure:
     """Draw perplexity against the removed share, a panel for each model, with the names of lines at their ends."""
-    figure = Figure(figsize=(9.0, 3.6))  # inches; GitHub shows it about 830 pixels wide
+    figure = Figure(figsize=(9.6, 3.7))  # inches; GitHub shows it about 830 pixels wide
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title, of_model in zip(
         panels, ("SmolLM2-135M", "Gemma-3-270M"), (SMOLLM2_LINES, GEMMA_LINES), strict=True
