@@ -85,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
         (4096, "--model.dtype=bfloat16 --recovery=distill --distill.targets=mlp --sparsity.scope=attention+ffn"),
         (4096, "--importance=taylor --recovery=least_squares --gprune=false"),
         # Three quarters of the peak are activations of layers, or a third is AdamW's moments.
-        (4096, f"{TRAINED} --distill.batch_size=12"),
+        (4096, f"{TRAINED} --distill.batch_size=12 --distill.tokens=3072"),
         (512, f"{TRAINED} --distill.batch_size=1 --distill.tokens=768 --corpora.seq_len=64 --sparsity.target=0.1"),
     ],
 )
@@ -104,7 +104,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(vocab_siz
     monkeypatch.setattr(RunFolder, "step", measured_step)
     args = ("--corpora.seq_len=256", "--evaluation.seq_len=256", "--recovery=least_squares+distill", "--export=none")
     short = ("--evaluation.curve=[]", f"--corpora.evaluate={world.names('alpha')}")
-    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *short, *flags.split()))
+    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=1024", *short, *flags.split()))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)
     peaks = {"calibrate": measured["calibrate"], "recover": measured["shrink"]}
