@@ -323,7 +323,7 @@ def test_settings_and_generated_run_names_exclude_the_run_folder_logging_and_exp
     plain = RunConfig()
     with_other_output = RunConfig(
         run=RunFolderConfig(dir="/somewhere", name="mine"), logging=LoggingConfig(mode="disabled", tags=["x"]),
-        export={"format": "none"}, dry_run=True,
+        export="none", dry_run=True,
     )  # fmt: skip
     assert "logging" not in plain.settings()
     assert plain.settings() == with_other_output.settings()

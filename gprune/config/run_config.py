@@ -76,6 +76,11 @@ def _join_chain(recovery: Any) -> Any:
     return "+".join(map(str, recovery)) or "none" if isinstance(recovery, list) else recovery
 
 
+def _from_format(export: Any) -> Any:
+    """Convert the short form `--export gguf` to settings."""
+    return {"format": export} if isinstance(export, str) else export
+
+
 class RunConfig(Group):
     """Generalization-aware structured pruning of a large language model.
 
@@ -112,7 +117,7 @@ class RunConfig(Group):
     logging: Annotated[LoggingConfig, NEVER] = Field(default_factory=LoggingConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     run: RunFolderConfig = Field(default_factory=RunFolderConfig)
-    export: Annotated[ExportConfig, NEVER] = Field(default_factory=ExportConfig)
+    export: Annotated[ExportConfig, BeforeValidator(_from_format), NEVER] = Field(default_factory=ExportConfig)
     dry_run: Annotated[bool, NEVER] = False
     """Print the widths, and the number of parameters, bytes and tokens and the memory needed. Nothing is run."""
     allow_unused: Annotated[bool, NEVER] = False
@@ -126,6 +131,7 @@ class RunConfig(Group):
         self._check_options()
         self._check_text_and_gradients()
         self._check_scope_and_target()
+        self._check_placement()
 
     def _check_options(self) -> None:
         """Raise UserError for names that are not registered, and for options of a name that the run does not use."""
@@ -163,7 +169,7 @@ class RunConfig(Group):
             raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward_flag}; got float16.")
 
     def _check_scope_and_target(self) -> None:
-        """Raise UserError for settings that the scope, the target or several processes cannot be combined with."""
+        """Raise UserError for settings that whole experts, or a target in quality or speed, cannot be combined with."""
         s = self.sparsity
         scope, target, currency = f"--sparsity.scope {s.scope}", f"--sparsity.target {s.target}", s.currency
         if "experts" in s.scope and self.gprune and "ffn" not in s.scope:
@@ -185,8 +191,12 @@ class RunConfig(Group):
             raise UserError(
                 f"{s.currency_flag} cannot be combined with {setting}, because speed is measured in one process."
             )
-        if device_map is not None and processes > 1:  # each process would use all devices
-            raise UserError(f"--model.device_map {device_map} needs one process; got {processes} processes.")
+
+    def _check_placement(self) -> None:
+        """Raise UserError for a device map with several processes, each of which would use all devices."""
+        if self.model.device_map is not None and self.processes > 1:
+            flag = f"--model.device_map {self.model.device_map}"
+            raise UserError(f"{flag} needs one process; got {self.processes} processes.")
 
     @property
     def entries(self) -> list[tuple[Registry[Any], str]]:

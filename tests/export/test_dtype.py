@@ -99,7 +99,7 @@ def test_a_float32_run_exports_in_the_dtype_of_the_checkpoint_unless_export_dtyp
 
 def test_export_accepts_a_format_or_a_group_and_does_not_affect_result_settings(tmp_path):
     short, long = parse(["--export", "gguf"]), parse(["--export.format=gguf", "--export.dtype=bfloat16"])
-    assert short.export.format == long.export.format == "gguf"
+    assert short.export.format == long.export.format == RunConfig(export="gguf").export.format == "gguf"
     assert short.settings() == long.settings() == RunConfig().settings()
     (tmp_path / "a.yaml").write_text("export: none\n")
     from_file, from_mapping = parse(["--config", f"{tmp_path}/a.yaml"]), config_from_mapping({"export": "none"})
