@@ -239,7 +239,7 @@ SCRIPTS = [  # module of experiments and its arguments, a part of the message
     ("stability --pair x.yaml", "--pair"),
     ("stability no/such.yaml --pairs", "no/such.yaml"),
     ("tokens {tmp}/plain.yaml", "needs records of rows that learn"),
-    ("groups {tmp}/plain.yaml", "needs records of rows that are evaluated on all corpora of experiments"),
+    ("groups {tmp}/plain.yaml", "needs records of rows that are evaluated on all kinds of experiments"),
 ]
 LISTS = [  # content of a list, parts of the message
     ("rows: {a: {}}\nrow: 1\n", "row must not be given (no such key)", "got 1"),
