@@ -59,7 +59,7 @@ def treebank_document(conllu: str) -> list[str]:
 
 def treebank(conllu: str) -> list[str]:
     """Return documents of neighbouring sentences."""
-    return join_sentences(conllu.splitlines())
+    return join_sentences(conllu.split("\n"))  # not at other line ends, which sentences may have
 
 
 def abstracts_of_medicine(content: str) -> list[str]:

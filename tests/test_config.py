@@ -237,6 +237,8 @@ def test_corpora_of_a_mixture_share_windows_and_training_tokens():
     equal = parse(["--corpora.text=[a, b, c]", "--corpora.num_samples=8", "--corpora.seq_len=100"])
     assert equal.corpora.windows_of(["a", "b", "c"], 8) == {"a": 8, "b": 8, "c": 8}
     assert "shares" not in equal.settings()["corpora"]
+    with pytest.raises(UserError, match=r"--corpora.text must have shares above 0 that add up to 1; got .* 0\.9\."):
+        cfg.corpora.text = {"a": 0.7, "b": 0.2}
     with pytest.raises(UserError, match=r"--corpora.text must have a share of each corpus that .*; got none of 'd'"):
         parse([*flags, "--corpora.drift=[a, d]"]).corpora.windows_of(["a", "d"], 1)
 

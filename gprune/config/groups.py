@@ -196,7 +196,7 @@ def _one_name_to_list(names: Any) -> Any:
 
 
 def _as_text(text: Any) -> Any:
-    """Return `--corpora.text` as a list of names, or as shares by name. UserError for another type."""
+    """Return `--corpora.text` as a list of names, or as shares by name. UserError for another type or other shares."""
     text = _one_name_to_list(text)
     is_list = isinstance(text, list) and all(isinstance(name, str) for name in text)
     is_mixture = isinstance(text, dict) and all(isinstance(share, int | float) for share in text.values())
@@ -205,7 +205,12 @@ def _as_text(text: Any) -> Any:
             f"--corpora.text must be a name, a list of names, or shares by name such as '{{a.txt: 0.7, c4: 0.3}}'; got "
             f"{format_value(text)}."
         )
-    return {name: float(share) for name, share in text.items()} if is_mixture else text
+    if not is_mixture:
+        return text
+    total = sum(text.values())
+    if not all(share > 0 for share in text.values()) or abs(total - 1) > 1e-6:
+        raise UserError(f"--corpora.text must have shares above 0 that add up to 1; got {text}, in all {total:g}.")
+    return {name: float(share) for name, share in text.items()}
 
 
 def name_or_list(names: Any) -> Any:
@@ -286,12 +291,6 @@ class CorporaConfig(Group, prefix="corpora."):
                 raise UserError(f"--corpora.{role} must name at least one corpus; got an empty list.")
             if len(set(names)) != len(names):
                 raise UserError(f"--corpora.{role} must name each corpus once; got {names}.")
-        if self.shares:
-            total = sum(self.shares.values())
-            if not all(share > 0 for share in self.shares.values()) or abs(total - 1) > 1e-6:
-                raise UserError(
-                    f"--corpora.text must have shares above 0 that add up to 1; got {self.shares}, in all {total:g}."
-                )
 
     @property
     def shares(self) -> dict[str, float]:
