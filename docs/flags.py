@@ -29,13 +29,16 @@ def page() -> str:
 def tables(made: argparse.ArgumentParser) -> Iterator[str]:
     """A table for each group of flags of a command."""
     titled: dict[str, list[argparse.Action]] = {"": []}
+    about: dict[str, str] = {}
     for group in made._action_groups:
         title = "" if group.title in ("options", "positional arguments") else (group.title or "").partition(". ")[0]
         titled.setdefault(title.rstrip(".:"), []).extend(filter(shown, group._group_actions))
+        about[title.rstrip(".:")] = " ".join((group.description or "").split())
     for title, actions in titled.items():
         if actions:
             rows = [f"| `{name(a)}` | {default(a)} | {told(a)} |" for a in actions]
             head = f"\n### {title}\n" if title else ""
+            head += f"\n{about[title]}\n" if about[title] else ""
             yield head + "\n" + "\n".join(["| flag | default | what it is |", "|---|---|---|", *rows]) + "\n"
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gprune.console import Parser, quiet, run_guarded
-from gprune.corpora.hub import hub_errors, offline_if_unreachable
+from gprune.corpora.hub import SHEARING, hub_errors, offline_if_unreachable
 from gprune.corpora.load import load_corpus, read_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.errors import UserError
@@ -32,10 +32,6 @@ from gprune.storage.files import read_json, replacing
 from gprune.storage.paths import expanded
 
 RECORDS = Path(__file__).resolve().parent / "lists/records"
-SHEARING = (
-    "https://raw.githubusercontent.com/princeton-nlp/LLM-Shearing/cbf39a32dba040025c373a63c742d305df1860cd/"
-    "llmshearing/data/sample_redpajama"
-)
 SPLITS = ("train", "test")
 MODEL = "smollm2-135m"  # its tokenizer determines the hashes
 TITLE = re.compile(r" = [^=\n]+ = \n")

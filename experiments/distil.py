@@ -29,6 +29,7 @@ from gprune.export.hf import save_pruned
 from gprune.method.inputs import load_dense, prepare_text
 from gprune.method.plan import make_plan
 from gprune.models.loading import check_elsewhere, load_elsewhere, load_tokenizer
+from gprune.runs.trainer import placement
 from gprune.stages.distillation import DistillationStage
 from gprune.storage.paths import expanded
 
@@ -52,7 +53,7 @@ def distil(model: str, cfg: RunConfig, output: Path) -> None:
         validation_batch_size=cfg.corpora.batch_size, seed=cfg.run.seed,
     )  # fmt: skip
     trainer = L.Trainer(
-        accelerator=cfg.trainer.lightning_accelerator, devices=1, precision=cfg.trainer.precision, max_epochs=1,
+        accelerator=placement(cfg.trainer)["accelerator"], devices=1, precision=cfg.trainer.precision, max_epochs=1,
         gradient_clip_val=cfg.distill.clip, accumulate_grad_batches=cfg.distill.accumulate,
         logger=CSVLogger(output.parent, name=f"{output.name}-curves"), log_every_n_steps=1, num_sanity_val_steps=0,
         val_check_interval=cfg.trainer.val_check_interval or 0.25,

@@ -8,11 +8,12 @@ of dense for each row of a list that is evaluated on the corpora of `experiments
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.kinds import CHOOSING, KINDS, UNSEEN
+from experiments.kinds import CHOOSING, ROMANCE, UNSEEN
 from experiments.summary import runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
@@ -33,13 +34,17 @@ GROUPS = {
     "all twelve": UNSEEN,
 }
 NOTE = "Geometric mean of perplexity over that of dense. *: text for choosing; the other groups are unseen."
+MIXED = "Spanish, Italian, Portuguese*"  # other documents of languages in mixtures; a column if they are evaluated
+WORST = "worst of ten*"
 
 
 def ratios(run: FinishedRun) -> list[float]:
-    """Return the perplexity of a run's final model over that of dense, as the geometric mean over each of `GROUPS`."""
+    """Return the perplexity of a run's final model over that of dense: means over `GROUPS`, `WORST` and `MIXED`."""
     lines = final_lines(run.frame())
     by_corpus = lines[lines["number"] == "times_dense"].set_index("corpus")["value"]
-    return [geometric_mean(by_corpus[kinds]) for kinds in GROUPS.values()]
+    of_groups = [geometric_mean(by_corpus[kinds]) for kinds in GROUPS.values()]
+    of_mixed = geometric_mean(by_corpus[[*ROMANCE]]) if {*ROMANCE} <= {*by_corpus.index} else math.nan
+    return [*of_groups, by_corpus[CHOOSING].max(), of_mixed]
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
@@ -48,12 +53,16 @@ def work(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("listing", type=Path, metavar="LIST", help="list of rows, a YAML file")
     listing = parser.parse_args(arguments).listing
     quiet()
-    runs = [run for run in runs_of(str(listing.resolve())) if {*KINDS} <= {record["corpus"] for record in run.records}]
+    needed = {*CHOOSING, *UNSEEN}
+    runs = [run for run in runs_of(str(listing.resolve())) if needed <= {record["corpus"] for record in run.records}]
     if not runs:
-        raise UserError(f"'{listing}' needs records of rows that are evaluated on all corpora of experiments.kinds.")
+        raise UserError(f"'{listing}' needs records of rows that are evaluated on all kinds of experiments.kinds.")
     rows = [[run.name, *ratios(run)] for run in runs]
-    digits = dict.fromkeys(GROUPS, 3)
-    table = Table("groups", "Times dense, by groups of kinds", ["row", *GROUPS], rows, digits=digits, note=NOTE)
+    names = [*GROUPS, WORST, MIXED]
+    if all(math.isnan(row[-1]) for row in rows):
+        names, rows = names[:-1], [row[:-1] for row in rows]
+    digits = dict.fromkeys(names, 3)
+    table = Table("groups", "Times dense, by groups of kinds", ["row", *names], rows, digits=digits, note=NOTE)
     return f"{table.for_stdout()}\n"
 
 

@@ -1,4 +1,4 @@
-"""Corpora of many kinds, made from clones of public repositories: for choosing settings, and for unseen text.
+"""Corpora of many kinds, made from clones of public repositories: for choosing, for unseen text, and for mixtures.
 
     python -m experiments.kinds --clones clones --output data && export GPRUNE_DATA_DIR=data
 
@@ -7,7 +7,8 @@ missing, an error has the command that makes it. A repository is read at a fixed
 text. Writes `corpora/NAME/text.jsonl`, with an object with the key `text` per line, and prints what was written. The
 first 70 % of the documents of a corpus are its train split, the others its test split (`gprune.corpora.load`). Kinds
 for choosing settings and kinds of unseen text have no repository in common, except that documents of different genres
-come from the corpus GUM.
+come from the corpus GUM. Languages for calibration are parts of `MIXTURES`, which also need `c4` and `code_github` in
+the folder (`python -m experiments.corpora --output data` writes them). German is in no mixture.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from experiments.corpora import write
+from experiments.corpora import mix, write
 from gprune.console import Parser, run_guarded
+from gprune.corpora.hub import TREEBANKS, join_sentences
 from gprune.corpora.load import split_text
 from gprune.errors import UserError
 from gprune.report.tables import Table
 from gprune.storage.paths import expanded
 
-SENTENCES = 20  # of a treebank without documents, in one document
 GUM = ("UniversalDependencies/UD_English-GUM", "afb41ee9bca57991125814fa04d96a0e61470c8b")
 TEI = "{http://www.tei-c.org/ns/1.0}"
 LAW = "{https://code.dccouncil.us/schemas/dc-library}"
@@ -43,7 +44,7 @@ class Kind:
     files: str  # regular expression of paths
     read: Callable[[str], list[str]]  # content of a file -> documents
     licence: str
-    chooses: bool = False  # whether the text may be used for choosing settings; otherwise it is unseen text
+    purpose: str = "unseen"  # or "choosing" settings, or "calibration": a part of mixtures
 
 
 def _sentences(conllu: str) -> list[str]:
@@ -57,9 +58,8 @@ def treebank_document(conllu: str) -> list[str]:
 
 
 def treebank(conllu: str) -> list[str]:
-    """Return documents of `SENTENCES` neighbouring sentences."""
-    sentences = _sentences(conllu)
-    return [" ".join(sentences[first : first + SENTENCES]) for first in range(0, len(sentences), SENTENCES)]
+    """Return documents of neighbouring sentences."""
+    return join_sentences(conllu.split("\n"))  # not at other line ends, which sentences may have
 
 
 def abstracts_of_medicine(content: str) -> list[str]:
@@ -93,9 +93,9 @@ def law(content: str) -> list[str]:
     return split_text("\n\n".join(filter(None, paragraphs)))
 
 
-def _genre(name: str, licence: str, *, chooses: bool = False) -> Kind:
+def _genre(name: str, licence: str, purpose: str = "unseen") -> Kind:
     """Return a genre of GUM."""
-    return Kind(*GUM, rf"not-to-release/sources/GUM_{name}_.*\.conllu", treebank_document, licence, chooses)
+    return Kind(*GUM, rf"not-to-release/sources/GUM_{name}_.*\.conllu", treebank_document, licence, purpose)
 
 
 KINDS = {
@@ -127,24 +127,42 @@ KINDS = {
         "UniversalDependencies/UD_German-GSD", "297fcf350481058d0737a27f0f8fd03b2eadd67a", r"de_gsd-ud-test\.conllu",
         treebank, "CC BY-SA 4.0",
     ),
-    "howto": _genre("whow", "CC BY-NC-SA", chooses=True),
-    "biography": _genre("bio", "CC BY", chooses=True),
-    "essays": _genre("essay", "CC BY-NC-SA", chooses=True),
-    "letters": _genre("letter", "CC BY-NC-SA", chooses=True),
-    "podcasts": _genre("podcast", "CC BY-NC-SA", chooses=True),
-    "vlogs": _genre("vlog", "CC BY", chooses=True),
-    "court": _genre("court", "CC BY-NC-SA", chooses=True),
-    "textbooks": _genre("textbook", "CC BY", chooses=True),
+    "howto": _genre("whow", "CC BY-NC-SA", "choosing"),
+    "biography": _genre("bio", "CC BY", "choosing"),
+    "essays": _genre("essay", "CC BY-NC-SA", "choosing"),
+    "letters": _genre("letter", "CC BY-NC-SA", "choosing"),
+    "podcasts": _genre("podcast", "CC BY-NC-SA", "choosing"),
+    "vlogs": _genre("vlog", "CC BY", "choosing"),
+    "court": _genre("court", "CC BY-NC-SA", "choosing"),
+    "textbooks": _genre("textbook", "CC BY", "choosing"),
     "c": Kind(
-        "DaveGamble/cJSON", "a29814f285cc531c00223743ad3c55cd38c0dc56", r"[^/]+\.[ch]", split_text, "MIT", chooses=True
+        "DaveGamble/cJSON", "a29814f285cc531c00223743ad3c55cd38c0dc56", r"[^/]+\.[ch]", split_text, "MIT", "choosing"
     ),
     "french": Kind(
         "UniversalDependencies/UD_French-GSD", "830e2782304af08b3cc1c9250475343e04274d81", r"fr_gsd-ud-test\.conllu",
-        treebank, "CC BY-SA 4.0", chooses=True,
+        treebank, "CC BY-SA 4.0", "choosing",
     ),
 }  # fmt: skip
-UNSEEN = [name for name, kind in KINDS.items() if not kind.chooses]
-CHOOSING = [name for name, kind in KINDS.items() if kind.chooses]
+KINDS |= {  # languages for mixtures of calibration text
+    name: Kind(of.repository, of.commit, "|".join(map(re.escape, of.files)), treebank, of.licence, "calibration")
+    for name, of in TREEBANKS.items()
+}
+UNSEEN, CHOOSING, CALIBRATION = (
+    [name for name, kind in KINDS.items() if kind.purpose == purpose]
+    for purpose in ("unseen", "choosing", "calibration")
+)
+
+# Most characters of each corpus in a mixture; None for all. By SmolLM2's tokens of train text, 83 % of what is not in a
+# language is C4 and 17 % is code. The number in a name is the percentage of other languages.
+ROMANCE = ("spanish", "italian", "portuguese")
+MIXTURES: dict[str, dict[str, int | None]] = {
+    "c4_code_5": {"c4": None, "code_github": 350_000, **dict.fromkeys(ROMANCE, 26_000)},
+    "c4_code_10": {"c4": None, "code_github": 350_000, **dict.fromkeys(ROMANCE, 55_000)},
+    "c4_code_25": {"c4": 1_680_000, "code_github": 300_000, **dict.fromkeys(ROMANCE)},
+    "c4_code_25_spanish": {"c4": 675_000, "code_github": 123_000, "spanish": None},
+    "c4_code_25_russian": {"c4": 840_000, "code_github": 155_000, "russian": None},
+    "c4_code_25_four": {"c4": 1_320_000, "code_github": 243_000, **dict.fromkeys(ROMANCE, 84_000), "russian": 40_000},
+}
 
 
 def documents_of(kind: Kind, clones: Path) -> list[str]:
@@ -189,8 +207,15 @@ def work(arguments: Sequence[str] | None = None) -> str:
     for name, texts in documents.items():
         write(folder, name, {"text": texts})
         kind = KINDS[name]
-        purpose = "choosing" if kind.chooses else "unseen"
-        rows.append([name, purpose, kind.repository, kind.licence, len(texts), sum(map(len, texts))])
+        rows.append([name, kind.purpose, kind.repository, kind.licence, len(texts), sum(map(len, texts))])
+    for name, parts in MIXTURES.items():
+        for part in ("c4", "code_github"):
+            if not (folder / "corpora" / part).is_dir():
+                raise UserError(
+                    f"--output must have the corpus {part} for mixtures; '{folder / 'corpora' / part}' does not exist. "
+                    f"Make it: python -m experiments.corpora --output {options.output}"
+                )
+        write(folder, name, mix(folder, parts))
     columns = ["corpus", "for", "repository", "licence", "documents", "characters"]
     return f"\n{Table('kinds', 'Kinds of text', columns, rows).for_stdout()}\n"
 

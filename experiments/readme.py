@@ -1,6 +1,7 @@
-"""The table of quality in the README and the figure below it, from the committed records.
+"""The figure of the README and its table of quality, from the committed records.
 
-    python -m experiments.readme                                # prints the table
+    python -m experiments.readme                                # prints the table of quality
+    python -m experiments.readme --shares                       # prints what is lost and gained at several shares
     python -m experiments.readme --figures experiments/figures  # draws readme.png
 
 All numbers are unseen perplexity divided by that of the dense model ("times dense").
@@ -9,15 +10,16 @@ All numbers are unseen perplexity divided by that of the dense model ("times den
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.summary import Lines, draw_curves, runs_of, times_dense
+from experiments.groups import GROUPS, ratios
+from experiments.summary import runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
-from gprune.report.figures import add_title, save, style
+from gprune.report.figures import add_title, draw_line, line_style, save, style
 from gprune.report.tables import Estimate, Table
 from gprune.runs.results import FinishedRun
 
@@ -56,39 +58,29 @@ ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
     "ShortGPT": ((PEERS, "ShortGPT"), None, (PEERS_GEMMA, "ShortGPT"), None),
 }  # fmt: skip
 
-# Names of lines, in the order of their colours: the same masks have the same colour in all panels.
-SUBJECTS = ("trained", "paper", "averaged", "untrained", "base", "best")
-# Line of the figure: list and row of each point.
+# Line of the figure: list and row of each point. The rows of each line have the same metric, by shares.
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 SMOLLM2_LINES: dict[str, list[Place]] = {
-    "base": [("sparsity.yaml", f"wanda_sp {share}, base") for share in SHARES],
-    "paper": [("sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
+    "one corpus": [("sparsity.yaml", f"wanda_sp {share}, base") for share in SHARES],
+    "paper's method": [("sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
     "averaged": [("sparsity.yaml", f"wanda_sp {share}, averaged") for share in SHARES],
-    "untrained": [("untrained.yaml", "smollm2, act_norm, reconstruction")],
     "trained": [
         *(("distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
         ("distill.yaml", "averaged, 98k"), ("distill_budgets.yaml", "60 %, 98k"),
     ],
 }  # fmt: skip
 GEMMA_LINES: dict[str, list[Place]] = {
-    "base": [
+    "one corpus": [
         *(("gemma_budgets.yaml", f"{share} %, base") for share in (20, 30)), (GEMMA, "base"),
     ],
-    "paper": [*(("gemma_budgets.yaml", f"{share} %, paper") for share in (20, 30)), (GEMMA, "paper")],
+    "paper's method": [*(("gemma_budgets.yaml", f"{share} %, paper") for share in (20, 30)), (GEMMA, "paper")],
     "averaged": [
         *(("gemma_budgets.yaml", f"{share} %, averaged") for share in (20, 30)), (GEMMA, "averaged"),
     ],
     "trained": [*(("gemma_budgets.yaml", f"{share} %, best, 49k") for share in (20, 30)), (GEMMA, "best, 49k")],
 }  # fmt: skip
-TOKENS = ("98k", "197k", "393k", "786k", "1.57M")
-TICKS = {49: "49k", 98: "98k", 197: "197k", 393: "393k", 786: "786k", 1573: "1.6M"}  # thousands of tokens
-TOKEN_LINES: dict[str, list[Place]] = {
-    "base": [("distill.yaml", f"base, {tokens}") for tokens in ("49k", "98k", "196k", "393k")],
-    "paper": [("distill.yaml", f"paper, then {tokens}") for tokens in ("49k", "344k")],
-    "trained": [("tokens.yaml", f"smollm2, {tokens}") for tokens in TOKENS],
-    "best": [(PEERS, "best, 49k"), (PEERS, "best")],
-    "trained, Gemma": [("tokens.yaml", f"gemma, {tokens}") for tokens in TOKENS],
-}
+LIFTS = {"one corpus": 4, "paper's method": 2, "averaged": -4}  # of the names of lines that end near others, in points
+EIGHT_BITS = 1.005  # dense in q8_0, times dense (experiments/pages/speed.md)
 
 
 def find(place: Place) -> tuple[FinishedRun, Estimate] | None:
@@ -109,53 +101,60 @@ def table() -> Table:
     return Table("readme", "Quality", COLUMNS, cells)
 
 
-def lines(places: dict[str, list[Place]], over: str) -> Lines:
-    """Return the points of each line. `over` is `share` for the removed share, or `tokens` for thousands of tokens."""
-    return {
-        (subject, model): sorted(points(of, over), key=lambda point: point[0])
-        for (subject, _, model), of in ((label.partition(", "), of) for label, of in places.items())
-    }
+# Share of the FFN: the row on twelve unseen kinds of text, and how many times as fast as dense: a prompt of 128 tokens
+# and 32 new ones, one CPU thread, float32 in transformers. 8 bits against f16 in llama.cpp (pages/speed.md).
+SHARES_OF_FFN: dict[str, tuple[Place, str]] = {
+    "30 % of the FFN": (("languages.yaml", "SmolLM2, 10 %"), "1.19"),
+    "50 %, C4 and code alone": (("kinds_text.yaml", "c4_code, 98k"), "1.31"),
+}
 
 
-def points(places: Sequence[Place], over: str) -> Iterator[tuple[float, Estimate]]:
-    """Yield the points of a line whose rows have records."""
-    for run, ratio in filter(None, map(find, places)):
-        yield run.settings["sparsity"]["target"] if over == "share" else run.summary["learned_tokens"] / 1000, ratio
+def shares_table() -> Table:
+    """Return the README's table of what is lost and gained."""
+    rows = [["nothing, 8 bits", "0 %", "half", f"{EIGHT_BITS:.2f}", "1.19"]]
+    for label, (place, speed) in SHARES_OF_FFN.items():
+        run, _ = find(place)
+        before, after = (run.summary[f"parameters_{when}"] for when in ("before", "after"))
+        of_kind = dict(zip(GROUPS, ratios(run), strict=False))
+        loss = f"{of_kind['all twelve']:.2f} ({of_kind['German']:.1f})"
+        rows.append([label, f"{1 - after / before:.0%}".replace("%", " %"), f"{2 * after / 1e6:.0f} MB", loss, speed])
+    columns = ["removed", "of the model", "size, 16 bits", "loss, times dense", "speed, times dense"]
+    return Table("shares", "What is lost and gained", columns, rows)
+
+
+def points(places: Sequence[Place]) -> list[tuple[float, float]]:
+    """Return the points of a line, (share of the FFN, times dense), in the order of their shares."""
+    found = filter(None, map(find, places))
+    return sorted((run.settings["sparsity"]["target"], ratio.value) for run, ratio in found)
 
 
 @style()
 def drawn() -> Figure:
-    """Draw three panels: perplexity against the removed share for both models, and against training tokens."""
+    """Draw perplexity against the removed share, a panel for each model, with the names of lines at their ends."""
     figure = Figure(figsize=(9.6, 3.7))  # inches; GitHub shows it about 830 pixels wide
-    smollm2, gemma, tokens = figure.subplots(1, 3)
-    labels = {"over": "share of the FFN removed", "ticks": "{x:.0%}", "reference": "dense", "subjects": SUBJECTS}
-    draw_curves(smollm2, lines(SMOLLM2_LINES, "share"), **labels)
-    draw_curves(gemma, lines(GEMMA_LINES, "share"), **labels)
-    draw_curves(tokens, lines(TOKEN_LINES, "tokens"), **labels | {"over": "training tokens"})
-    gemma.sharex(smollm2)
-    gemma.sharey(smollm2)
-    tokens.set_xscale("log")
-    tokens.set_xticks(list(TICKS), list(TICKS.values()))
-    tokens.set_yticks([1, 1.2, 1.5, 2, 2.5])
-    tokens.minorticks_off()
-    smollm2.set_ylabel("perplexity on unseen text, times dense", fontsize=10)
-    for axes, title in (
-        (smollm2, "SmolLM2-135M"),
-        (gemma, "Gemma-3-270M"),
-        (tokens, "Half removed, then trained"),
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title, of_model in zip(
+        panels, ("SmolLM2-135M", "Gemma-3-270M"), (SMOLLM2_LINES, GEMMA_LINES), strict=True
     ):
+        for i, (name, places) in enumerate(of_model.items()):
+            shares, ratios = zip(*points(places), strict=True)
+            draw_line(axes, i, shares, ratios, name)
+            colour = line_style(i)[0]
+            axes.annotate(name, (shares[-1], ratios[-1]), (6, LIFTS.get(name, 0)), textcoords="offset points",
+                          va="center", fontsize=9, color=colour)  # fmt: skip
+        axes.axhline(EIGHT_BITS, color="0.35", ls="--", lw=1)
+        axes.annotate("nothing removed, 8 bits", (0.2, EIGHT_BITS), (0, 5), textcoords="offset points", fontsize=9,
+                      color="0.35")  # fmt: skip
+        axes.set(yscale="log", xlim=(0.19, max(shares) + 0.13), xlabel="share of the FFN removed")
+        axes.set_yticks([1, 1.5, 2, 3, 5, 10, 15], ["1", "1.5", "2", "3", "5", "10", "15"])
+        axes.set_xticks([0.2, 0.3, 0.4, 0.5, 0.6], ["20 %", "30 %", "40 %", "50 %", "60 %"])
+        axes.minorticks_off()
         axes.set_title(title, loc="left", fontsize=10)
-        axes.xaxis.label.set_size(10)
-        axes.tick_params(labelsize=9)
-    gemma.set_ylabel("")
-    tokens.set_ylabel("")
-    for axes, place in ((smollm2, "upper left"), (tokens, (0.02, 0.2))):
-        axes.legend(loc=place, fontsize=9)
+    panels[0].set_ylabel("perplexity on unseen text, times dense")
     return add_title(
         figure,
-        "Standard protocol, one seed, 95 % intervals over windows. trained: averaged masks, least squares and 98k "
-        "tokens (Gemma: 49k).\nuntrained was measured at 50 % on SmolLM2. Weights are in bfloat16; in float32 for "
-        "trained on SmolLM2, and in the last panel except for best.",
+        "trained: averaged masks, least squares and 98k training tokens (Gemma: 49k). The other lines train nothing. "
+        "Standard protocol, one seed.",
         size=8,
     )
 
@@ -164,10 +163,12 @@ def work(arguments: Sequence[str] | None = None) -> str:
     """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.readme", description=__doc__)
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figure to this folder, no table")
-    folder = parser.parse_args(arguments).figures
+    parser.add_argument("--shares", action="store_true", help="print what is lost and gained at several shares")
+    options = parser.parse_args(arguments)
+    folder = options.figures
     quiet()
     if folder is None:
-        return table().to_markdown() + "\n"
+        return (shares_table() if options.shares else table()).to_markdown() + "\n"
     (path,) = save(drawn(), folder, "readme")
     with Image.open(path) as picture:
         few_colours = picture.convert("RGB").quantize(256)  # less than half of the bytes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gprune import corpora, stages  # noqa: F401 - they register themselves
 from gprune.config import RunConfig
 from gprune.console import lazy_exports
-from gprune.corpora.load import CORPORA
+from gprune.corpora.documents import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metric, metric
 from gprune.recoveries import RECOVERY, Recovery, recovery
@@ -40,15 +40,11 @@ __all__ = [
     "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks",
     "expert_metric", "load_run", "load_study", "masked", "measure", "metric", "prune", "recovery", "register",
 ]  # fmt: skip
-REMOVED = {
-    "evaluate": "gprune.measure(model, dense, cfg), which returns the frame",
-    "recover": "python -m experiments.distil, then gprune.measure",
-}
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
     "apply_masks": "gprune.export.hf", "load_run": "gprune.runs.results",
     "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.method.prune",
     "measure": "gprune.method.measure", "register": "gprune.models.loading",
-}, removed=REMOVED)  # fmt: skip
+})  # fmt: skip
 # In a notebook without ipywidgets, tqdm would warn when transformers is imported. gprune draws no bars with tqdm there.
 warnings.filterwarnings("ignore", message="IProgress not found")

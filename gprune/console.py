@@ -17,7 +17,6 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
 
 import jsonargparse
@@ -36,11 +35,9 @@ class Import(argparse.Action):
 class Parser(jsonargparse.ArgumentParser):
     """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`."""
 
-    def __init__(self, prog: str, *, removed: Mapping[str, str] = MappingProxyType({}), **options: Any):
-        """`removed` has flags of earlier versions, without dashes, and what to use instead."""
+    def __init__(self, prog: str, **options: Any):
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
-        self.removed = removed
         text = "a module or .py file to import first, with metrics, recoveries, stages or callbacks; may be repeated"
         self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=text)
 
@@ -49,8 +46,6 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
         closest = closest_name(unknown[1], [action.dest for action in self._actions]) if unknown else None
         hint = f"Did you mean --{closest}? " if closest else ""
-        if unknown and unknown[1] in self.removed:
-            hint = f"Use {self.removed[unknown[1]]}. "
         if message.endswith("expected one argument"):
             hint = "A value that begins with - needs =, such as --run.name=-x. "
         message = message.replace("<class 'int'>", "whole number")
@@ -291,19 +286,16 @@ def process_index() -> int:
     return rank
 
 
-def lazy_exports(
-    package: str, modules: Mapping[str, str], *, removed: Mapping[str, str] = MappingProxyType({})
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use.
 
-    `modules` maps each of these names to its module, and `removed` names of earlier versions to what to use instead.
+    `modules` maps each of these names to its module.
     """
 
     def lazy_getattr(name: str) -> Any:
         """Import a public name, and store it in the package, so that this function is called once for each name."""
         if name not in modules:
-            hint = f". It was removed; use {removed[name]}" if name in removed else ""
-            raise AttributeError(f"module '{package}' has no attribute '{name}'{hint}")
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
         # The modules import Lightning, which imports matplotlib and fails if the user's matplotlibrc is broken.
         import_matplotlib()
         value = getattr(importlib.import_module(modules[name]), name)

@@ -1,6 +1,6 @@
 """User errors: one line with what is wrong, the value, and what to do.
 
-Every message has one of five forms. A place (a file, a row, a flag with its value) and a colon may come first.
+Every message has one of four forms. A place (a file, a row, a flag with its value) and a colon may come first.
 
 1. Invalid value: `SUBJECT must WHAT; got VALUE.`
 
@@ -18,10 +18,6 @@ Every message has one of five forms. A place (a file, a row, a flag with its val
 4. Failure: `Cannot DO: CAUSE.`
 
        Cannot write runs/a/metrics.json: No space left on device.
-
-5. A value that has left: `SUBJECT was removed.`
-
-       --sparsity.allocation depth was removed. Use --sparsity.scope ffn+blocks.
 
 A sentence with the remedy may follow. Each message is one line, begins with a flag or a capital letter, and ends with a
 full stop. `tests/test_errors.py` checks this for every message in the source.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -74,10 +74,11 @@ class UserCode:
 
 
 class Registry(UserCode, Generic[T]):
-    """Map names to registered functions or classes."""
+    """Map names to registered functions or classes. `others` are names that gprune gives a meaning without an entry."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, others: Collection[str] = ()):
         super().__init__(kind)
+        self.others = others
         self._entries: dict[str, T] = {}
         self._registered_in: dict[str, str] = {}  # name -> the module that registers it
 
@@ -85,11 +86,13 @@ class Registry(UserCode, Generic[T]):
         """Return a decorator that registers an object under `name`.
 
         Raises:
-            ValueError: if another object has the name (running a notebook cell again is allowed).
+            ValueError: if another object has the name (running a notebook cell again is allowed), or it is in `others`.
             UserError: if the name has characters that are special in paths, or separate names in chains and lists.
         """
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
+        if name in self.others:
+            raise ValueError(f"{self.kind} '{name}' has a meaning already; choose another name.")
         registered_in = _calling_module()
 
         def decorate(entry: T) -> T:
@@ -118,10 +121,11 @@ class Registry(UserCode, Generic[T]):
     def check(self, name: str) -> None:
         """Raise UserError if the name is not registered."""
         if name not in self._entries:
-            closest = closest_name(name, self._entries)
+            known = [*self, *self.others]
+            closest = closest_name(name, known)
             hint = f" Did you mean '{closest}'?" if closest else ""
             own = "one of your own needs --import MODULE"
-            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}; {own}.")
+            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(known)}; {own}.")
 
     def __getitem__(self, name: str) -> T:
         """Return the entry. Raise UserError if the name is not registered."""

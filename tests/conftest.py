@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -35,13 +36,18 @@ def pytest_collectstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported objects from garbage collection.
+    """Exclude imported objects from garbage collection, and let forked processes make their thread pool at once.
 
     Without this, traversing all objects of torch, transformers and lightning each time takes long.
     """
     gc.collect()
     gc.freeze()
     gc.enable()
+
+    # PyTorch makes its thread pool again at the first use after a fork. Of two threads that load weights at once, one
+    # could find no pool ("pool INTERNAL ASSERT FAILED"), so the only thread of the child makes it.
+    if torch := sys.modules.get("torch"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 import yaml
 
 import gprune
-from gprune.benchmarks.settings import Benchmarks
 from gprune.cli import run
 from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.config.groups import REPLACEMENTS, CorporaConfig, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS, given_flags
-from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.running import SET_BY_GPRUNE, LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.corpora import is_local
 from gprune.errors import UserError
 from gprune.registry import Registry
 from gprune.storage.yaml_text import to_yaml
@@ -50,25 +51,12 @@ def test_a_name_can_be_registered_again_only_from_the_same_module():
     assert (registry["red"](), "red" in registry, "blue" in registry) == (2, True, False)
 
 
-def test_replacements_of_removed_flags_are_existing_flags():
-    replacements = re.findall(r"--([\w.]+)", " ".join(REPLACEMENTS.values()))
-    assert len(replacements) > len(REPLACEMENTS) / 2  # other texts name no flag
-    of_evaluate = set(Benchmarks.__pydantic_fields__)
-    assert set(replacements) - {"config", "import"} - of_evaluate <= FLAG_TYPES.keys()
-    assert not {name.removeprefix("evaluate.") for name in REPLACEMENTS} & of_evaluate
-    removed_flags = {name for name in REPLACEMENTS if "=" not in name}  # others are removed values
-    assert not removed_flags & FLAG_TYPES.keys()
-
-
-def test_a_removed_recovery_is_refused_with_its_replacement_from_flags_python_and_lists(tmp_path):
-    """Records of earlier versions can still be read (`check=False`)."""
-    removed = "least_squares_sequential"
-    (tmp_path / "list.yaml").write_text(f"rows: {{x: {{recovery: {removed}}}}}")
-    (row,) = Listing.read(tmp_path / "list.yaml").rows
-    for use in (lambda: parse([f"--recovery={removed}+distill"]), RunConfig(recovery=removed).validate, row.check):
-        with pytest.raises(UserError, match=rf"--recovery {removed} was removed. Use --recovery least_squares\.$"):
-            use()
-    assert config_from_mapping({"recovery": removed}, check=False).recovery == removed
+def test_replacements_of_names_are_existing_flags():
+    replacements = re.findall(r"--([\w.]+)", " ".join([*REPLACEMENTS.values(), *SET_BY_GPRUNE.values()]))
+    assert len(replacements) > len(SET_BY_GPRUNE)
+    assert set(replacements) - {"import", "trainer.log_every_n_steps", "trainer.fast_dev_run"} <= FLAG_TYPES.keys()
+    assert not REPLACEMENTS.keys() & FLAG_TYPES.keys()
+    assert not SET_BY_GPRUNE.keys() & TrainerConfig.model_fields.keys()
 
 
 # --- the same validation for every way to set a value --------------------------------------------------------------
@@ -174,7 +162,6 @@ def test_an_invalid_value_gives_the_same_message_however_it_is_set(name, value, 
         ("sparsity.targt", "Unknown setting 'sparsity.targt'. Did you mean 'target'? Available: target, "),
         ("run.zzz", "Unknown setting 'run.zzz'. Available: dir, name, seed, checkpoint_minutes."),
         ("sparsty", "Unknown setting 'sparsty'. Did you mean 'sparsity'? Available: model, "),
-        ("distill.points", "Unknown setting 'distill.points'. Use --trainer.val_check_interval."),
         ("seed", "Unknown setting 'seed'. Use --run.seed."),
     ],
 )
@@ -209,10 +196,11 @@ OTHERS = ["wiki", "web", "stories", "technical", "python_docs"]  # that are eval
          ["a.txt", "c4", "wikitext2", "code_github", "stackexchange", "gsm8k", "stories", "python_docs"]),
         ("--corpora.text a.txt --corpora.recover [web] --corpora.evaluate [a.txt]", ["a.txt"] * 3 + ["web"], ["a.txt"]),
         ("--corpora.recover [web] --corpora.text a.txt", ["a.txt"] * 4, ["a.txt", *OTHERS]),
+        ("--corpora.text '{a.txt: 0.7, b.txt: 0.3}'", ["a.txt b.txt"] * 4, ["a.txt", "b.txt", *OTHERS]),
     ],
 )  # fmt: skip
 def test_ones_own_text_takes_the_roles_that_earlier_flags_and_files_name(flags, roles, evaluated):
-    cfg = parse(flags.split())
+    cfg = parse(shlex.split(flags))
     assert [" ".join(getattr(cfg.corpora, role)) for role in ("score", "drift", "learn", "recover")] == roles
     assert cfg.corpora.evaluate == evaluated
     assert cfg.repeat == "auto"
@@ -221,14 +209,38 @@ def test_ones_own_text_takes_the_roles_that_earlier_flags_and_files_name(flags, 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--corpora.text 5", "--corpora.text must be a valid list; got 5."),
+    [("--corpora.text 5",
+      "--corpora.text must be a name, a list of names, or shares by name such as '{a.txt: 0.7, c4: 0.3}'; got 5."),
+     ("--corpora.text '{a: 0.7, b: 0.2}'",
+      "--corpora.text must have shares above 0 that add up to 1; got {'a': 0.7, 'b': 0.2}, in all 0.9."),
+     ("--corpora.text '{a: 1.2, b: -0.2}'",
+      "--corpora.text must have shares above 0 that add up to 1; got {'a': 1.2, 'b': -0.2}, in all 1."),
+     ("--corpora.text '{a: half}'",
+      "--corpora.text must be a name, a list of names, or shares by name such as '{a.txt: 0.7, c4: 0.3}'; got {'a': "
+      "'half'}."),
      ("--corpora.evaluate stories --corpora.text a.txt", "--corpora.evaluate must be a valid list; got 'stories'."),
      ("--corpora.evaluate 5 --corpora.text a.txt", "--corpora.evaluate must be a valid list; got 5.")],
 )  # fmt: skip
 def test_ones_own_text_of_a_wrong_type_is_refused_by_name(flags, message):
     with pytest.raises(UserError) as error:
-        parse(flags.split())
+        parse(shlex.split(flags))
     assert str(error.value) == message
+
+
+def test_corpora_of_a_mixture_share_windows_and_training_tokens():
+    flags = ["--corpora.text={a: 0.7, b: 0.25, c: 0.05}", "--corpora.num_samples=8", "--corpora.seq_len=100"]
+    cfg = parse([*flags, "--distill.tokens=60000"])
+    assert cfg.corpora.windows_of(["a", "b", "c"], 8, least=2) == {"a": 17, "b": 6, "c": 2}
+    assert cfg.corpora.windows_of(["b", "c"], 9) == {"b": 15, "c": 3}  # shares of the corpora that are read
+    assert cfg.corpora.windows_of(["a", "b", "c"], cfg.fresh_windows) == {"a": 420, "b": 150, "c": 30}
+    assert cfg.settings()["corpora"]["shares"] == {"a": 0.7, "b": 0.25, "c": 0.05}
+    equal = parse(["--corpora.text=[a, b, c]", "--corpora.num_samples=8", "--corpora.seq_len=100"])
+    assert equal.corpora.windows_of(["a", "b", "c"], 8) == {"a": 8, "b": 8, "c": 8}
+    assert "shares" not in equal.settings()["corpora"]
+    with pytest.raises(UserError, match=r"--corpora.text must have shares above 0 that add up to 1; got .* 0\.9\."):
+        cfg.corpora.text = {"a": 0.7, "b": 0.2}
+    with pytest.raises(UserError, match=r"--corpora.text must have a share of each corpus that .*; got none of 'd'"):
+        parse([*flags, "--corpora.drift=[a, d]"]).corpora.windows_of(["a", "d"], 1)
 
 
 def test_ones_own_text_is_short_for_other_flags_and_set_in_python_too():
@@ -408,6 +420,29 @@ def test_shipped_configurations_load_by_name_unless_a_file_has_that_path(name, t
     assert parse(["--config", f"./{name}"]) == RunConfig(ridge=0.5)
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gprune"]
     assert "configs/*.yaml" in package
+
+
+def test_the_recipes_name_their_text_and_embedded_names_another_one(caplog):
+    trained, untrained = parse(["--config", "trained"]), parse(["--config", "untrained"])
+    assert trained.corpora.shares == untrained.corpora.shares
+    assert sum(trained.corpora.shares.values()) == pytest.approx(1)
+    assert untrained.recovery == "least_squares"
+    untrained.recovery, untrained.distill = trained.recovery, trained.distill
+    assert untrained == trained
+    offline = parse(["--config", "trained", "--config", "embedded"])
+    assert all(map(is_local, offline.train_corpora))
+    assert offline.distill == trained.distill
+    own = parse(["--config", "trained", "--corpora.text", "mine.jsonl"])
+    assert own.train_corpora == ["mine.jsonl"]
+    assert own.corpora.shares == {}
+    assert parse(["--config", "best"]) == trained
+    assert [record.message for record in caplog.records] == [
+        "--config best is now --config trained, which also names its text."
+    ]
+    recipe = parse(["--config", str(ROOT / "experiments/recipe.yaml")])
+    for name in ("importance", "gprune", "recovery", "distill"):
+        assert getattr(recipe, name) == getattr(trained, name)
+    assert recipe.sparsity == trained.sparsity
 
 
 class Unexpected:

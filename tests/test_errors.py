@@ -26,7 +26,6 @@ FORMS = {
     "settings": re.compile(rf"{PLACE}[^;]+? (?:needs|cannot) .+?(?:; got .+?)?[.]{MORE}", re.DOTALL),
     "unknown name": re.compile(rf"{PLACE}Unknown [^.]+[.]{MORE}", re.DOTALL),
     "failure": re.compile(rf"{PLACE}Cannot .+?: .+[.]{MORE}", re.DOTALL),
-    "removed": re.compile(rf"[^:;]+ was removed[.]{MORE}", re.DOTALL),
 }
 BEGINNING = re.compile(rf"--[a-z]|[A-Z$'{X}]")
 DIALECT = re.compile(
@@ -113,7 +112,7 @@ def files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "errors.py")
 
 
-def test_every_message_has_one_of_the_five_forms():
+def test_every_message_has_one_of_the_four_forms():
     found = {name: messages(ROOT / name) for name in files()}
     assert sum(map(len, found.values())) > 200
     assert [
@@ -144,7 +143,7 @@ def fail_in_a_library():
         (fail_in_a_library, "Cannot read it: first line."),
     ],
 )  # fmt: skip
-def test_messages_made_at_run_time_have_one_of_the_five_forms(call, text):
+def test_messages_made_at_run_time_have_one_of_the_four_forms(call, text):
     with pytest.raises(UserError) as error:
         call()
     assert str(error.value).startswith(text)

@@ -1,7 +1,7 @@
 """The compared configurations, as flags of `train.py`.
 
 Together they have every allocation, recovery, scope without whole experts and kind of target, and all shipped
-configurations except `protocol`, which needs text that is not embedded.
+configurations except those that name text, whose methods are spelled out.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ SMOKE = "--config smoke --trainer.accelerator cpu --trainer.precision 32-true --
 # Widths and the target are set, so that a change of their defaults does not change these configurations.
 TINY = f"{SMOKE} --sparsity.width_multiple 1"
 HALF = "--sparsity.target 0.5"
+POOLED = "--gprune false --corpora.score null"  # as the shipped configurations `trained` and `untrained`, without text
 
 TINY_CONFIGURATIONS = {
     "default": f"{SMOKE} {HALF}",
     "paper": f"{TINY} {HALF} --config paper --corpora.learn [python_docs] --corpora.learn_samples 8",
     "gates": f"{TINY} {HALF} --config gates",
-    "best": f"{TINY} {HALF} --config best --importance wanda_sp --sparsity.allocation uniform --distill.tokens 512",
-    "untrained": f"{TINY} {HALF} --config untrained --recovery least_squares",
+    "best": f"{TINY} {HALF} {POOLED} --importance wanda_sp --sparsity.allocation uniform "
+    "--recovery [least_squares,distill] --distill.tokens 512",
+    "untrained": f"{TINY} {HALF} {POOLED} --importance act_norm --sparsity.allocation reconstruction "
+    "--recovery least_squares",
     "equal_bias": f"{TINY} --sparsity.allocation equal --sparsity.target 30% --partition.method drift_only "
     "--reliability.metric consensus --recovery bias",
     "global_attention": f"{TINY} --sparsity.allocation global --sparsity.scope attention+ffn --sparsity.target 0.18M "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gprune.benchmarks.settings import REMOVED, Benchmarks, parse_benchmarks
+from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.console import Parser, quiet, write_stdout
 from gprune.storage.paths import expanded
 
@@ -31,7 +31,7 @@ MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
 
 def parser() -> Parser:
     """Return the parser of the command: the model, the output file, and a flag for each field of `Benchmarks`."""
-    result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES, removed=REMOVED)
+    result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
     model_help = "folder of a run or a model, embedded name, or hub id"
     result.add_argument("model", metavar="MODEL", nargs="+", help=model_help)
     dense_help = "measure the dense model of a run too, with paired differences"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.literature import literature_perplexity
-from gprune.benchmarks.settings import PRESETS, REMOVED, TEXTS, Benchmarks
+from gprune.benchmarks.settings import PRESETS, TEXTS, Benchmarks
 from gprune.benchmarks.subjects import find_evaluation
 from gprune.benchmarks.tasks import LoadedTask, TaskError, load_tasks, measure_tasks, require_lm_eval
 from gprune.discovery import family_of
@@ -34,9 +34,6 @@ class UnmeasuredTasksError(UserError):
 
 def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
     """Raise UserError if the tasks need lm_eval and it is not installed. With `rows`, load each task too."""
-    for name in benchmarks.tasks:
-        if replacement := REMOVED.get(f"tasks={name}"):
-            raise UserError(f"The task {name} was removed. Use {replacement}.")
     names = [name for name in benchmarks.tasks if name not in TEXTS]
     if names:
         require_lm_eval()

@@ -10,15 +10,11 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gprune.checks import AtLeast0, AtLeast1, AtLeast2, Memory, validation_message
-from gprune.config.groups import REPLACEMENTS
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml
 
 WIKITEXT = "wikitext2"
 TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # corpora with perplexities in the literature
-REMOVED = {  # flags and `tasks=NAME` of earlier versions -> what to use instead
-    name.removeprefix("evaluate."): text for name, text in REPLACEMENTS.items() if name.startswith("evaluate.")
-}
 # The tasks that most papers on pruning report, in the order of LLM-Pruner's tables.
 ZEROSHOT7 = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PRESETS = {"zeroshot7": ZEROSHOT7}  # name in `tasks` -> lm_eval's tasks
@@ -70,8 +66,6 @@ class Benchmarks:
 
 def parse_benchmarks(**settings: Any) -> Benchmarks:
     """Build `Benchmarks` from settings. Numbers may be given as text. Raise UserError for invalid settings."""
-    for name in settings.keys() & REMOVED.keys():
-        raise UserError(f"The flag {name} was removed. Use {REMOVED[name]}.")
     try:
         return Benchmarks(**settings)
     except ValidationError as error:

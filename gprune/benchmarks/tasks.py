@@ -35,7 +35,7 @@ from gprune.models.offload import device_of
 from gprune.storage.paths import expanded
 
 CORRECT = {"acc": "correct", "acc_norm": "correct_norm", "exact_match": "correct"}  # metric -> text of its digits
-REMEDY = "Without the hub, use YAML tasks with local files (docs/experiments.md, 'Tasks')"
+REMEDY = "Without the hub, use YAML tasks with local files (docs/tasks.md, 'Without the hub')"
 
 
 class TaskError(UserError):

@@ -62,14 +62,18 @@ def error_corpora(cfg: Any) -> dict[str, list[str]]:
     return of_base | {"modules": cfg.corpora.drift}
 
 
-def error_windows(cfg: Any) -> int:
-    """Number of windows per corpus for errors of blocks: as many as fit into `ERROR_TOKENS`, but at least one."""
-    return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
+def error_windows(cfg: Any, name: str) -> dict[str, int]:
+    """Return the number of windows of each corpus for errors of blocks, for masks with a name of `error_corpora`.
+
+    On average a corpus has as many windows as fit into `ERROR_TOKENS`, but at least one.
+    """
+    each = min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
+    return cfg.corpora.windows_of(error_corpora(cfg).get(name, []), each)
 
 
 def error_tokens(cfg: Any, name: str) -> int:
     """Number of tokens on which errors of blocks are measured for masks with a name of `error_corpora`."""
-    return len(error_corpora(cfg).get(name, ())) * error_windows(cfg) * cfg.corpora.seq_len
+    return sum(error_windows(cfg, name).values()) * cfg.corpora.seq_len
 
 
 def tokens_with_gradients(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,12 +33,13 @@ from gprune.checks import (
     Positive,
     Quantile,
     Text,
+    format_value,
     validation_message,
 )
 from gprune.errors import UserError, closest_name
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.target import Target, TargetSetting
+from gprune.sparsity.target import Target, TargetSetting, split_scope
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
@@ -55,7 +56,6 @@ def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
     if value == DEFAULT_MULTIPLE:
         return value
     if isinstance(value, str):
-        refuse_removed("--sparsity.width_multiple", value)
         raise UserError(f"--sparsity.width_multiple must be a whole number or {DEFAULT_MULTIPLE}; got '{value}'.")
     return check(value)
 
@@ -77,50 +77,14 @@ SCOPES = (  # values of --sparsity.scope, with their parts in this order
     "experts+blocks", "ffn+experts+blocks", "attention+ffn+experts+blocks",
 )  # fmt: skip
 
-REPLACEMENTS = {  # flags of Lightning, earlier flags, and values that were removed -> what to use instead
+REPLACEMENTS = {  # flags of Lightning's command line, and names that only files have -> what to use instead
     "seed": "--run.seed",
     "seed_everything": "--run.seed",
     "ckpt_path": "the same command again, which resumes the run",
     "optimizer": "--sparsity.learning_rate, --distill.learning_rate, or a stage of your own (docs/extend.md)",
     "import": "the command's flag --import; files cannot import code",
-    "trainer.max_epochs": "--sparsity.epochs (thresholds), --partition.steps (refinement), --distill.tokens",
-    "trainer.max_time": "--trainer.callbacks '[{class_path: Timer, init_args: {duration: 00:12:00:00}}]'",
-    "trainer.accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
-    "trainer.limit_val_batches": "--evaluation.development_samples",
-    "trainer.limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
     "model.made_elsewhere": "gprune.measure in Python, or a row `model: FOLDER` of a list",
-    "plan.tflops": "the tokens of --dry_run true",
-    "plan.memory": "--dry_run true alone, which prints the bytes that a device needs",
-    "evaluation.controls": "--evaluation.before_recovery for the model before recovery, and a list with rows such as "
-    "`base` and `averaged` instead of controls (gprune study experiments/first_look.yaml)",
-    "corpora.collect": "`gprune study`, which collects what all rows of a list need in one pass",
-    "distill.points": "--trainer.val_check_interval",
-    "distill.keep": "Lightning's ModelCheckpoint (docs/extend.md, 'To keep the best weights')",
-    "sparsity.allocation=depth": "--sparsity.scope ffn+blocks with --sparsity.block_choice influence",
-    "trainer.default_root_dir": "--run.dir",
-    "corpora.calibrator": "--stages MODULE, whose `calibrator` is the class (docs/extend.md)",
-    "partition.refiner": "--stages MODULE, whose `refiner` is the class (docs/extend.md)",
-    "sparsity.learner": "--stages MODULE, whose `learner` is the class (docs/extend.md)",
-    "model.shard": "--trainer.strategy fsdp, which shards both models over processes while they distil",
-    "trainer.enable_checkpointing": "--run.checkpoint_minutes",
-    "recovery=least_squares_sequential": "--recovery least_squares",
-    "sparsity.width_multiple=auto": "--sparsity.width_multiple default or a number such as 64",
-    "speed": "--sparsity.target 1.4x alone: it times a prompt of 128 tokens and 32 generated ones, once for each model "
-    "(again if the folder $GPRUNE_CACHE/speed is removed)",
-    "evaluate.engine": "python -m experiments.engines",
-    "evaluate.speed_batch": "python -m experiments.engines",
-    "evaluate.speed_prompt": "python -m experiments.engines",
-    "evaluate.tasks=speed": "python -m experiments.engines",
-    "evaluate.source": "--include_path FOLDER for YAML tasks of lm_eval, which python -m experiments.tasks writes",
-    "evaluate.shard": "--device_map auto",
-    "report.base": "the key compare of a list, which names pairs of rows (gprune study)",
 }
-
-
-def refuse_removed(flag: str, value: str) -> None:
-    """Raise UserError for a value of a flag that was removed (`REPLACEMENTS`)."""
-    if replacement := REPLACEMENTS.get(f"{flag.removeprefix('--')}={value}"):
-        raise UserError(f"{flag} {value} was removed. Use {replacement}.")
 
 
 class Group(
@@ -231,9 +195,27 @@ def _one_name_to_list(names: Any) -> Any:
     return [names] if isinstance(names, str) else names
 
 
-def name_or_list(names: list[str] | None) -> list[str] | str | None:
+def _as_text(text: Any) -> Any:
+    """Return `--corpora.text` as a list of names, or as shares by name. UserError for another type or other shares."""
+    text = _one_name_to_list(text)
+    is_list = isinstance(text, list) and all(isinstance(name, str) for name in text)
+    is_mixture = isinstance(text, dict) and all(isinstance(share, int | float) for share in text.values())
+    if text is not None and not is_list and not is_mixture:
+        raise UserError(
+            f"--corpora.text must be a name, a list of names, or shares by name such as '{{a.txt: 0.7, c4: 0.3}}'; got "
+            f"{format_value(text)}."
+        )
+    if not is_mixture:
+        return text
+    total = sum(text.values())
+    if not all(share > 0 for share in text.values()) or abs(total - 1) > 1e-6:
+        raise UserError(f"--corpora.text must have shares above 0 that add up to 1; got {text}, in all {total:g}.")
+    return {name: float(share) for name, share in text.items()}
+
+
+def name_or_list(names: Any) -> Any:
     """Convert a list of one corpus to its name, the form in which settings are stored."""
-    return names[0] if names is not None and len(names) == 1 else names
+    return names[0] if isinstance(names, list) and len(names) == 1 else names
 
 
 ROLES = ("score", "drift", "learn", "recover", "evaluate")  # settings of `CorporaConfig` that name corpora
@@ -245,8 +227,9 @@ def roles_of_text(text: Any, evaluate: Any) -> dict[str, list[str]]:
     `evaluate` are the corpora of `--corpora.evaluate` until then, which stay as text that the run does not use.
     """
     text = _one_name_to_list(text)
-    if not text or not isinstance(text, list) or not isinstance(evaluate, list):
+    if not text or not isinstance(text, list | dict) or not isinstance(evaluate, list):
         return {}
+    text = [*text]
     return dict.fromkeys(ROLES, text) | {"evaluate": [*text, *(name for name in evaluate if name not in text)]}
 
 
@@ -255,10 +238,14 @@ class CorporaConfig(Group, prefix="corpora."):
     path of a .txt, .jsonl, .csv or .parquet file or of a folder. Rows have a string `text`, or in .jsonl `messages` for
     the chat template of the model's tokenizer."""
 
-    text: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list), NEVER] = None
+    text: Annotated[
+        list[Text] | dict[Text, float] | None, BeforeValidator(_as_text), PlainSerializer(name_or_list), NEVER
+    ] = None
     """Your own text, such as mine.jsonl or [mine.jsonl,c4]: short for --corpora.score, drift, learn and recover with
-    this text, and for reporting it before the other corpora of --corpora.evaluate. Of a file, 20 % are only reported.
-    Short text is used several times, see --distill.repeat. Flags that follow may change a role again."""
+    this text, and for reporting it before the other corpora of --corpora.evaluate. {mine.jsonl: 0.7, c4: 0.3} gives
+    shares of the windows and of the training tokens, which otherwise are equal. Of a file, 10 % are development text,
+    and 20 % are only reported. Short text is used several times, see --distill.repeat. Flags that follow may change a
+    role again."""
     score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list)] = Field(
         ["wiki"]
     )
@@ -304,6 +291,26 @@ class CorporaConfig(Group, prefix="corpora."):
                 raise UserError(f"--corpora.{role} must name at least one corpus; got an empty list.")
             if len(set(names)) != len(names):
                 raise UserError(f"--corpora.{role} must name each corpus once; got {names}.")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the corpora in a mixture, which `text` has; empty if all corpora have the same share."""
+        return self.text if isinstance(self.text, dict) else {}
+
+    def windows_of(self, corpora: Sequence[str], each: int, *, least: int = 1) -> dict[str, int]:
+        """Return the number of windows of each corpus: `each`, or `each` on average by `shares`, and at least `least`.
+
+        Raise UserError for a corpus without a share.
+        """
+        if not self.shares or each <= 0:
+            return dict.fromkeys(corpora, each)
+        if missing := [name for name in corpora if name not in self.shares]:
+            raise UserError(
+                f"--corpora.text must have a share of each corpus that the run reads ({', '.join(corpora)}); got none "
+                f"of '{missing[0]}'."
+            )
+        total = sum(self.shares[name] for name in corpora)
+        return {name: max(least, round(each * len(corpora) * self.shares[name] / total)) for name in corpora}
 
     @property
     def scored(self) -> list[str]:
@@ -365,7 +372,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
 
 def _sort_scope(scope: Any) -> str:
     """Put the parts of a scope in the order of the flag's values, so that `ffn+attention` is `attention+ffn`."""
-    parts = str(scope).split("+")
+    parts = ["blocks" if part == "layers" else part for part in str(scope).split("+")]
     parts.sort(key="attention+ffn+experts+blocks".find)  # -1 for an unknown part, which the flag's type rejects
     return "+".join(parts)
 
@@ -374,11 +381,11 @@ class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
     target: TargetSetting = 0.3
-    """How much is removed: 0.3, 30%, 95M, 200MiB, 1.4x or +5%. 0.3: 30 % of the scope's parameters. 30%: 30 % of all
-    parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
-    times as fast on this machine. +5%: as much as possible while perplexity on development text, after the parts of
-    --recovery that do not train, is at most 5 % above the dense model (3% is a share of all parameters, +3% a
-    quality)."""
+    """How much is removed: 30%ffn, 30%, 95M, 200MiB, 1.4x or +5%. 30%ffn: 30 % of the FFN's parameters; of another
+    --sparsity.scope, such as 30%attention+ffn, 30 % of its parameters. 0.3 is 30 % of any scope. 30%: 30 % of all
+    parameters of the model. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the
+    model is 1.4 times as fast on this machine. +5%: as much as possible while perplexity on development text, after the
+    parts of --recovery that do not train, is at most 5 % above the dense model."""
     limit: Annotated[Literal["mean", "worst"], IF_CHANGED] = "mean"
     """Whose perplexity a target in quality such as +5% limits. mean: the geometric mean over the development corpora.
     worst: that of every development corpus."""
@@ -387,7 +394,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     bytes (of the export), seconds (on this machine), or the name of a registered cost."""
     scope: Annotated[Literal[SCOPES], BeforeValidator(_sort_scope)] = "ffn"
     """What may be removed. ffn: FFN neurons. attention: KV groups too. experts: whole experts of mixtures, alone (with
-    --gprune false) or too. blocks: whole blocks too. They share one budget."""
+    --gprune false) or too. blocks (or layers): whole layers too. They share one budget."""
     block_share: Annotated[float, Field(gt=0, le=1), NEVER] = 0.25
     """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
     block_choice: Annotated[Literal["loss", "influence"], NEVER] = "loss"
@@ -445,10 +452,17 @@ class SparsityConfig(Group, prefix="sparsity."):
     centred: bool = True
     """Subtract the mean gradient over all units. Without it Adam raises all gates together, which changes no mask."""
 
+    def __init__(self, **settings: Any) -> None:
+        """Raise UserError for a target such as `30%ffn` that is a share of another scope."""
+        given, scope = settings.get("target"), settings.get("scope", "ffn")
+        _, of_scope = split_scope(given)
+        if of_scope and _sort_scope(of_scope) != _sort_scope(scope):
+            raise UserError(f"--sparsity.target must be a share of --sparsity.scope {scope}; got {given}.")
+        super().__init__(**settings)
+
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""
         for allocation in (self.allocation, self.start):
-            refuse_removed("--sparsity.allocation", allocation)
             ALLOCATION.check(allocation)
         if ALLOCATION[self.start].modules:
             raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")

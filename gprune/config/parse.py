@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -23,9 +24,11 @@ from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
+log = logging.getLogger("gprune")
 SHIPPED = {  # configurations that --config knows by name
     file.stem: file for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 }
+RENAMED = {"best": "trained"}  # former names of shipped configurations
 CONSENT = "model.trust_remote_code"
 TEXT = "corpora.text"
 GROUPS: dict[str, type[Group]] = {  # groups of flags by name
@@ -157,7 +160,7 @@ def _parse_value(flag: str, text: str) -> Any:
     """
     kind = FLAG_TYPES.get(flag.removeprefix("--"))
     is_text = kind in (str, str | None)
-    if text == "None" and type(None) in get_args(kind):
+    if text == "None" and (kind is None or type(None) in get_args(kind)):
         return None
     if kind in (int, int | None) and re.fullmatch(r"\d+\.0", text):
         return int(text[:-2])
@@ -174,8 +177,8 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     """Read settings from a YAML file or a shipped configuration, by dotted name.
 
     Args:
-        name: path of a file, relative to `folder`; or the name of a shipped configuration (`best`, `gates`, `paper`,
-            `protocol`, `smoke`, `untrained`) if there is no such file.
+        name: path of a file, relative to `folder`; or the name of a shipped configuration (`embedded`, `gates`,
+            `paper`, `protocol`, `smoke`, `trained`, `untrained`) if there is no such file.
         folder: by default the working folder.
 
     Raises:
@@ -183,6 +186,9 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     """
     path = os.path.join(folder, name)
     has_file = os.path.exists(path) and not os.path.isdir(path)  # a file or a pipe
+    if name in RENAMED and not has_file:
+        former, name = name, RENAMED[str(name)]
+        log.warning("--config %s is now --config %s, which also names its text.", former, name)
     if name in SHIPPED and not has_file:
         path = SHIPPED[name]
     message = f"--config must be a YAML file of flags or one of {', '.join(SHIPPED)}; got"
@@ -215,18 +221,6 @@ class _Setting(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, text: Any, flag: str | None = None) -> None:
         overlay(namespace, {flag.removeprefix("--"): _parse_value(flag, text)}, flag)
-
-
-class _Target(_Setting):
-    """Action of `--sparsity.target`, which cannot be given both as a quality (`+5%`) and as an amount."""
-
-    earlier: str | None = None
-
-    def __call__(self, parser: Any, namespace: Any, text: Any, flag: str | None = None) -> None:
-        if self.earlier is not None and self.earlier.startswith("+") != text.startswith("+"):
-            raise UserError(f"{flag} must be a quality or an amount; got both {self.earlier} and {text}.")
-        self.earlier = text
-        super().__call__(parser, namespace, text, flag)
 
 
 class _SettingsFile(ActionConfigFile):
@@ -286,7 +280,7 @@ class FlagParser(Parser):
                 text = f"{text.removesuffix('.').partition('. ')[0]}." if flag in MAIN_FLAGS else SUPPRESS
             section.add_argument(
                 f"--{flag}",
-                action=_Target if flag == "sparsity.target" else _Setting,
+                action=_Setting,
                 metavar=_placeholder(name, FLAG_TYPES[flag]),
                 default=SUPPRESS if value is None else value,
                 help=text,

@@ -24,9 +24,9 @@ from gprune.config.groups import (
     ReliabilityConfig,
     SparsityConfig,
     name_or_list,
-    refuse_removed,
 )
 from gprune.config.running import (
+    WITHOUT_EFFECT,
     DistillConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -39,7 +39,7 @@ from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
 from gprune.registry import Registry, Stage, check_stage, stages_of
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.price import COST
+from gprune.sparsity.price import COST, COSTS_OF_RUN
 from gprune.sparsity.target import Target
 from gprune.user_code import code_of, code_of_module
 
@@ -135,8 +135,6 @@ class RunConfig(Group):
 
     def _check_options(self) -> None:
         """Raise UserError for names that are not registered, and for options of a name that the run does not use."""
-        for name in self.recovery.split("+"):
-            refuse_removed("--recovery", name)
         # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
         allocation = self.base_allocation
         options = whole_numbers(self.sparsity.options)
@@ -208,7 +206,7 @@ class RunConfig(Group):
             metrics.append(self.reliability.metric)
         return [
             *((IMPORTANCE, name) for name in dict.fromkeys(metrics)),
-            (COST, self.sparsity.currency),
+            *((COST, name) for name in [self.sparsity.currency] if name not in COSTS_OF_RUN),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
             *([(EXPERT_IMPORTANCE, self.sparsity.expert_metric)] if "experts" in self.sparsity.scope else []),
@@ -302,11 +300,6 @@ class RunConfig(Group):
         return self.recovery != "none" and self.evaluation.before_recovery
 
     @property
-    def evaluated_stages(self) -> list[str]:
-        """Stages of the model in records, in their order."""
-        return ["dense", *(["pruned"] if self.measures_pruned else []), self.final_stage]
-
-    @property
     def processes(self) -> int:
         """Number of processes over all nodes (the world size)."""
         return self.trainer.devices * self.trainer.num_nodes
@@ -360,27 +353,6 @@ class RunConfig(Group):
         if self.distill.repeat is not None:
             return self.distill.repeat
         return "auto" if self.corpora.text else False
-
-    @property
-    def fresh_tokens(self) -> int:
-        """Number of training tokens of a recovery."""
-        return len(self.corpora.recover) * self.fresh_windows * self.corpora.seq_len
-
-    @property
-    def recovery_measurements(self) -> int:
-        """Number of measurements of development perplexity while a recovery trains: by default after each quarter."""
-        windows, batch_size = len(self.corpora.recover) * self.fresh_windows, self.distill.batch_size
-        return self.trainer.measurements(windows, batch_size, 0.25, accumulate=self.distill.accumulate)
-
-    @property
-    def learned_windows(self) -> int:
-        """Number of windows in an epoch of threshold learning."""
-        return len(self.corpora.learn) * (self.corpora.learn_samples or self.corpora.num_samples)
-
-    @property
-    def development_tokens(self) -> int:
-        """Largest number of tokens in the development text. By default a quality target uses less of small corpora."""
-        return len(self.development_corpora) * self.development_windows * self.corpora.seq_len
 
     @property
     def evaluated_tokens(self) -> int:
@@ -462,6 +434,7 @@ class RunConfig(Group):
         """
         for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
+        self.corpora.windows_of(self.train_corpora, 1)  # raises for a corpus without a share
         for role in ROLES:
             names: dict[str, str] = {}  # identity of a corpus -> its first name
             for name in getattr(self.corpora, role) or ():
@@ -504,11 +477,14 @@ class RunConfig(Group):
         """
         settings = _identifying(self, self.model_dump(), self.model_dump(exclude_defaults=True))
         settings["corpora"]["score"] = name_or_list(self.corpora.scored)
+        if self.corpora.shares:
+            settings["corpora"]["shares"] = self.corpora.shares
         if self.base_allocation in ALLOCATION:
             settings["sparsity"]["options"] = option_defaults(ALLOCATION[self.base_allocation]) | self.sparsity.options
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["distill"]["repeat"] = self.repeat
-        settings["trainer"]["world_size"] = self.processes
+        arguments = {name: v for name, v in self.trainer.other_arguments.items() if name not in WITHOUT_EFFECT}
+        settings["trainer"] |= arguments | {"world_size": self.processes}
         s = self.sparsity
         in_use = [name for part, names in IDENTITY_OF_PARTS.items() if part in s.scope for name in names]
         settings["sparsity"] |= {name: getattr(s, name) for name in in_use}

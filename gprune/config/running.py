@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
@@ -148,23 +146,36 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
         return code_at(self.class_path) if "." in self.class_path else {}
 
 
-def parse_precision(value: Any) -> Any:
-    """Return Lightning's full name of a precision, such as `bf16-mixed` for `bf16`. UserError for unsupported ones."""
-    reasons = {
-        "bf16-true": "steps of AdamW are below the resolution of bfloat16 weights",
-        "16-mixed": "float16 overflows without loss scaling, which the stages do not have",
-        "64-true": "nothing here needs float64",
-    }
-    full_names = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed", "16-true": "16-mixed", "64": "64-true"}
-    name = full_names.get(str(value), value)
-    if (reason := reasons.get(str(name))) is not None:
-        raise UserError(f"--trainer.precision must be auto, 32-true or bf16-mixed; got {value!r} ({reason}).")
-    return name
+def full_precision(value: Any) -> Any:
+    """Return Lightning's full name of a precision."""
+    return {"bf16": "bf16-mixed", "32": "32-true"}.get(str(value), value)
 
 
-class TrainerConfig(Group, prefix="trainer."):
+SET_BY_GPRUNE = {  # arguments of Lightning's Trainer that gprune sets -> what to use instead
+    "max_epochs": "--sparsity.epochs (thresholds), --partition.steps (refinement), --distill.tokens",
+    "max_time": "--trainer.callbacks '[{class_path: Timer, init_args: {duration: 00:12:00:00}}]'",
+    "accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
+    "limit_val_batches": "--evaluation.development_samples",
+    "limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
+    "overfit_batches": "--trainer.limit_train_batches",
+    "num_sanity_val_steps": "--trainer.fast_dev_run true",
+    "barebones": "--logging.mode disabled --trainer.log_every_n_steps 100",
+    "use_distributed_sampler": "--trainer.devices alone, whose samplers repeat no window",
+    "inference_mode": "--trainer.devices alone, because stages need gradients",
+    "default_root_dir": "--run.dir",
+    "enable_checkpointing": "--run.checkpoint_minutes",
+}
+WITHOUT_EFFECT = (  # arguments of Lightning's Trainer that change no result, so that they do not identify a run
+    "profiler", "log_every_n_steps", "detect_anomaly", "enable_progress_bar", "enable_model_summary",
+    "enable_autolog_hparams", "model_registry",
+)  # fmt: skip
+
+
+class TrainerConfig(Group, prefix="trainer.", extra="allow"):
     """Flags of Lightning's Trainer. Each stage has its own Trainer: calibration, refinement, threshold learning, and
-    recoveries that train."""
+    recoveries that train. Other arguments of lightning.Trainer are accepted too, such as --trainer.profiler simple,
+    --trainer.max_steps 100, --trainer.gradient_clip_val 1, --trainer.deterministic true or --trainer.fast_dev_run true.
+    """
 
     accelerator: Annotated[Text, NEVER] = "auto"
     """cpu, gpu, or auto. auto: a GPU if there is one; cpu on a Mac."""
@@ -179,7 +190,7 @@ class TrainerConfig(Group, prefix="trainer."):
     """Argument of torch.set_float32_matmul_precision. highest: float32 matrix products in float32, on AMD's CPUs with
     AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: permits
     bfloat16, which CPUs with AMX and GPUs use."""
-    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(parse_precision)] = "auto"
+    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(full_precision)] = "auto"
     """Precision of threshold learning, of recoveries that train, and of errors of blocks (--sparsity.allocation
     reconstruction); statistics and evaluation use --model.dtype. bf16-mixed: matrix products in bfloat16
     (autocast). They are 2 to 7 times as fast on CPUs with AMX and on AMD's CPUs with AVX512-BF16, and slower on other
@@ -193,26 +204,18 @@ class TrainerConfig(Group, prefix="trainer."):
     logger: Annotated[list[ClassPath], NEVER] = Field([])
     """Lightning loggers in addition to CSV and W&B, such as [{class_path: TensorBoardLogger}] or MLFlowLogger. They
     write into the run's folder unless `save_dir` is given. Classes of other packages need --import."""
-    log_every_n_steps: Annotated[AtLeast1 | None, NEVER] = None
-    """Steps between points of a curve. Default: 1, and 10 in the refinement."""
-    gradient_clip_val: Annotated[Positive | None, IF_CHANGED] = None
-    """Largest gradient norm in stages without a limit of their own (distillation has --distill.clip). Default: none."""
     limit_train_batches: Annotated[Positive | None, IF_CHANGED] = None
     """Batches per epoch of stages that train on text: a number of batches, or a share if below 1. Default: all."""
-    profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, NEVER] = None
-    """Lightning profiler. Reports are written to profiles/ of the run folder, one file per stage."""
-    max_steps: Annotated[AtLeast1 | None, IF_CHANGED] = None
-    """Largest number of optimizer steps of stages that train on text. Default: no limit."""
     val_check_interval: Annotated[Annotated[int | float, Field(gt=0)] | None, IF_CHANGED] = None
     """How often development perplexity is measured while a stage trains on text: a number of batches, or a share of the
     batches if below 1. Default: after each epoch of threshold learning, and up to four times in a distillation."""
-    fast_dev_run: Annotated[bool, IF_CHANGED] = False
-    """Train each stage on one batch, without curves and checkpoints, to find errors quickly. Other steps run in
-    full."""
-    deterministic: Annotated[bool, IF_CHANGED] = False
-    """Use torch.use_deterministic_algorithms in stages: the same bits in every run on a GPU, but slower."""
-    detect_anomaly: Annotated[bool, NEVER] = False
-    """Report the operation whose gradient is NaN, and stop. Slow."""
+    __pydantic_extra__: dict[str, JsonValue]
+
+    @classmethod
+    def check_name(cls, name: str, where: str) -> None:
+        """Raise UserError for an argument that gprune sets. Lightning's names are checked by `runs.trainer`."""
+        if name in SET_BY_GPRUNE:
+            raise UserError(f"{where}: Setting 'trainer.{name}' cannot be changed. Use {SET_BY_GPRUNE[name]}.")
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for a float `val_check_interval` above 1: neither a number of batches nor a share."""
@@ -223,72 +226,10 @@ class TrainerConfig(Group, prefix="trainer."):
             )
 
     @property
-    def lightning_arguments(self) -> dict[str, Any]:
-        """Arguments of Lightning's Trainer for devices and precision.
-
-        A precision `auto` is replaced by 32-true here, and resolved later, when the hardware is known.
-        """
-        return {
-            "accelerator": self.lightning_accelerator,
-            "precision": "32-true" if self.precision == "auto" else self.precision,
-            "devices": self.devices,
-            "num_nodes": self.num_nodes,
-            "strategy": self.lightning_strategy,
-        }
-
-    @property
-    def lightning_strategy(self) -> str:
-        """Lightning's argument `strategy` of stages that do not shard their models."""
-        return "ddp" if self.strategy == "fsdp" else self.strategy
-
-    @property
-    def lightning_accelerator(self) -> str:
-        """Lightning's argument `accelerator`.
-
-        On a Mac, `auto` is cpu, because statistics are float64, which Apple's GPU does not support.
-        """
-        return "cpu" if self.accelerator == "auto" and sys.platform == "darwin" else self.accelerator
-
-    def validation_interval(
-        self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1
-    ) -> tuple[int, int]:
-        """Return the number of batches in an epoch, and the number of batches between two development measurements.
-
-        The interval is `--trainer.val_check_interval`, by default `share` of the epoch, rounded up to whole optimizer
-        steps. Raise UserError if the flag is more than an epoch, or `--trainer.limit_train_batches` leaves no batch.
-        """
-        all_batches = math.ceil(windows / batch_size)
-        batches = all_batches
-        if limit := self.limit_train_batches:  # a number of batches, or a share below 1
-            batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
-            if not batches:
-                raise UserError(
-                    f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches in an epoch of "
-                    f"each training stage; got {limit:g}."
-                )
-        interval = self.val_check_interval or share
-        if isinstance(interval, float):
-            rounding_error = 1e-9  # of the product, which would otherwise add a batch
-            interval = math.ceil(batches * interval - rounding_error)
-        if interval > batches:
-            raise UserError(
-                f"--trainer.val_check_interval must be {batches} or less, the batches in an epoch of a training stage, "
-                f"or a share from 0 to 1; got {interval}."
-            )
-        whole_steps = accumulate * math.ceil(interval / accumulate)
-        return batches, min(batches, whole_steps)
-
-    def measurements(
-        self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1, epochs: int = 1
-    ) -> int:
-        """Return the number of measurements of development perplexity before, during and after training.
-
-        Arguments as for `validation_interval`. The last measurement is after the last step, also if the interval does
-        not divide the batches of an epoch.
-        """
-        batches, interval = self.validation_interval(windows, batch_size, share, accumulate=accumulate)
-        after_last_step = int(batches % interval > 0)
-        return 1 + epochs * (batches // interval) + after_last_step
+    def other_arguments(self) -> dict[str, Any]:
+        """Arguments of Lightning's Trainer that have no field here. null and false stand for Lightning's default."""
+        given = self.model_extra or {}
+        return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 class RunFolderConfig(Group, prefix="run."):

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gprune.corpora.load import CORPORA, contiguous_split, split_text
+from gprune.corpora.documents import CORPORA, contiguous_split
+from gprune.corpora.load import split_text
 from gprune.storage.wheels import Wheel, read_member
 
 EXLLAMAV2 = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e", "MIT")

@@ -2,15 +2,16 @@
 
 A name is looked up, in this order, as a path (`.txt`, `.jsonl`, `.csv`, `.parquet`, or a folder of them), as a local
 mirror in `$GPRUNE_DATA_DIR/corpora`, and in `CORPORA`, which has embedded corpora (no hub needed) and hub data sets.
-To add a corpus, register a function that returns the documents of "train" and "test"; development text is taken from
-train:
+Any other name `OWNER/NAME` is a data set on the Hugging Face hub. To add a corpus, register a function that returns the
+documents of "train" and "test"; development text is taken from train:
 
     @CORPORA.register("my_corpus")
     def my_corpus(split: str) -> list[str]: ...
 
 A folder has `<split>.jsonl` (or .txt, .parquet) for train, validation (or dev) and test, the layout of
 `datasets.load_dataset("<folder>")`, in lower or upper case. A missing test split falls back to validation. Text without
-splits is cut 70/30, and a single file 80/20, after long documents were cut into passages if there are few of them.
+splits is cut 70/30. Of a single file, 70 % are train text, 10 % development text and 20 % test text, after long
+documents were cut into passages if there are few of them.
 """
 
 from __future__ import annotations
@@ -23,41 +24,30 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePath
 
+from gprune.corpora.documents import CORPORA, Conversation, Corpus, contiguous_split, document_of, text_of, without_text
 from gprune.errors import UserError, quoting
-from gprune.registry import NAME, Registry
+from gprune.registry import NAME
 from gprune.storage.paths import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
+DEVELOPMENT_EVERY_OF_FILE = 8  # 10 % of a file, whose train documents are 80 %
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
-TRAIN_SHARE = 0.7
-TRAIN_SHARE_OF_FILE = 0.8  # of which every tenth document is development text
+TRAIN_SHARE_OF_FILE = 0.8  # with development text
 LEAST_DOCUMENTS = 15  # of text without splits, so that all three splits have some
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME or OWNER/NAME:CONFIG
 PASSAGES = 40  # into which the text of fewer documents is cut
 SHORTEST_PASSAGE = 200  # characters
 # Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
 MADE_BY = {
-    "experiments.corpora --output data": ("code_github", "stackexchange", "c4_code", "c4_code_wiki"),
+    "experiments.corpora --output data": ("c4_code", "c4_code_wiki"),
     "experiments.kinds --clones clones --output data": (
         "news", "interviews", "conversation", "fiction", "speeches", "travel", "medicine", "papers", "drama", "law",
         "rust", "german", "howto", "biography", "essays", "letters", "podcasts", "vlogs", "court", "textbooks", "c",
-        "french",
+        "french", "c4_code_5", "c4_code_10", "c4_code_25",
+        "c4_code_25_spanish", "c4_code_25_russian", "c4_code_25_four",
     ),
 }  # fmt: skip
-
-
-class Conversation(str):
-    """Messages as JSON: a document that `windows.make_windows` renders by the chat template of the model's tokenizer.
-
-    Attributes:
-        location: where the messages are, such as `mine.jsonl:12`.
-    """
-
-    location: str
-
-
-Corpus = Callable[[str], list[str]]
-CORPORA: Registry[Corpus] = Registry("corpus")
 
 
 def read_corpus(name: str, split: str) -> list[str]:
@@ -71,21 +61,24 @@ def read_corpus(name: str, split: str) -> list[str]:
 def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] = read_corpus) -> list[str]:
     """Load the documents of one split, in a fixed order.
 
-    The split "development", for tuning, is every tenth document of the train text; "train" has the others.
+    The split "development", for tuning, is every tenth document of the train text (of a single file every eighth);
+    "train" has the others.
     """
     if split not in SPLITS:
         raise UserError(f"Corpus '{name}': Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
     documents = read(name, "test" if split == "test" else "train")
     found = len(documents)
+    path = _path_of(name)
+    every = DEVELOPMENT_EVERY_OF_FILE if path is not None and path.is_file() else DEVELOPMENT_EVERY
     if split != "test":
-        development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
+        development = documents[every - 1 :: every]
         if split == "development":
             documents = development
         else:
             excluded = set(development)  # also removes repetitions of a development document
             documents = [document for document in documents if document not in excluded]
     if not documents:
-        cut = f"text without splits is cut in two, and every {DEVELOPMENT_EVERY}th train document is development text"
+        cut = f"text without splits is cut in two, and every {every}th train document is development text"
         raise UserError(
             f"Corpus '{name}' must have {LEAST_DOCUMENTS} or more documents for its split {split}, because {cut}; got "
             f"{found} of {'test' if split == 'test' else 'train'}. Cut long documents at paragraphs."
@@ -98,13 +91,17 @@ def source_of(name: str) -> Corpus:
     path = _path_of(name)
     if path is None and name in CORPORA:
         return CORPORA[name]
+    if path is None and HUB_NAME.fullmatch(name):
+        from gprune.corpora.hub import load_named  # imports the hub's client
+
+        return partial(load_named, name)
     if path is None:
         mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
         command = next((command for command, made in MADE_BY.items() if name in made), None)
         remedy = f" In a clone of gprune, python -m {command} makes {name}." if command else ""
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
-            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files.{remedy}"
+            f"{', '.join(mirrors) or 'none'}; a path to {', '.join(SUFFIXES)} files; or OWNER/NAME on the hub.{remedy}"
         )
     if not path.exists():
         raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
@@ -115,7 +112,9 @@ def source_of(name: str) -> Corpus:
 
 
 def _path_of(name: str) -> Path | None:
-    """Return the file or folder of a corpus; None for a registered name and for an unknown one."""
+    """Return the file or folder of a corpus; None for a registered name, a name on the hub, and for an unknown one."""
+    if HUB_NAME.fullmatch(name) and not name.lower().endswith(SUFFIXES) and not Path(name).exists():
+        return None  # OWNER/NAME
     if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
     mirror = _mirrors() / name
@@ -184,17 +183,6 @@ def split_text(text: str, size: int = 2000) -> list[str]:
             lines = []
             length = 0
     return [document.strip("\r\n") for document in [*documents, "".join(lines)] if document.strip()]
-
-
-def contiguous_split(documents: Iterable[str], split: str, train_share: float = TRAIN_SHARE) -> list[str]:
-    """Return the first part of the distinct documents for "train", by default 70 %, the others for "test".
-
-    The split is contiguous, because neighbouring pieces may come from one source: with every other piece of an article
-    in test, train text would leak into test.
-    """
-    distinct = list(dict.fromkeys(documents))
-    cut = round(train_share * len(distinct))
-    return distinct[:cut] if split == "train" else distinct[cut:]
 
 
 def text_files(path: Path) -> list[Path]:
@@ -273,7 +261,7 @@ def _read(path: Path) -> Iterator[str]:
 
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         if "text" not in frame:
-            raise _without_text(str(path), f"the keys {', '.join(frame)}")
+            raise without_text(str(path), f"the keys {', '.join(frame)}")
         yield from frame["text"]
     elif suffix == ".txt":
         with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
@@ -292,11 +280,11 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     with ParquetFile(path) as file:
         if "text" not in file.schema_arrow.names:
-            raise _without_text(str(path), f"the keys {', '.join(file.schema_arrow.names)}")
+            raise without_text(str(path), f"the keys {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(columns=["text"]):
             for text in batch["text"].to_pylist():
                 if text is not None:
-                    yield _text_of({"text": text}, str(path))
+                    yield text_of({"text": text}, str(path))
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> str:
@@ -306,38 +294,4 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
             row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:  # its message would name line 1, because only one line was parsed
             raise ValueError(f"{error.msg} at column {error.colno}") from error
-        if isinstance(row, dict) and "messages" in row and "text" not in row:
-            return _conversation_of(row["messages"], f"{path}:{number}")
-        return _text_of(row, f"{path}:{number}")
-
-
-def _conversation_of(messages: object, location: str) -> Conversation:
-    """Return the messages of a row. UserError, which begins with `location`, if they are not messages."""
-    must = "must be a list of objects with the strings 'role' and 'content'"
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{location}: The field 'messages' {must}; got {messages!r:.100}.")
-    for number, message in enumerate(messages, start=1):
-        values = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
-            raise UserError(f"{location}: The field 'messages' {must}; message {number} is {message!r:.100}.")
-    conversation = Conversation(json.dumps(messages, ensure_ascii=False))
-    conversation.encode()  # raises ValueError for an unpaired surrogate
-    conversation.location = location
-    return conversation
-
-
-def _without_text(location: str, got: str) -> UserError:
-    """Return the error for a row, or a table, without text."""
-    return UserError(
-        f"{location}: The row must be an object with a string 'text' or, in a .jsonl file, with 'messages'; got {got}."
-    )
-
-
-def _text_of(row: object, location: str) -> str:
-    """Return the field `text` of a row. UserError, which begins with `location`, if there is none."""
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        has_other_keys = isinstance(row, dict) and "text" not in row
-        raise _without_text(location, f"the keys {', '.join(row)}" if has_other_keys and row else f"{row!r:.100}")
-    text.encode()  # raises ValueError for an unpaired surrogate
-    return text
+        return document_of(row, f"{path}:{number}")

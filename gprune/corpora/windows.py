@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gprune.corpora.load import Conversation, cut_text
+from gprune.corpora.documents import Conversation
+from gprune.corpora.load import cut_text
 from gprune.errors import UserError, quoting
 
 log = logging.getLogger("gprune")
@@ -63,7 +64,7 @@ class Sample:
     shuffle: bool = True
     bos: int | None = None  # first token of each window; the window then has one token of text less
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # named in errors
-    per_window: int = 1  # what the first flag counts for each window of a corpus
+    per_window: float = 1  # what the first flag counts for each window of a corpus
     repeat: float = 1  # how often at most the windows of a corpus with too little text are used
     least_tokens: int = 0  # of text, below which a corpus is refused instead of repeated
     at_least: int | None = None  # smallest number of windows of a corpus with too little text; None: `num_samples`
@@ -150,8 +151,8 @@ def _what_fits(sample: Sample, tokens: int, windows: int) -> str:
     bos = sample.bos is not None
     fits = []
     if available := tokens // (sample.seq_len - bos):
-        fits.append(f"{number} {available * sample.per_window}")
-    if sample.per_window > 1:  # of training, whose number of tokens does not depend on the length
+        fits.append(f"{number} {math.floor(available * sample.per_window)}")
+    if number == "--distill.tokens":  # of training, whose number of tokens does not depend on the length
         fits.append("--distill.repeat true")
     elif (shorter := (tokens // windows + bos) // 8 * 8) >= 8:
         fits.append(f"{length} {shorter}")

@@ -30,7 +30,6 @@ from gprune.storage.files import Cache, key_of
 from gprune.units.structure import Units, unit_key
 
 log = logging.getLogger("gprune")
-CACHE = Cache("speed")
 PROMPT, GENERATE = 128, 32  # tokens
 ROUNDS = 8
 TOLERANCE = 0.1  # share by which a speed-up may exceed that of the parameters
@@ -52,19 +51,20 @@ def latency_table(dense: PreTrainedModel, device: torch.device, dtype: torch.dty
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
     timed = [PROMPT, GENERATE, attention]
     key = key_of(machine=machine, shapes=shapes, dtype=str(dtype), timed=timed)
-    if (table := CACHE.read(key)) is not None:
-        return table
-    for again in ("", " again"):
-        log.info("Measuring the latency table of this machine%s, for the folder 'speed' of the cache", again)
-        table = measure_table(dense, device, dtype, attention)
-        if not (reason := why_implausible(table, units_of(dense))):
-            CACHE.write(key, table)
-            return table
-        log.warning("The latency table cannot be used: %s", reason)
-    raise UserError(
-        f"The latency table of this machine cannot be used, measured twice: {reason}. Run again while the machine is "
-        "idle, or give --sparsity.target in parameters such as 30%."
-    )
+
+    def measure() -> Table:
+        for again in ("", " again"):
+            log.info("Measuring the latency table of this machine%s, for the folder 'speed' of the cache", again)
+            table = measure_table(dense, device, dtype, attention)
+            if not (reason := why_implausible(table, units_of(dense))):
+                return table
+            log.warning("The latency table cannot be used: %s", reason)
+        raise UserError(
+            f"The latency table of this machine cannot be used, measured twice: {reason}. Run again while the machine "
+            "is idle, or give --sparsity.target in parameters such as 30%."
+        )
+
+    return Cache("speed").get(key, measure)
 
 
 def why_implausible(table: Table, units: Sequence[Units]) -> str:

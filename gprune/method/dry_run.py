@@ -60,6 +60,7 @@ def describe(plan: Plan) -> str:
         plan = replace(plan, budget=plan.budget.removing(plan.budget.step))
     else:
         lines.setdefault("widths", describe_widths(plan.budget))
+    stages = ["dense", *(["pruned"] if cfg.measures_pruned else []), cfg.final_stage]
     remaining = parameters - plan.removed
     size = f"{remaining * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}"
     lines |= {
@@ -67,7 +68,7 @@ def describe(plan: Plan) -> str:
         "exports": f"{'at most ' if cfg.searches_quality else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
-        "evaluates": f"the model on {len(cfg.corpora.evaluate)} corpora: {', '.join(cfg.evaluated_stages)}",
+        "evaluates": f"the model on {len(cfg.corpora.evaluate)} corpora: {', '.join(stages)}",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "loads": describe_loading(plan),
@@ -79,11 +80,10 @@ def describe(plan: Plan) -> str:
 
 def describe_target(plan: Plan) -> dict[str, str]:
     """Return how many parameters are removed at uniform sparsity, or how the run searches for a quality."""
-    cfg, parameters, in_scope = plan.cfg, plan.skeleton.num_parameters(), plan.budget.total_parameters
+    cfg = plan.cfg
     if not cfg.searches_quality:
-        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
-        return {"removes": f"{plan.removed:,} parameters: {shares}"}
-    text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
+        return {"removes": plan.describe_removed()}
+    text = f"{plan.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
     target = cfg.sparsity.target
     kept = f"{target} on every development corpus" if cfg.sparsity.limit == "worst" else target
     return {
@@ -103,6 +103,8 @@ def describe_text(plan: Plan) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
     except Exception:  # tokenizers and the hub raise many classes
+        tokenizer = None
+    if tokenizer is None or tokenizer.vocab_size < 2:  # for some types transformers makes an empty one from a config
         return f"not counted, because the tokenizer of {m.name} cannot be loaded"
     text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=to_download)
     needed: dict[tuple[str, str], int] = {}

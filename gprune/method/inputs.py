@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,9 @@ log = logging.getLogger("gprune")
 # Of --distill.repeat auto: how often text is used, and how little of it is enough to train on.
 MOST_REPEATS = 4
 LEAST_TRAINING_TOKENS = 8192
+# Roles of `Text` in which corpora have the shares of a mixture, with the fewest windows of a corpus: drift between two
+# halves needs two.
+SHARED = {"train": 2, "learn": 1, "fresh": 1}
 
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
@@ -121,10 +124,16 @@ def window_cutter(
 
     def windows(corpora: Iterable[str], role: str) -> Iterator[Windows]:
         split = other_splits.get(role, "train")
-        for corpus in corpora:
+        corpora, sample = [*corpora], samples[role]
+        each = sample.num_samples
+        numbers = dict.fromkeys(corpora, each)
+        if role in SHARED:
+            numbers = cfg.corpora.windows_of(corpora, each, least=SHARED[role])
+        for corpus, number in numbers.items():
             if corpus not in without:
                 documents = load_corpus(corpus, split, read=read)
-                cut = make_windows(documents, tokenizer, samples[role], corpus=corpus, split=split)
+                own = replace(sample, num_samples=number, per_window=sample.per_window * each / number)
+                cut = make_windows(documents, tokenizer, own, corpus=corpus, split=split)
                 check_tokens(cut, tokenizer, embeddings)
                 yield cut
 

@@ -34,7 +34,15 @@ from gprune.models.paths import attribute_at
 from gprune.models.surgery import widths
 from gprune.models.units import find_unpruned, units_of
 from gprune.recoveries import RECOVERY, recoveries_of
-from gprune.runs.trainer import UserCallbacks, check_trainer, matmul_precision, resolve_precision
+from gprune.runs.trainer import (
+    UserCallbacks,
+    arguments_of_user,
+    check_trainer,
+    matmul_precision,
+    measurements,
+    placement,
+    resolve_precision,
+)
 from gprune.sparsity.budget import Budget, budget_of, default_width_multiple
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.experts import check_routers
@@ -209,15 +217,21 @@ class Plan:
         return total
 
     @property
+    def development_tokens(self) -> int:
+        """Largest number of tokens in the development text. By default a quality target uses less of small corpora."""
+        return len(self.cfg.development_corpora) * self.cfg.development_windows * self.cfg.corpora.seq_len
+
+    @property
     def learning_tokens(self) -> tuple[int, int]:
         """Tokens of threshold learning, and of development perplexity before, during and after learning."""
         cfg, epochs = self.cfg, self.cfg.sparsity.epochs
-        learning = epochs * cfg.learned_windows * cfg.corpora.seq_len
+        windows = self._windows(cfg.corpora.learn, cfg.corpora.learn_samples or cfg.corpora.num_samples)
+        learning = epochs * windows * cfg.corpora.seq_len
         # The curve over sparsities has the dense model, the target and others.
-        measured = cfg.trainer.measurements(cfg.learned_windows, cfg.corpora.batch_size, epochs=epochs)
+        measured = measurements(cfg.trainer, windows, cfg.corpora.batch_size, epochs=epochs)
         measured += 2 + len(cfg.evaluation.curve)
         teacher = learning if cfg.sparsity.loss == "kl" else 0
-        return measured * cfg.development_tokens + teacher, learning
+        return measured * self.development_tokens + teacher, learning
 
     @property
     def searched_models(self) -> int:
@@ -229,13 +243,18 @@ class Plan:
         """Tokens of the search for a quality, and of the recovered model on development text if it is trained."""
         cfg = self.cfg
         recovered, _ = self.recovery_tokens(cfg.training_free_recovery)
-        searched = cfg.development_tokens + self.searched_models * (recovered + cfg.development_tokens)
-        return {8: (searched, 0), 9: (cfg.development_tokens if cfg.recovery_learns else 0, 0)}
+        searched = self.development_tokens + self.searched_models * (recovered + self.development_tokens)
+        return {8: (searched, 0), 9: (self.development_tokens if cfg.recovery_learns else 0, 0)}
 
     @property
     def calibration_tokens(self) -> int:
         """Number of tokens in a pass over all calibration corpora."""
-        return len(self.cfg.calibration_corpora) * self.cfg.corpora.num_samples * self.cfg.corpora.seq_len
+        c = self.cfg.corpora
+        return self._windows(self.cfg.calibration_corpora, c.num_samples, least=2) * c.seq_len
+
+    def _windows(self, corpora: list[str], each: int, *, least: int = 1) -> int:
+        """Return the number of windows of corpora in all, with `each` window per corpus on average."""
+        return sum(self.cfg.corpora.windows_of(corpora, each, least=least).values())
 
     @cached_property
     def gram_ranges(self) -> list[list[int]]:
@@ -268,14 +287,20 @@ class Plan:
     def recovery_tokens(self, chain: str) -> tuple[int, int]:
         """Return the (forward, forward and backward) tokens of a model's recovery, including development text."""
         cfg = self.cfg
-        text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
+        text = self._windows(cfg.corpora.recover, cfg.corpora.num_samples, least=2) * cfg.corpora.seq_len
+        fresh_windows = self._windows(cfg.corpora.recover, cfg.fresh_windows)
         forward = trained = 0
         for recovery in recoveries_of(chain, cfg.recovery_settings):
-            own_forward, own_trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
+            own_forward, own_trained = recovery.tokens(
+                text, fresh_windows * cfg.corpora.seq_len, attention=cfg.attention
+            )
             forward += own_forward
             trained += own_trained
             if recovery.learns:
-                forward += cfg.recovery_measurements * cfg.development_tokens
+                measured = measurements(  # by default after each quarter
+                    cfg.trainer, fresh_windows, cfg.distill.batch_size, 0.25, accumulate=cfg.distill.accumulate
+                )
+                forward += measured * self.development_tokens
         return forward, trained
 
     @property
@@ -289,6 +314,11 @@ class Plan:
     def removed(self) -> int:
         """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
         return self.budget.parameters_removed_by(uniform_masks(self.budget))
+
+    def describe_removed(self) -> str:
+        """Return how many parameters are removed, and their share of the scope and of the model."""
+        of_scope, of_model = self.removed / self.budget.total_parameters, self.removed / self.skeleton.num_parameters()
+        return f"{self.removed:,} parameters: {of_scope:.1%} of {self.cfg.sparsity.scope}, {of_model:.1%} of the model"
 
     @property
     def forward_tokens(self) -> int:
@@ -336,7 +366,11 @@ def make_plan(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, togethe
 
 def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
     """Return the Trainer's device. A dry run assumes that the requested GPUs and nodes exist."""
-    settings = cfg.trainer.lightning_arguments | {"callbacks": callbacks}
+    given = arguments_of_user(cfg.trainer)
+    for name in ("deterministic", "benchmark"):  # settings of PyTorch, which the Trainer of the check would leave set
+        given.pop(name, None)
+    precision = "32-true" if cfg.trainer.precision == "auto" else cfg.trainer.precision  # `auto` is resolved later
+    settings = placement(cfg.trainer) | given | {"precision": precision, "callbacks": callbacks}
     try:
         return check_trainer(**settings)
     except UserError:

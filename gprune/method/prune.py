@@ -36,7 +36,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from gprune.calibration.block_errors import block_errors, error_corpora, error_windows
+from gprune.calibration.block_errors import block_errors, error_tokens, error_windows
 from gprune.calibration.statistics import (
     CorpusStatistics,
     Moments,
@@ -393,17 +393,19 @@ def allocated_masks(
 def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
     """Return the `block_errors` of neurons in the order of scores, computed once per run and `name`.
 
-    The text is `error_windows` windows of each corpus of `error_corpora`. A float32 model is computed in the
+    The text is the first `error_windows` of each corpus. A float32 model is computed in the
     precision of learning, which is part of the run's key.
     """
-    cfg, windows, corpora = run.cfg, error_windows(run.cfg), error_corpora(run.cfg)[name]
+    cfg = run.cfg
     bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
     batches = [
-        ids for corpus in corpora for ids in run.text.train[corpus].tokens[:windows].split(cfg.corpora.batch_size)
+        ids
+        for corpus, windows in error_windows(cfg, name).items()
+        for ids in run.text.train[corpus].tokens[:windows].split(cfg.corpora.batch_size)
     ]
 
     def compute() -> dict[str, Tensor]:
-        step, tokens = 7 if name == "modules" else 2, len(corpora) * windows * cfg.corpora.seq_len
+        step, tokens = 7 if name == "modules" else 2, error_tokens(cfg, name)
         run.step(step, f"Measuring the loss caused by errors of {name} on {tokens:,} tokens")
         errors = block_errors(run.model, scores, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
         return {"errors": errors}

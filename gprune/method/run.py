@@ -37,9 +37,12 @@ from gprune.runs.trainer import (
     StageBar,
     StopTogether,
     UserCallbacks,
+    arguments_of_user,
     matmul_precision,
+    placement,
     plain_interrupts,
     raise_as_user_error,
+    validation_interval,
 )
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -137,33 +140,35 @@ class Run:
         log.info("%s", self.screen.step(number, what))
 
     def trainer(
-        self, name: str, what: str, stage: L.LightningModule, *, role: str = "",
+        self, name: str, what: str, stage: L.LightningModule, *, role: str = "", on_text: bool = False,
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
         """Construct the Trainer of one stage, and log the line `what`.
 
-        `name` and `role` are those of `fit`; `callbacks` follow those of the user.
+        `name` and `role` are those of `fit`; `callbacks` follow those of the user. `on_text`: see `arguments_of_user`.
         """
         log.info("%s", what)
         t = self.cfg.trainer
         user_callbacks = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
         record_stop = RecordStop(self.folder, name)
         callbacks = [*user_callbacks, record_stop, *callbacks, StageBar(self.screen, what), StopTogether()]
-        kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
-        kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
-        strategy = t.lightning_strategy
+        given = arguments_of_user(t, on_text=on_text)
+        if kwargs.get("gradient_clip_val"):  # the stage has a limit of its own
+            given.pop("gradient_clip_val", None)
+        if (profiler := given.get("profiler")) in PROFILERS:
+            given["profiler"] = PROFILERS[profiler](self.folder / "profiles", name.replace("/", "-"))
+        arguments = {
+            "enable_model_summary": False, "enable_progress_bar": False, "log_every_n_steps": 1,
+            **placement(t), **kwargs, **given,
+        }  # fmt: skip
         if t.strategy == "fsdp" and is_overridden("configure_model", stage):  # the stage shards its models
-            strategy = ModelParallelStrategy(self.cfg.processes, 1, save_distributed_checkpoint=False)
+            arguments["strategy"] = ModelParallelStrategy(self.cfg.processes, 1, save_distributed_checkpoint=False)
         return L.Trainer(
-            accelerator=t.lightning_accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
-            deterministic=t.deterministic or None, detect_anomaly=t.detect_anomaly,
-            profiler=t.profiler and PROFILERS[t.profiler](self.folder / "profiles", name.replace("/", "-")),
             # Our samplers shard exactly; Lightning's would repeat windows to fill the last batch.
             use_distributed_sampler=False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # True would add a ModelCheckpoint
-            enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
-            strategy=strategy, **kwargs,
+            num_sanity_val_steps=0, **arguments,
         )  # fmt: skip
 
     def fit(
@@ -198,7 +203,7 @@ class Run:
         if validates:
             windows = sum(len(of_corpus.tokens) for of_corpus in text)
             accumulate = kwargs.get("accumulate_grad_batches", 1)
-            _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
+            _, interval = validation_interval(t, windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
         learned = self.folder.manifest.get("learned_tokens", {})
         stage.tokens_before = sum(tokens for other, tokens in learned.items() if other != name)
@@ -207,8 +212,7 @@ class Run:
         trainer = self.trainer(
             name, what, stage, role=role, callbacks=[curves, *callbacks, checkpoints], precision=t.precision,
             limit_train_batches=int(limit) if limit and limit >= 1 else limit,  # Lightning reads a float as a share
-            max_steps=t.max_steps or -1,
-            fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
+            inference_mode=False, on_text=True, **kwargs,
         )  # fmt: skip
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
@@ -240,6 +244,8 @@ def open_run(
     plan = make_plan(cfg, user_callbacks, together=True)
     cfg = plan.cfg
     tokenizer = load_tokenizer(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+    if not cfg.searches_quality:
+        log.info("Removing %s", plan.describe_removed())
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     # Before weights are loaded, which may take minutes.
     text = prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings)

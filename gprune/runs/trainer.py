@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -25,19 +27,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from pydantic import ValidationError, validate_call
+from pydantic import TypeAdapter, ValidationError, validate_call
 
-from gprune.checks import require, validation_message
+from gprune.checks import format_value, require, validation_message
 from gprune.config import RunConfig
 from gprune.config.running import ClassPath, TrainerConfig
 from gprune.console import is_ending, quieted
-from gprune.errors import UserError, first_line
+from gprune.errors import UserError, closest_name, first_line
 from gprune.models.products import float32_by_onednn, multiplies_bfloat16
 from gprune.runs.folder import RunFolder
 from gprune.screen import Screen
 from gprune.user_code import find_loaded
 
 log = logging.getLogger("gprune")
+# Arguments of Lightning's Trainer that would cut calibration and refinement too.
+ONLY_ON_TEXT = ("fast_dev_run", "max_steps", "min_steps", "min_epochs")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # rank variables of launchers
 # Variables that show that a launcher, or the user, starts the processes of several nodes.
@@ -189,16 +193,48 @@ def raise_as_user_error(error: Exception, callbacks: UserCallbacks) -> None:
         raise UserError(f"--trainer: Cannot use the settings: {first_line(error)}.") from error
 
 
+def placement(t: TrainerConfig) -> dict[str, Any]:
+    """Return the arguments of Lightning's Trainer and Fabric for devices, of a stage that does not shard its models.
+
+    On a Mac, `auto` is cpu, because statistics are float64, which Apple's GPU does not support.
+    """
+    accelerator = "cpu" if t.accelerator == "auto" and sys.platform == "darwin" else t.accelerator
+    strategy = "ddp" if t.strategy == "fsdp" else t.strategy
+    return {"accelerator": accelerator, "devices": t.devices, "num_nodes": t.num_nodes, "strategy": strategy}
+
+
+def arguments_of_user(t: TrainerConfig, *, on_text: bool = True) -> dict[str, Any]:
+    """Return the arguments of the user for Lightning's Trainer, checked against its signature, without those of fields.
+
+    Arguments that cut training short are left out unless the stage trains `on_text`.
+    """
+    annotations = {p.name: p.annotation for p in inspect.signature(L.Trainer).parameters.values()}
+    arguments = {}
+    for name, value in t.other_arguments.items():
+        if name not in annotations:
+            closest = closest_name(name, [*annotations, *TrainerConfig.model_fields])
+            hint = f" Did you mean '{closest}'?" if closest else ""
+            raise UserError(
+                f"Unknown setting '{TrainerConfig.prefix}{name}'.{hint} It must be an argument of lightning.Trainer."
+            )
+        try:
+            argument = TypeAdapter(annotations[name], config={"arbitrary_types_allowed": True}).validate_python(value)
+        except ValidationError as error:
+            expected = re.sub(r"\b\w+\.", "", inspect.formatannotation(annotations[name]))  # names without modules
+            raise UserError(f"--trainer.{name} must be {expected}; got {format_value(value)}.") from error
+        if on_text or name not in ONLY_ON_TEXT:
+            arguments[name] = argument
+    return arguments
+
+
 def check_trainer(*, callbacks: Sequence[L.Callback] = (), **settings: Any) -> torch.device:
     """Check settings of the Trainer by constructing one, and return its device."""
     _check_processes(settings["accelerator"], settings["devices"], settings["num_nodes"])
     try:
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
             saves_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
-            trainer = L.Trainer(
-                callbacks=list(callbacks), enable_checkpointing=saves_checkpoints, logger=False,
-                enable_model_summary=False, enable_progress_bar=False, **settings,
-            )  # fmt: skip
+            silent = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+            trainer = L.Trainer(callbacks=list(callbacks), enable_checkpointing=saves_checkpoints, **silent | settings)
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         first_sentence = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
         in_words = ", ".join(f"{name} {value!r}" for name, value in settings.items())
@@ -241,12 +277,52 @@ def _wrong_rank_variable(processes: int) -> str | None:
 
 def launch_processes(trainer: TrainerConfig) -> Fabric:
     """Launch the processes of a run unless they are running, and return the Fabric for communication."""
-    t = trainer
-    fabric = Fabric(
-        accelerator=t.lightning_accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.lightning_strategy
-    )
+    fabric = Fabric(**placement(trainer))
     fabric.launch()
     return fabric
+
+
+def validation_interval(
+    t: TrainerConfig, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1
+) -> tuple[int, int]:
+    """Return the number of batches in an epoch, and the number of batches between two development measurements.
+
+    The interval is `--trainer.val_check_interval`, by default `share` of the epoch, rounded up to whole optimizer
+    steps. Raise UserError if the flag is more than an epoch, or `--trainer.limit_train_batches` leaves no batch.
+    """
+    all_batches = math.ceil(windows / batch_size)
+    batches = all_batches
+    if limit := t.limit_train_batches:  # a number of batches, or a share below 1
+        batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
+        if not batches:
+            raise UserError(
+                f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches in an epoch of "
+                f"each training stage; got {limit:g}."
+            )
+    interval = t.val_check_interval or share
+    if isinstance(interval, float):
+        rounding_error = 1e-9  # of the product, which would otherwise add a batch
+        interval = math.ceil(batches * interval - rounding_error)
+    if interval > batches:
+        raise UserError(
+            f"--trainer.val_check_interval must be {batches} or less, the batches in an epoch of a training stage, "
+            f"or a share from 0 to 1; got {interval}."
+        )
+    whole_steps = accumulate * math.ceil(interval / accumulate)
+    return batches, min(batches, whole_steps)
+
+
+def measurements(
+    t: TrainerConfig, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1, epochs: int = 1
+) -> int:
+    """Return the number of measurements of development perplexity before, during and after training.
+
+    Arguments as for `validation_interval`. The last measurement is after the last step, also if the interval does
+    not divide the batches of an epoch.
+    """
+    batches, interval = validation_interval(t, windows, batch_size, share, accumulate=accumulate)
+    after_last_step = int(batches % interval > 0)
+    return 1 + epochs * (batches // interval) + after_last_step
 
 
 @contextmanager

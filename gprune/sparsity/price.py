@@ -3,8 +3,7 @@
 Currencies are parameters, the KV cache, bytes, seconds, or a function that is registered in `COST`. The function is
 called with the model and its units (`units_of`). It returns whole numbers by key of units: the cost of a unit, or the
 costs of 0, 1, ..., all units. Units without a cost are free, and a layer without one costs as much as its units. The
-key `REST` has the cost of everything outside of layers. `bytes` and `seconds` depend on the run, so
-`method.plan.Pricing` computes them.
+key `REST` has the cost of everything outside of layers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     from gprune.units.structure import Units
 
 Costs = Mapping[str, int | Sequence[int]]  # result of a registered function
-COST: Registry[Callable[..., Costs]] = Registry("cost")
+COSTS_OF_RUN = ("bytes", "seconds")  # of the export and of this machine, which `method.plan.Pricing` computes
+COST: Registry[Callable[..., Costs]] = Registry("cost", others=COSTS_OF_RUN)
 Price = Mapping[str, Sequence[int]]  # key of `Units` -> cost of keeping 0, 1, ..., `count` of them
 REST = "rest"  # key of the cost outside of layers
 
@@ -89,10 +89,3 @@ def kv_cache(model: Any, units: Sequence[Units]) -> dict[str, int]:
     """Return how many numbers the KV cache stores per token: a key and a value of `head_dim` for each KV group."""
     groups = [u for u in units if u.kind == "kv_groups" and u.count]
     return {u.key: 2 * int((u.inputs[0].unit >= 0).sum()) // u.count for u in groups}
-
-
-@COST.register("bytes")
-@COST.register("seconds")
-def costs_of_run(model: Any, units: Sequence[Units]) -> Costs:
-    """Costs of the export (half bits, 1/16 byte) and of this machine (picoseconds), which depend on the run."""
-    raise NotImplementedError("method.plan.Pricing computes these costs")

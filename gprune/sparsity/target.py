@@ -27,9 +27,10 @@ MAX_RATIO = 1000  # largest speedup
 CUTS = 1000  # largest number of cuts among which the search for a target in quality bisects
 LEARNING_CUTS = 100  # the same for the search for the share at which thresholds are learned
 HALF_BITS_PER_BYTE = 16  # byte budgets are counted in half-bits, because q8_0 takes 8.5 bits per weight
+SHARE_OF_SCOPE = re.compile(r"(.+%)([a-z+]+)")  # 30%ffn is 0.3 with --sparsity.scope ffn
 FORMS = (
-    "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
-    "a speedup such as 1.4x, or a rise in perplexity such as +5% (at most +1000%)"
+    "a share of the scope such as 30%ffn or 0.3, a share of all parameters such as 30%, what is left such as 95M or "
+    "200MiB, a speedup such as 1.4x, or a rise in perplexity such as +5% (at most +1000%)"
 )
 
 
@@ -106,5 +107,13 @@ class Target:
         return f"{bound} {share:.4f}" if self.unit == "share" else f"{bound} {share:.2%}"
 
 
+def split_scope(setting: object) -> tuple[object, str]:
+    """Return a target without the scope that its share is of, and this scope: 0.3 and `ffn` for `30%ffn`."""
+    match = SHARE_OF_SCOPE.fullmatch(setting) if isinstance(setting, str) else None
+    if match is None or (target := Target.of(match[1])).unit != "%":
+        return setting, ""
+    return float(target.number), match[2]
+
+
 # The type of the setting: a value that `Target.of` accepts, in the form in which it is stored.
-TargetSetting = Annotated[float | str, BeforeValidator(lambda setting: Target.of(setting).setting)]
+TargetSetting = Annotated[float | str, BeforeValidator(lambda setting: Target.of(split_scope(setting)[0]).setting)]

@@ -1,8 +1,7 @@
 """All-or-nothing writes of files and folders, readers of safetensors and JSON, and the cache.
 
-Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written beside its destination, and renamed
-when it is complete: text as a temporary file, everything else in a scratch folder. A file that cannot be parsed counts
-as missing, and is computed again.
+Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written in a scratch folder beside its
+destination, and renamed when it is complete. A file that cannot be parsed counts as missing, and is computed again.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -106,23 +104,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. Temporary files for `path` that killed processes left are removed first.
-
-    Another process that is writing the same file may lose its temporary file by this. It then writes the text again.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in path.parent.glob(f".{glob_escape(path.name)}.????????.tmp"):
-            with suppress(OSError):  # a scratch folder
-                abandoned.unlink()
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except FileNotFoundError:
-            write_text(path, text)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @rank_zero_only

@@ -240,9 +240,6 @@ def read_content(path: Path) -> Content:
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
-        if "reference" in content:
-            remedy = "Name pairs of rows in compare, whose ratios are paired over windows"
-            raise UserError(f"The key reference of list '{path}' was removed. {remedy}.")
         rows = content.get("rows")
         names = [str(name) for name in rows] if isinstance(rows, dict) else []
         files = [file_name(name).casefold() for name in names]

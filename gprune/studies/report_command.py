@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gprune.config.groups import REPLACEMENTS
 from gprune.console import Parser, quiet
 from gprune.errors import UserError
 from gprune.storage.paths import expanded
@@ -38,8 +37,7 @@ RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for the seeds of 
 
 def parser() -> Parser:
     """Return the parser of the command's arguments."""
-    removed = {"base": REPLACEMENTS["report.base"]}
-    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES, removed=removed)
+    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
     result.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
     folder = "folder for tables and figures (default: report/ in the run, or beside several runs)"
     result.add_argument("--output", metavar="FOLDER", help=folder)

@@ -202,8 +202,8 @@ def test_non_finite_log_likelihoods_are_refused(data):
 
 
 def test_the_recipe_of_the_docs_measures_a_file_of_questions(tmp_path, monkeypatch, only):
-    """The YAML task and the lines of docs/experiments.md, in a folder that `--include_path` names."""
-    page = (ROOT / "docs/experiments.md").read_text()
+    """The YAML task and the lines of docs/tasks.md, in a folder that `--include_path` names."""
+    page = (ROOT / "docs/tasks.md").read_text()
     (recipe,) = re.findall(r"```yaml\n(# my_tasks/mine\.yaml\n.*?)```", page, re.S)
     (lines,) = re.findall(r"```json\n(\{\"prompt\".*?)```", page, re.S)
     folder = tmp_path / "my_tasks"

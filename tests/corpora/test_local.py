@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gprune.corpora import load
-from gprune.corpora.load import SPLITS, contiguous_split, load_corpus, load_files, source_of, split_text
+from gprune.corpora.documents import contiguous_split
+from gprune.corpora.load import SPLITS, load_corpus, load_files, source_of, split_text
 from gprune.errors import UserError
 
 

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from experiments import kinds
+from experiments.corpora import write
 from gprune.corpora.load import load_corpus
 from gprune.errors import UserError
 
@@ -58,11 +59,20 @@ def test_documents_come_from_the_fixed_commit_in_the_order_of_paths(tmp_path, mo
     commit = commit_files(clone, {"b.conllu": CONLLU, "a.conllu": "# text = Of a.\n", "a.txt": "# text = Not read.\n"})
     commit_files(clone, {"a.conllu": "# text = Later.\n"})
     monkeypatch.setattr(kinds, "KINDS", {"mine": kind(commit, r".*\.conllu")})
+    monkeypatch.setattr(kinds, "MIXTURES", {"mixed": {"c4": None, "code_github": 4, "mine": 5}})
+    for corpus in ("c4", "code_github"):
+        with pytest.raises(
+            UserError, match=rf"--output must have the corpus {corpus} .* python -m experiments.corpora"
+        ):
+            kinds.work(["--clones", str(tmp_path / "clones"), "--output", str(tmp_path / "data")])
+        write(tmp_path / "data", corpus, {split: [f"{split} of {corpus}"] for split in ("train", "test")})
     table = kinds.work(["--clones", str(tmp_path / "clones"), "--output", str(tmp_path / "data")])
     assert "unseen" in table
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
     assert load_corpus("mine", "train") == ["Of a."]
     assert load_corpus("mine", "test") == ["First sentence. Second one."]
+    assert load_corpus("mixed", "train") == ["train of c4", "trai", "Of a."]
+    assert load_corpus("mixed", "test") == ["test of c4", "test", "First"]
 
 
 def test_a_missing_clone_or_commit_is_named_with_the_command_that_makes_it(tmp_path):
@@ -83,6 +93,6 @@ def test_unseen_text_and_text_for_choosing_share_no_repository_except_that_of_gu
 
 def test_the_error_for_a_missing_corpus_has_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
-    for name in kinds.KINDS:
+    for name in (*(kinds.KINDS.keys() - kinds.TREEBANKS), *kinds.MIXTURES):
         with pytest.raises(UserError, match=rf"python -m experiments\.kinds .* makes {name}\."):
             load_corpus(name, "test")

@@ -283,7 +283,10 @@ class Begun(lightning.Callback):
     [
         ("AssignmentRefinement", ["--partition.steps=1000000"]),
         ("ThresholdLearning", ["--sparsity.epochs=1000000"]),
-        ("DistillationStage", ["--recovery=distill", "--distill.tokens=1000000", "--distill.repeat=true"]),
+        (
+            "DistillationStage",
+            ["--gprune=false", "--recovery=distill", "--distill.tokens=100000", "--distill.repeat=true"],
+        ),
     ],
 )
 def test_sigterm_ends_both_processes_in_any_stage(stage, flags, world, tmp_path):

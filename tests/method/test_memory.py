@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -33,6 +32,24 @@ LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
     "max_position_embeddings": 8192, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": True}
+SHAPES_ON_THE_PAGE = {
+    "Llama-3.2-1B": LLAMA_3 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "head_dim": 64,
+    },
+    "Llama-3.2-3B": LLAMA_3 | {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "head_dim": 128,
+    },
+    "Qwen3-8B": {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -68,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
         (4096, "--model.dtype=bfloat16 --recovery=distill --distill.targets=mlp --sparsity.scope=attention+ffn"),
         (4096, "--importance=taylor --recovery=least_squares --gprune=false"),
         # Three quarters of the peak are activations of layers, or a third is AdamW's moments.
-        (4096, f"{TRAINED} --distill.batch_size=12"),
+        (4096, f"{TRAINED} --distill.batch_size=12 --distill.tokens=3072"),
         (512, f"{TRAINED} --distill.batch_size=1 --distill.tokens=768 --corpora.seq_len=64 --sparsity.target=0.1"),
     ],
 )
@@ -87,7 +104,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(vocab_siz
     monkeypatch.setattr(RunFolder, "step", measured_step)
     args = ("--corpora.seq_len=256", "--evaluation.seq_len=256", "--recovery=least_squares+distill", "--export=none")
     short = ("--evaluation.curve=[]", f"--corpora.evaluate={world.names('alpha')}")
-    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *short, *flags.split()))
+    cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=1024", *short, *flags.split()))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)
     peaks = {"calibrate": measured["calibrate"], "recover": measured["shrink"]}
@@ -147,17 +164,27 @@ def test_a_dry_run_predicts_the_memory_of_an_8b_model_for_another_machine(plan_o
     assert "not counted" in plan_of_8b("--model.device_map=auto")["memory"]
 
 
-def test_the_recommended_commands_for_8b_have_the_planned_memory_of_the_page(plan_of_8b):
+@pytest.mark.parametrize(("model", "config"), SHAPES_ON_THE_PAGE.items())
+def test_the_table_of_large_models_has_the_planned_memory(model, config, plan_of_8b, tmp_path):
+    """The config alone is enough, also of Qwen3, whose tokenizer transformers then makes without a vocabulary."""
     page = (tiny_run.ROOT / "docs/large_models.md").read_text(encoding="utf-8")
-    section = page.partition("### 8B on one GPU\n")[2].partition("\n### ")[0]
-    (command,) = re.findall(r"^python train\.py (.*?)^```", section.replace("\\\n", " "), re.M | re.S)
-    flags = (*shlex.split(command)[4:], "--trainer.accelerator=gpu")  # without the model and its dtype
-    planned = plan_of_8b(*flags)["memory"].partition("; each GPU has ")[0]  # on a machine with a GPU
-    assert planned == "about 41.9 GiB of each GPU in the step calibrate"
-    assert planned in " ".join(section.split())
-    for targets in ("lora", "all"):
-        gib = plan_of_8b(*flags, "--recovery=[least_squares,distill]", f"--distill.targets={targets}")["memory"]
-        assert f"{gib.split()[1]} GiB" in section
+    (row,) = re.findall(rf"^\| {model} \| (.*) \|$", page, re.M)
+    (tmp_path / "8b/config.json").write_text(json.dumps(config))
+    size, *cells = row.split(" | ")
+    trained = "--config=trained"
+    recipes = (
+        [trained],
+        [trained, "--distill.targets=mlp"],
+        [trained, "--distill.targets=lora"],
+        ["--config=untrained"],
+    )
+    for cell, flags in zip(cells, recipes, strict=True):
+        planned = plan_of_8b(*flags, "--trainer.accelerator=gpu")
+        assert planned["memory"].split()[1] == cell.split()[0]
+        assert planned["text"].startswith("not counted, because the tokenizer of ")
+        terms = re.findall(r"\d+\.\d+", planned["of which"])
+        assert "(" not in cell or re.findall(r"\d+\.\d+", cell)[1:] == terms
+        assert f"{float(re.findall(r': ([0-9,.]+) MB', planned['exports'])[0].replace(',', '')) / 1000:.1f} GB" == size
 
 
 @pytest.mark.parametrize("name", EXPERTS_PER_TOKEN)

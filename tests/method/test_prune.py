@@ -23,7 +23,7 @@ import gprune.method.inputs
 import gprune.storage.files
 from gprune import report
 from gprune.calibration.statistics import pool_statistics
-from gprune.corpora.load import CORPORA
+from gprune.corpora.documents import CORPORA
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
@@ -182,6 +182,23 @@ def test_ones_own_text_prunes_trains_and_is_reported_beside_text_that_the_run_di
     assert int(trained_in_all.replace(",", "")) == int(trained.replace(",", "")) + 4 * 32  # of learning thresholds
 
 
+def test_a_mixture_has_its_shares_in_every_step_and_all_its_parts_count_as_seen(world, tmp_path):
+    alpha, gamma = (str(world.corpora[name]) for name in ("alpha", "gamma"))
+    flags = [
+        f"--corpora.text={{{alpha}: 0.75, {gamma}: 0.25}}", "--gprune=false", "--recovery=least_squares+distill",
+        "--sparsity.allocation=reconstruction", "--distill.tokens=256", "--corpora.num_samples=8",
+    ]  # fmt: skip
+    result = world.run(tmp_path / "runs", *flags)
+    assert {Path(r["corpus"]).stem for r in result.records if r["seen"]} == {"alpha", "gamma"}
+    tokens = {name: of_corpus.channels["neurons.0"].total.count for name, of_corpus in result.statistics.items()}
+    assert tokens[alpha] == 3 * tokens[gamma] > 0
+    cfg, text, _ = text_of(world, *flags)
+    assert [len(windows.tokens) for windows in text.fresh] == [6, 2]
+    plan = gprune.method.plan.make_plan(cfg)
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
+
+
 def test_on_the_default_text_a_run_names_a_command_that_compares_methods(tmp_path, monkeypatch):
     default, other_text = gprune.RunConfig(), gprune.RunConfig(corpora={"evaluate": ["wiki"]})
     monkeypatch.chdir(tmp_path)
@@ -267,7 +284,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert re.fullmatch(r"about [\d.]+ GiB in the step \w+; this machine has [\d.]+ GiB", lines["memory"])
     terms = ("weights", "gradients and optimizer", "gram matrices", "activations")
     assert re.fullmatch("GiB: " + ", ".join(rf"\d+\.\d\d {term}" for term in terms), lines["of which"])
-    assert lines["text"] == "alpha.txt (train): 15,120 tokens, 128 needed"  # 27 of 36 documents of 560 words
+    assert lines["text"] == "alpha.txt (train): 14,560 tokens, 128 needed"  # 26 of 36 documents of 560 words
     assert "\n                 delta.txt (test): 3,920 tokens, 64 needed\n" in output
 
 

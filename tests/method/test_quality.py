@@ -140,7 +140,7 @@ def test_the_removed_share_is_the_largest_within_the_limit(trained, rise, tmp_pa
     neuron_cost = budget.price["neurons.0"][1]
     rises = {}  # by the number of removed neurons
     found = {limit: sum(int((~keep).sum()) for keep in result.masks.ffn) for limit, result in results.items()}
-    for cut in {*range(1, 3 * tiny_run.NEURONS - 2, 8), *found.values(), *(removed + 1 for removed in found.values())}:
+    for cut in {*range(1, 3 * tiny_run.NEURONS - 2, 16), *found.values(), *(removed + 1 for removed in found.values())}:
         rises[cut] = rise(
             allocate("uniform", scores, statistics, decoder_layers(model), budget.removing(cut * neuron_cost))
         )
@@ -297,7 +297,7 @@ def test_a_dry_run_prints_the_cost_of_the_search(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_find_the_same_share_as_one(trained, tmp_path):
-    flags = with_target("+15%", "--gprune=false", "--recovery=[least_squares,distill]", "--distill.tokens=768")
+    flags = with_target("+15%", "--gprune=false", "--recovery=[least_squares,distill]", "--distill.tokens=192")
     flags += ["--export=none", "--trainer.devices=2", "--trainer.strategy=ddp"]
     first, second = tiny_run.train(trained.args(tmp_path, *flags), tmp_path, processes=2)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr

@@ -36,13 +36,13 @@ def test_settings_name_a_single_corpus_as_text_and_the_corpora_that_null_means()
     assert all_of_drift.settings()["corpora"]["score"] == ["wiki", "web"]
 
 
-@pytest.mark.parametrize("config", ["best", "untrained"])
+@pytest.mark.parametrize("config", ["trained", "untrained"])
 def test_shipped_configurations_without_modules_score_on_all_corpora(config):
     cfg = parse(["--config", config])
     assert cfg.method == "base"
-    assert cfg.base_corpora == ["wiki", "web", "python_code"]
+    assert cfg.base_corpora == list(cfg.corpora.shares)
+    assert len(cfg.base_corpora) == 5
     assert cfg.roles["learn"] == []
-    assert cfg.unused(["corpora.drift"]) == ""
 
 
 def test_a_run_without_modules_keeps_the_units_with_the_highest_scores_of_all_corpora(world, tmp_path):

@@ -20,7 +20,7 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.method import prune as steps
 from gprune.models.surgery import slice_model
-from gprune.runs.trainer import RANKS, StageBar, check_trainer
+from gprune.runs.trainer import RANKS, StageBar, check_trainer, placement
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
 from tests import tiny_run
@@ -58,7 +58,7 @@ def test_on_a_mac_auto_is_the_cpu_and_its_gpu_is_refused(accelerator, device, mo
     """The Mac is simulated: without `auto` replaced by cpu, Lightning would choose its GPU."""
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
-    settings = TrainerConfig(accelerator=accelerator).lightning_arguments
+    settings = placement(TrainerConfig(accelerator=accelerator))
     if device is None:
         with pytest.raises(UserError, match="must be cpu on this machine; got gpu"):
             check_trainer(**settings)

@@ -223,7 +223,10 @@ def test_trainer_arguments_apply_in_the_stages_that_they_are_for(world, tmp_path
 def test_settings_have_only_trainer_arguments_that_change_results_and_no_defaults():
     plain = RunConfig().settings()
     assert set(plain["trainer"]) == {"world_size", "precision"}
-    without_effect = ["--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true"]
+    without_effect = [
+        "--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true",
+        "--trainer.deterministic=false", "--trainer.max_steps=null", "--trainer.enable_progress_bar=true",
+    ]  # fmt: skip
     assert parse(without_effect).settings() == plain
     with_effect = [
         "--trainer.max_steps=3", "--trainer.limit_train_batches=0.5", "--trainer.gradient_clip_val=1",

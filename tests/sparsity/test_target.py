@@ -44,6 +44,26 @@ def test_targets_with_units_are_parsed_exactly(value, unit, number):
     assert parsed == (value if unit == "share" else str(value))
 
 
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [("--sparsity.target 30%ffn", 0.3), ("--sparsity.target 12.5%ffn", 0.125),
+     ("--sparsity.target 20%ffn+attention --sparsity.scope attention+ffn", 0.2),
+     ("--sparsity.scope ffn+layers --sparsity.target 20%ffn+blocks", 0.2)],
+)  # fmt: skip
+def test_a_share_may_name_the_scope_that_it_is_of(flags, target):
+    cfg = parse(flags.split())
+    assert cfg.sparsity.target == target
+    cfg.sparsity.target = "15%ffn"
+    assert cfg.sparsity.target == 0.15
+
+
+@pytest.mark.parametrize("target", ["30%attention+ffn", "30%model"])
+def test_a_share_of_another_scope_is_refused(target):
+    message = f"--sparsity.target must be a share of --sparsity.scope ffn; got {target}."
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(["--sparsity.target", target])
+
+
 INVALID = [
     "-3M", "1e400", "200 MiB", "30 %", "0%", "100%", "half", "%", "M", "0M", "3", "1e3M", "٣M", "5TiB", "0x",
     "1x", "0.9x", "x", "2X",

@@ -400,7 +400,7 @@ def test_a_recovery_with_two_training_phases_resumes_after_both(world, tmp_path,
         def tokens(self, text, fresh, *, attention):
             return 2 * fresh, 2 * fresh
 
-    flags = (*ALONE, "--recovery=two_phases")
+    flags = (*ALONE, "--recovery=two_phases", "--distill.tokens=576")
     first = world.run(tmp_path, *flags)
     assert len(list((first.path / "recovery").iterdir())) == 2
     (first.path / "metrics.json").unlink()

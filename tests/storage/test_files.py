@@ -120,15 +120,6 @@ def test_temporary_folders_of_killed_writers_of_the_same_file_are_removed_and_lo
     assert (tmp_path / "a.json").read_text() == "new"
 
 
-def test_temporary_files_of_killed_writers_of_the_same_json_file_are_removed(tmp_path):
-    same_file, other_file = tmp_path / ".a.json.0123abcd.tmp", tmp_path / ".b.json.0123abcd.tmp"
-    for file in (same_file, other_file):
-        file.write_text("half")
-    write_json(tmp_path / "a.json", {"x": 1})
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", other_file])
-    assert read_json(tmp_path / "a.json") == {"x": 1}
-
-
 def test_a_json_file_that_two_processes_write_at_once_is_complete_at_every_moment(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"x": 0, "filler": "x" * 10_000})
@@ -145,21 +136,6 @@ def test_a_json_file_that_two_processes_write_at_once_is_complete_at_every_momen
         assert read_json(path) is not None
     assert os.waitstatus_to_exitcode(ended[1]) == 0
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_writer_that_loses_its_temporary_file_to_another_one_writes_again(tmp_path, monkeypatch):
-    replace, lost = os.replace, []
-
-    def replace_after_another_writer(source, target):
-        if not lost:
-            lost.append(source)
-            source.unlink()  # what another writer of the file does first
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", replace_after_another_writer)
-    write_json(tmp_path / "a.json", {"x": 1})
-    assert lost
-    assert read_json(tmp_path / "a.json") == {"x": 1}
 
 
 # --- reading unreadable files

@@ -128,5 +128,5 @@ def test_config_must_be_a_readable_text_file(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=rf"--config must be a YAML file .* best, gates.*; got '{path}'"):
+    with pytest.raises(UserError, match=rf"--config must be a YAML file .* embedded, gates.*; got '{path}'"):
         parse(["--config", path])

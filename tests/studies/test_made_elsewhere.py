@@ -370,12 +370,6 @@ def test_measure_refuses_bad_arguments_in_one_line(bench, tmp_path, model, flags
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("name", "instead"), [("evaluate", "gprune.measure"), ("recover", "experiments.distil")])
-def test_a_removed_function_names_what_to_use_instead(name, instead):
-    with pytest.raises(AttributeError, match=rf"'{name}'\. It was removed; use .*{instead}"):
-        getattr(gprune, name)
-
-
 def test_models_without_tokenizer_and_too_large_models_are_refused(bench, folders, nothing_runs, capsys, monkeypatch):
     no_tokenizer = copy_model(bench, folders, "incomplete")
     for file in no_tokenizer.glob("tokenizer*"):
