@@ -145,7 +145,7 @@ def checked_units_of_user(probe: Probe, base: Family, neurons: Units) -> Family:
     record = replace(base, **model_wide_fields(probe, [Place("neurons", neurons.reads, slices, classes)]))
     failure = f"Cannot use the function in UNITS for model type '{probe.name}'"
     attach_record(probe.model, record)
-    remedy = "Correct it (docs/extend.md, 'Model types'), or remove it, so that gprune finds the units itself."
+    remedy = "Correct it (docs/extend.md, 'A model type'), or remove it, so that gprune finds the units itself."
     with quoting(f"{failure}: a tiny copy cannot be sliced: ", f". {remedy}"):
         is_sliced_correctly = masked_equals_sliced(probe)
     if not is_sliced_correctly:
@@ -384,7 +384,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     if stock_class not in MODEL_FOR_CAUSAL_LM_MAPPING and stock_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). Convert the "
-            "checkpoint to such a class (docs/extend.md, 'Model types'), or choose a type in docs/architectures.md."
+            "checkpoint to such a class (docs/extend.md, 'A model type'), or choose a type in docs/architectures.md."
         )
 
 

@@ -151,7 +151,7 @@ def check_discovered_structure(run: Run) -> None:
             f"Model type '{run.model.config.model_type}' cannot be pruned: its structure, found on a tiny copy, does "
             "not fit this model. With half of the units removed, logits of the masked and the sliced model must differ "
             f"by {limit:.2e} or less; got {measured:.2e}. Write a function that returns its units "
-            "in a file that --import names (docs/extend.md, 'Model types')."
+            "in a file that --import names (docs/extend.md, 'A model type')."
         )
 
 

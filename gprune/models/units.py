@@ -1,4 +1,4 @@
-"""The units of a model: which indices of which tensors belong to which neuron, KV group or expert."""
+"""The units of a model: which indices of its tensors belong to each neuron, KV group and expert."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gprune.models.products import PRODUCT_MODULES
 from gprune.units.structure import KINDS, Slice, Units, unit_key
 
 REMEDY = (
-    "Write a function that returns its units in a file that --import names (docs/extend.md, 'Model types'), or choose "
+    "Write a function that returns its units in a file that --import names (docs/extend.md, 'A model type'), or choose "
     "a type in docs/architectures.md"
 )
 # Model type -> a function of a user that returns units of a model: further ones of a kind of its own, or neurons and KV
@@ -50,12 +50,10 @@ def units_of(model: PreTrainedModel) -> list[Units]:
             places = places or places_in(layer, record.places)
             units += _units_of_layer(layer, index, number, places, model.config)
         except ValueError as error:
-            name, why = (
-                model.config.model_type,
-                "the structure of a tiny copy does not fit it: " if record.found else "",
-            )
+            why = "the structure of a tiny copy does not fit it: " if record.found else ""
             raise UserError(
-                f"--model.name: layer {index} of this '{name}' model cannot be pruned: {why}{error}. {REMEDY}."
+                f"--model.name: layer {index} of this '{model.config.model_type}' model cannot be pruned: "
+                f"{why}{error}. {REMEDY}."
             ) from error
     return [*units, *(u for u in of_user if u.kind not in KINDS)]
 
