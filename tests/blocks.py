@@ -83,8 +83,9 @@ class Block:
                 continue
             rows = [name for s in u.inputs for name, _ in s.parts if name == "row"]
             names = iter(["gate", "up"] if len(rows) == 2 else ["up"])
+            dims = 3 if self.has_experts and u is self.of_ffn else 2  # of a weight
             for s in u.slices[:-1]:
-                is_weight = load_parameter(*find_parent(self.layer, s.path)).dim() == (3 if self.has_experts else 2)
+                is_weight = load_parameter(*find_parent(self.layer, s.path)).dim() == dims
                 for name, indices in s.parts if is_weight else ():
                     if name != "norm" and (u is self.of_ffn or name != "row"):
                         own = next(names) if name == "row" else name

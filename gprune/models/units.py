@@ -49,12 +49,12 @@ def units_of(model: PreTrainedModel) -> list[Units]:
         try:
             places = places or places_in(layer, record.places)
             units += _units_of_layer(layer, index, number, places, model.config)
-        except ValueError as error:
+        except ValueError as misfit:
             why = "the structure of a tiny copy does not fit it: " if record.found else ""
             raise UserError(
                 f"--model.name: layer {index} of this '{model.config.model_type}' model cannot be pruned: "
-                f"{why}{error}. {REMEDY}."
-            ) from error
+                f"{why}{misfit}. {REMEDY}."
+            ) from misfit
     return [*units, *(u for u in of_user if u.kind not in KINDS)]
 
 
@@ -163,8 +163,6 @@ def units_at(layer: nn.Module, place: Place | None, config: PreTrainedConfig) ->
     for path, shape in sizes.items():
         dim, order = place.slices[path]
         slices.append(_slice(path, dim, order, shape[dim], count, channels))
-        if shape[dim] != len(slices[-1].unit):
-            raise ValueError(f"'{path}' has {shape[dim]} rows, where {len(slices[-1].unit)} belong to its units")
         module = layer.get_submodule(owner_of(path))
         if path != weight and isinstance(module, PRODUCT_MODULES) and module.bias is not None:
             slices.insert(-1, replace(slices[-1], path=f"{owner_of(path)}.bias", dim=0))
@@ -189,9 +187,15 @@ def _inputs(place: Place, slices: Sequence[Slice], sizes: Mapping[str, Sequence[
 
 
 def _slice(path: str, dim: int, order: str, rows: int, count: int, channels: int) -> Slice:
-    """Return the slice of a tensor, in which the rows of each part are divided equally among the units, in order."""
+    """Return the slice of a tensor, in which the rows of each part are divided equally among the units, in order.
+
+    Raises:
+        ValueError: if the rows do not divide into the units.
+    """
     parts = _parts(order, rows, count, channels)
-    unit = torch.empty(sum(len(of_part) for _, of_part in parts), dtype=torch.long)
+    if sum(len(of_part) // max(1, count) for _, of_part in parts) * count != rows:
+        raise ValueError(f"the {rows} rows of '{path}' do not divide into {count} units")
+    unit = torch.empty(rows, dtype=torch.long)
     for _, of_part in parts:
         unit[of_part] = torch.arange(count).repeat_interleave(len(of_part) // max(1, count))
     return Slice(path, dim, unit, tuple(parts))

@@ -186,7 +186,7 @@ def test_errors_are_those_of_removing_the_lowest_scores_first(sign, measured):
     for block, block_errors_ in zip(blocks_of(model), errors, strict=True):
         of_block = given[f"neurons.{block.index}"].tolist()
         kept_longest_first = [i for _, i in sorted((-score, i) for i, score in enumerate(of_block))]
-        x, energy = (tensor.double() for tensor in inputs[block.index])
+        x, energy = (tensor.double() for tensor in inputs[f"neurons.{block.index}"])
         weight = block.down.weight.detach().double()
         expected = reference(weight[:, kept_longest_first], x[:, kept_longest_first], energy, 0.01, 0.0)
         torch.testing.assert_close(block_errors_, expected, rtol=0.03, atol=1e-12)

@@ -254,7 +254,9 @@ def test_models_that_llama_cpp_would_compute_differently_are_refused_with_the_re
 
 def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
-    model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
+    mlp = model.model.layers[1].mlp
+    for module, shape in ((mlp.gate_proj, (0, 32)), (mlp.up_proj, (0, 32)), (mlp.down_proj, (32, 0))):
+        module.weight = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
     with pytest.raises(UserError, match=r"'llama' to GGUF: .* has no FFN or no attention in layer 1"):
         files.refuse(units_of(model), model.config)
 

@@ -190,7 +190,7 @@ def test_the_table_of_large_models_has_the_planned_memory(model, config, plan_of
 @pytest.mark.parametrize("name", EXPERTS_PER_TOKEN)
 def test_active_experts_are_read_by_any_name_and_default_to_all(name):
     """A list has one number for each layer, of which the largest one counts. There are at most all four experts."""
-    block_with_experts, dense_block = SimpleNamespace(experts=4), SimpleNamespace(experts=1)
+    block_with_experts, dense_block = SimpleNamespace(rows=4), SimpleNamespace(rows=1)
     for value, active in ((2, 2), ([1, 3], 3), (8, 4), (None, 4)):
         assert active_experts(SimpleNamespace(**{name: value}), block_with_experts) == active
         assert active_experts(SimpleNamespace(**{name: value}), dense_block) == 1

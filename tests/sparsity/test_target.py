@@ -17,6 +17,7 @@ from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.method.plan import make_plan
+from gprune.models.families import decoder_layers
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.allocation import allocate, checked_masks
@@ -24,7 +25,6 @@ from gprune.sparsity.budget import Budget, budget_of
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.price import COST, Price, parameter_costs, price_of
 from gprune.sparsity.target import HALF_BITS_PER_BYTE, Target
-from tests.blocks import blocks_of
 from tests.world import by_key, collect, make_tiny_llama, restored, units_without_model
 
 
@@ -120,12 +120,11 @@ def irregular_costs(model) -> tuple[Price, int]:
 ])  # fmt: skip
 def test_allocations_meet_targets_in_each_cost_within_a_step(value, cost, equal_widths, rule, scored):
     model, statistics, scores = scored
-    blocks = blocks_of(model)
     size = {"weight": lambda p: HALF_BITS_PER_BYTE * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
     costs = irregular_costs(model) if cost == "curved" else costs_in(model, cost, **size)
     for multiple in (1, 8):
         budget = priced(model, costs, value, width_multiple=multiple, uniform=equal_widths)
-        masks = allocate(rule, scores, statistics, blocks, budget)
+        masks = allocate(rule, scores, statistics, decoder_layers(model), budget)
         checked_masks(COST, rule, masks, budget)  # raises unless masks exceed the target by less than a step
         small = slice_model(model, masks)
         remaining, number = budget.model - budget.removed_by(masks), Target.of(value).number
