@@ -137,7 +137,7 @@ def unit_cost(u: Units, layer: nn.Module, weight: Callable[[Tensor], int] = lamb
 
 
 def units_at(layer: nn.Module, place: Place | None, config: PreTrainedConfig) -> Units | None:
-    """Return the units at a place of a layer, without key and parameters; None without a place.
+    """Return the units at a place of a layer, without key and parameters; None without a place, or with width 0.
 
     Raises:
         ValueError: if tensors of the layer do not fit the place.
@@ -147,6 +147,8 @@ def units_at(layer: nn.Module, place: Place | None, config: PreTrainedConfig) ->
     sizes = {path: attribute_at(layer, path).shape for path in place.slices if attribute_at(layer, path) is not None}
     (*_, weight) = sizes  # that reads the units
     channels = count = sizes[weight][place.slices[weight][0]]
+    if not channels:
+        return None
     per_unit = {"neurons": 1}
     if place.kind == "kv_groups":
         head_dim = _head_dim(layer, place, config)
