@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -23,51 +22,7 @@ from gprune.stages.student import Student
 log = logging.getLogger("gprune")
 
 BETAS = (0.9, 0.95)  # betas of AdamW
-MEDIAN_STEPS = 20  # number of steps in the median of losses and gradient norms
-MIN_MEDIAN_STEPS = 5  # number of steps from which on there is a median
-OUTLIER_FACTOR = 10  # largest multiple of the median that is no outlier
 MAX_SKIPPED = 5  # number of consecutive skipped steps after which training stops
-
-
-class OutlierDetector:
-    """Detect steps whose loss or gradient norm is an outlier.
-
-    A value is an outlier if it is not finite, or above `OUTLIER_FACTOR` times the median of the last `MEDIAN_STEPS`
-    steps (if there are at least `MIN_MEDIAN_STEPS`). Skipped steps are not part of the median.
-
-    Attributes:
-        losses: losses of the last steps.
-        norms: gradient norms of the last steps.
-        left_out: number of skipped steps.
-        in_a_row: number of consecutive skipped steps until now.
-    """
-
-    def __init__(self) -> None:
-        # Checkpoints contain these attributes by their names.
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.left_out = self.in_a_row = 0
-
-    def accepts(self, loss: float, norm: float) -> bool:
-        """Return whether to apply a step, which is the case unless its loss or gradient norm is an outlier.
-
-        Values of an applied step become part of the median. Otherwise the step is counted as skipped.
-        """
-        if self._is_outlier(loss, self.losses) or self._is_outlier(norm, self.norms):
-            self.left_out += 1
-            self.in_a_row += 1
-            return False
-        self.losses[:] = [*self.losses, loss][-MEDIAN_STEPS:]
-        self.norms[:] = [*self.norms, norm][-MEDIAN_STEPS:]
-        self.in_a_row = 0
-        return True
-
-    @staticmethod
-    def _is_outlier(value: float, earlier: list[float]) -> bool:
-        """Return whether a value is an outlier, by the values of earlier steps."""
-        if not math.isfinite(value):
-            return True
-        return len(earlier) >= MIN_MEDIAN_STEPS and value > OUTLIER_FACTOR * median(earlier)
 
 
 class DistillationStage(FrozenLMStage):
@@ -80,9 +35,10 @@ class DistillationStage(FrozenLMStage):
     and the teacher runs once per batch. The learning rate of AdamW is relative to the RMS of each tensor
     (`Student.sizes`), and so are Adam's epsilon and the gradient norm. So training does not depend on factors by which
     weights can be rescaled without changing the model's function. The learning rate rises linearly and then decays to
-    0. A step with an outlier of loss or gradient (`OutlierDetector`) is skipped; training stops after `MAX_SKIPPED`
-    consecutive ones. The student is trained in float32 and converted back to its dtype at the end. Only trained tensors
-    are registered, so checkpoints contain neither the teacher nor frozen weights of the student.
+    0. A step whose loss or gradient is not finite is skipped; training stops after `MAX_SKIPPED` consecutive ones. A
+    step with a large loss is not skipped: it may be one of the few of a rare language, which would then be lost. The
+    student is trained in float32 and converted back to its dtype at the end. Only trained tensors are registered, so
+    checkpoints contain neither the teacher nor frozen weights of the student.
 
     Args:
         dense: the frozen teacher; its weights may be on several devices, or offloaded.
@@ -126,7 +82,7 @@ class DistillationStage(FrozenLMStage):
         self._student = Student(student, targets=targets, rank=rank, checkpointing=checkpointing)
         self.learned = nn.ParameterDict(self._student.learned)
         self._whole: tuple[PreTrainedModel, ...] = ()  # both models, while sharded copies compute
-        self.outliers = OutlierDetector()
+        self.skipped = self.skipped_in_a_row = 0  # numbers of steps
         self._norm: Tensor | None = None  # gradient norm of the current step
         self._losses_of_step: list[float] = []  # losses of the batches of the current step
 
@@ -173,11 +129,8 @@ class DistillationStage(FrozenLMStage):
 
     def on_train_end(self) -> None:
         """Warn of skipped steps, and free gradients and optimizer states, which the Trainer would keep."""
-        if self.outliers.left_out:
-            log.warning(
-                "Skipped %d of %d steps: loss or gradient not finite, or above %d times the median of %d steps.",
-                self.outliers.left_out, self.global_step, OUTLIER_FACTOR, MEDIAN_STEPS,
-            )  # fmt: skip
+        if self.skipped:
+            log.warning("Skipped %d of %d steps: loss or gradient not finite.", self.skipped, self.global_step)
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
@@ -231,19 +184,22 @@ class DistillationStage(FrozenLMStage):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
-        """Clip the gradient by its norm, or drop it if the step is an outlier.
+        """Clip the gradient by its norm, or drop it if it or the loss is not finite.
 
-        After `MAX_SKIPPED` consecutive outliers training stops.
+        After `MAX_SKIPPED` consecutive steps without a gradient training stops.
 
         Raises:
             UserError: if no step was applied before them, or the loss of the last one is not finite.
         """
         norm, loss = float(self.gradient_norm()), sum(self._losses_of_step) / len(self._losses_of_step)
         self._norm, self._losses_of_step = None, []  # the next step has another gradient
-        if not self.outliers.accepts(loss, norm):
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if not is_finite:
+            self.skipped += 1
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
-            if self.outliers.in_a_row >= MAX_SKIPPED:
-                no_step_was_applied = not self.outliers.norms
+            if self.skipped_in_a_row >= MAX_SKIPPED:
+                no_step_was_applied = self.skipped > self.global_step  # which does not count this step yet
                 last_loss = math.nan if no_step_was_applied else loss  # NaN raises
                 require_finite_loss(last_loss, "The loss of distillation", autocast=self.uses_bfloat16)
                 self.trainer.should_stop = True
@@ -253,11 +209,11 @@ class DistillationStage(FrozenLMStage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["proportion"] = vars(self.outliers)  # the name of the key belongs to the file format
+        checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        vars(self.outliers).update(checkpoint["proportion"])
+        self.skipped, self.skipped_in_a_row = checkpoint["skipped"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the weighted sum of KL and cross-entropy on a batch, () float32. It may be infinite or NaN."""
