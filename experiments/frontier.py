@@ -47,6 +47,11 @@ AXES = {"prefill": "prompt, tokens/s", "decode": "generated tokens/s", "bytes": 
 FileRow = dict[str, Any]  # a file: model, type, share, bytes, nll by kind, tokens/s of prefill and decode
 
 
+def percent(share: float) -> str:
+    """Return a share as text, such as 30 %."""
+    return f"{share:.0%}".replace("%", " %")
+
+
 def measure(runs: Sequence[FinishedRun], scratch: Path) -> dict[str, Any]:
     """Write, measure and time the dense model and the runs' models in each type."""
     dense = locate_model(runs[0].settings["model"]["name"])
@@ -59,7 +64,9 @@ def measure(runs: Sequence[FinishedRun], scratch: Path) -> dict[str, Any]:
             text = load_corpus(corpus, r["split"])
             windows[corpus] = make_windows(text, tokenizer, sample, corpus=corpus, split=r["split"]).tokens
     shares = [1 - run.summary["parameters_after"] / run.summary["parameters_before"] for run in runs]
-    models = [("dense", 0.0, dense), *((run.name, s, run.path / "model") for run, s in zip(runs, shares, strict=True))]
+    names = [f"{percent(run.settings['sparsity']['target'])} of the FFN" for run in runs]
+    folders = [run.path / "model" for run in runs]
+    models = [("dense", 0.0, dense), *zip(names, shares, folders, strict=True)]
     rows: list[FileRow] = []
     files: list[Path] = []
     for model, share, folder in models:
@@ -101,7 +108,7 @@ def table(measured: dict[str, Any]) -> Table:
         mean, worst = loss(row, measured)
         stars = {number: "*" * on_frontier(row, measured, number) for number in AXES}
         rows.append([
-            row["model"], f"{row['share']:.0%}".replace("%", " %"), BITS[row["type"]], f"{mean:.3f}", f"{worst:.2f}",
+            row["model"], percent(row["share"]), BITS[row["type"]], f"{mean:.3f}", f"{worst:.2f}",
             f"{row['bytes'] / 1e6:.0f}{stars['bytes']}", *(f"{row[n]:.0f}{stars[n]}" for n in ("prefill", "decode")),
         ])  # fmt: skip
     columns = ["model", "of it removed", "type", "loss", "worst kind", "MB", "prompt, tokens/s", "generated tokens/s"]
@@ -123,7 +130,7 @@ def drawn(measured: dict[str, Any]) -> Figure:
                 fill = colour if on_frontier(row, measured, number) else "white"
                 axes.plot([x], [y], color=colour, marker=marker, mfc=fill, ms=5, ls="none")
                 if (number == "prefill" and kind == "q8_0") or (number != "prefill" and kind == "f16"):
-                    name = f"{row['share']:.0%}".replace("%", " %") if row["share"] else "dense"
+                    name = percent(row["share"]) if row["share"] else "dense"
                     axes.annotate(name, (x, y), (5, 3), textcoords="offset points", fontsize=7, color=colour)
             axes.plot([], [], color=colour, marker=marker, ms=5, label=bits)
         axes.set(yscale="log", xlabel=label)

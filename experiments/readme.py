@@ -9,6 +9,7 @@ All numbers are unseen perplexity divided by that of the dense model ("times den
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.groups import GROUPS, ratios
+from experiments.frontier import BITS, loss, percent
 from experiments.summary import runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
 from gprune.report.figures import add_title, draw_line, line_style, save, style
@@ -25,6 +26,7 @@ from gprune.runs.results import FinishedRun
 
 COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
 PEERS, PEERS_GEMMA, GEMMA = "peers.yaml", "peers_gemma.yaml", "gemma.yaml"
+LISTS = Path(__file__).parent / "lists"
 Place = tuple[str, str] | None  # list and row
 
 # Label: rows of SmolLM2 before and after training, then of Gemma. All have weights in bfloat16 and seed 0.
@@ -97,28 +99,26 @@ def find(place: Place) -> tuple[FinishedRun, Estimate] | None:
 
 def table() -> Table:
     """Return the README's table of quality."""
-    cells = [[label, *(found and found[1] for found in map(find, places))] for label, places in ROWS.items()]
+    cells = [
+        [label, *(found and f"{found[1].value:.2f}" for found in map(find, places))] for label, places in ROWS.items()
+    ]
     return Table("readme", "Quality", COLUMNS, cells)
 
 
-# Share of the FFN: the row on twelve unseen kinds of text, and how many times as fast as dense: a prompt of 128 tokens
-# and 32 new ones, one CPU thread, float32 in transformers. 8 bits against f16 in llama.cpp (pages/speed.md).
-SHARES_OF_FFN: dict[str, tuple[Place, str]] = {
-    "30 % of the FFN": (("languages.yaml", "SmolLM2, 10 %"), "1.19"),
-    "50 %, C4 and code alone": (("kinds_text.yaml", "c4_code, 98k"), "1.31"),
-}
-
-
 def shares_table() -> Table:
-    """Return the README's table of what is lost and gained."""
-    rows = [["nothing, 8 bits", "0 %", "half", f"{EIGHT_BITS:.2f}", "1.19"]]
-    for label, (place, speed) in SHARES_OF_FFN.items():
-        run, _ = find(place)
-        before, after = (run.summary[f"parameters_{when}"] for when in ("before", "after"))
-        of_kind = dict(zip(GROUPS, ratios(run), strict=False))
-        loss = f"{of_kind['all twelve']:.2f} ({of_kind['German']:.1f})"
-        rows.append([label, f"{1 - after / before:.0%}".replace("%", " %"), f"{2 * after / 1e6:.0f} MB", loss, speed])
-    columns = ["removed", "of the model", "size, 16 bits", "loss, times dense", "speed, times dense"]
+    """Return the README's table of what is lost and gained: files in llama.cpp, relative to dense in 16 bits."""
+    measured = json.loads((LISTS / "records" / "gguf" / "smollm2.json").read_text(encoding="utf-8"))
+    dense, rows = measured["files"][0], []
+    for row in measured["files"]:
+        if row is not dense and row["type"] != "q8_0":
+            continue
+        mean, worst = loss(row, measured)
+        rows.append([
+            "nothing" if row["model"] == "dense" else row["model"], percent(row["share"]),
+            f"{row['bytes'] / 1e6:.0f} MB, {BITS[row['type']]}", f"{mean:.2f} ({worst:.1f})",
+            *(f"{row[number] / dense[number]:.1f}" for number in ("prefill", "decode")),
+        ])  # fmt: skip
+    columns = ["removed", "of the model", "file", "loss", "speed of a prompt", "of generation"]
     return Table("shares", "What is lost and gained", columns, rows)
 
 
