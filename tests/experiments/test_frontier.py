@@ -78,7 +78,9 @@ def test_files_of_a_run_are_measured_in_llama_cpp(tmp_path, monkeypatch):
     records = gprune.prune(parse([*FLAGS, "--run.name=a"])).records
     frontier.work(["runs/a", "--output", "measured.json"])
     files = json.loads((tmp_path / "measured.json").read_text())["files"]
-    assert [(row["model"], row["type"]) for row in files] == [(m, t) for m in ("dense", "a") for t in frontier.BITS]
+    assert [(row["model"], row["type"]) for row in files] == [
+        (m, t) for m in ("dense", "20 % of the FFN") for t in frontier.BITS
+    ]
     assert all(row["prefill"] > 0 and row["decode"] > 0 for row in files)
     dense, pruned = files[0], files[3]
     assert pruned["bytes"] < dense["bytes"]

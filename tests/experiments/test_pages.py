@@ -9,7 +9,7 @@ import shlex
 import pytest
 import yaml
 
-from experiments import engines, groups, readme, stability, tokens
+from experiments import engines, frontier, groups, readme, stability, tokens
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
@@ -19,6 +19,7 @@ LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" i
 COMMANDS = {
     "gprune": main,
     "python -m experiments.engines": engines.main,
+    "python -m experiments.frontier": frontier.main,
     "python -m experiments.groups": groups.main,
     "python -m experiments.stability": stability.main,
     "python -m experiments.tokens": tokens.main,

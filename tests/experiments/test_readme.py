@@ -19,10 +19,10 @@ def test_every_row_of_the_table_and_the_figure_is_in_its_list():
         assert row in names(path), f"{path} has no row {row}"
 
 
-def test_cells_are_times_dense_with_an_interval():
+def test_cells_are_times_dense():
     lines = {line[0]: line[1:] for line in readme.table().rows}
-    before, after, *_ = lines["averaged, least squares"]
-    assert 1 < after.low < after.value < after.high < before.low
+    before, after, *_ = map(float, filter(None, lines["averaged, least squares"]))
+    assert 1 < after < before
     assert lines["base"][1] is None  # was not trained under this protocol
 
 
