@@ -24,8 +24,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
+from experiments.after_pruning import GGUF_TYPES
 from experiments.engines import EngineChoice, Forms, installed_versions, time_models
-from experiments.groups import GROUPS
+from experiments.kinds import UNSEEN
 from gprune.console import Parser, quiet, run_guarded
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, leading_token, make_windows
@@ -41,8 +42,7 @@ from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import write_json
 
 PROMPT = 512  # tokens
-BITS = {"f16": "16 bits", "q8_0": "8 bits", "q4_k_m": "4 bits"}  # of the types of files
-UNSEEN = GROUPS["all twelve"]
+BITS = dict(zip(GGUF_TYPES, ("16 bits", "8 bits", "4 bits"), strict=True))
 AXES = {"prefill": "prompt, tokens/s", "decode": "generated tokens/s", "bytes": "size of the file, MB"}
 FileRow = dict[str, Any]  # a file: model, type, share, bytes, nll by kind, tokens/s of prefill and decode
 
@@ -96,9 +96,9 @@ def loss(row: FileRow, measured: dict[str, Any]) -> tuple[float, float]:
 def on_frontier(row: FileRow, measured: dict[str, Any], number: str) -> bool:
     """Return whether no other file is as good in both loss and a number, and better in one of them."""
     sign = 1 if number == "bytes" else -1  # a smaller value is better
-    points = {i: (loss(other, measured)[0], sign * other[number]) for i, other in enumerate(measured["files"])}
+    points = [(loss(other, measured)[0], sign * other[number]) for other in measured["files"]]
     own = loss(row, measured)[0], sign * row[number]
-    return not any(point[0] <= own[0] and point[1] <= own[1] and point != own for point in points.values())
+    return not any(point[0] <= own[0] and point[1] <= own[1] and point != own for point in points)
 
 
 def table(measured: dict[str, Any]) -> Table:

@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.frontier import BITS, loss, percent
-from experiments.summary import runs_of, times_dense
+from experiments.summary import HERE, runs_of, times_dense
 from gprune.console import Parser, quiet, run_guarded
 from gprune.report.figures import add_title, draw_line, line_style, save, style
 from gprune.report.tables import Estimate, Table
@@ -26,7 +27,6 @@ from gprune.runs.results import FinishedRun
 
 COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
 PEERS, PEERS_GEMMA, GEMMA = "peers.yaml", "peers_gemma.yaml", "gemma.yaml"
-LISTS = Path(__file__).parent / "lists"
 Place = tuple[str, str] | None  # list and row
 
 # Label: rows of SmolLM2 before and after training, then of Gemma. All have weights in bfloat16 and seed 0.
@@ -82,7 +82,6 @@ GEMMA_LINES: dict[str, list[Place]] = {
     "trained": [*(("gemma_budgets.yaml", f"{share} %, best, 49k") for share in (20, 30)), (GEMMA, "best, 49k")],
 }  # fmt: skip
 LIFTS = {"one corpus": 4, "paper's method": 2, "averaged": -4}  # of the names of lines that end near others, in points
-EIGHT_BITS = 1.005  # dense in q8_0, times dense (experiments/pages/speed.md)
 
 
 def find(place: Place) -> tuple[FinishedRun, Estimate] | None:
@@ -105,9 +104,14 @@ def table() -> Table:
     return Table("readme", "Quality", COLUMNS, cells)
 
 
+def files_in_llama_cpp() -> dict[str, Any]:
+    """Return the measurements of `experiments.frontier` on SmolLM2."""
+    return json.loads((HERE / "records" / "gguf" / "smollm2.json").read_text(encoding="utf-8"))
+
+
 def shares_table() -> Table:
     """Return the README's table of what is lost and gained: files in llama.cpp, relative to dense in 16 bits."""
-    measured = json.loads((LISTS / "records" / "gguf" / "smollm2.json").read_text(encoding="utf-8"))
+    measured = files_in_llama_cpp()
     dense, rows = measured["files"][0], []
     for row in measured["files"]:
         if row is not dense and row["type"] != "q8_0":
@@ -131,6 +135,9 @@ def points(places: Sequence[Place]) -> list[tuple[float, float]]:
 @style()
 def drawn() -> Figure:
     """Draw perplexity against the removed share, a panel for each model, with the names of lines at their ends."""
+    measured = files_in_llama_cpp()
+    quantized = next(row for row in measured["files"] if (row["model"], row["type"]) == ("dense", "q8_0"))
+    eight_bits, _ = loss(quantized, measured)
     figure = Figure(figsize=(9.6, 3.7))  # inches; GitHub shows it about 830 pixels wide
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title, of_model in zip(
@@ -142,8 +149,8 @@ def drawn() -> Figure:
             colour = line_style(i)[0]
             axes.annotate(name, (shares[-1], ratios[-1]), (6, LIFTS.get(name, 0)), textcoords="offset points",
                           va="center", fontsize=9, color=colour)  # fmt: skip
-        axes.axhline(EIGHT_BITS, color="0.35", ls="--", lw=1)
-        axes.annotate("nothing removed, 8 bits", (0.2, EIGHT_BITS), (0, 5), textcoords="offset points", fontsize=9,
+        axes.axhline(eight_bits, color="0.35", ls="--", lw=1)
+        axes.annotate("nothing removed, 8 bits", (0.2, eight_bits), (0, 5), textcoords="offset points", fontsize=9,
                       color="0.35")  # fmt: skip
         axes.set(yscale="log", xlim=(0.19, max(shares) + 0.13), xlabel="share of the FFN removed")
         axes.set_yticks([1, 1.5, 2, 3, 5, 10, 15], ["1", "1.5", "2", "3", "5", "10", "15"])

@@ -31,7 +31,6 @@ from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 from gprune.models.products import CastWeights, fast_products
 from gprune.models.units import output_weight, units_of
-from gprune.units.structure import of_kind
 
 log = logging.getLogger("gprune")
 
@@ -169,7 +168,7 @@ def block_errors(
     """
     errors = []
     tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
-    for u in of_kind({u.key: u for u in units_of(model)}, "neurons"):
+    for u in (u for u in units_of(model) if u.kind == "neurons"):
         if not u.reads:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue

@@ -32,6 +32,7 @@ from gprune.models.families import decoder_layers, decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.masks import hidden_in
 from gprune.models.offload import device_of
+from gprune.models.paths import owner_of
 from gprune.models.units import units_of
 from gprune.units.structure import KIND_OF_PART, Units, of_kind
 
@@ -82,8 +83,8 @@ class Collector:
                 if u.kind == "neurons":
                     self.cosine_changes.append(StreamingCosineChange())
                 if u.kind in of_scopes:
-                    weights = [part.weight(self.layers[u.layer]) for part in salient_parts(u, self.layers[u.layer])]
-                    self.gradients[u.key] = [StreamingGradients(tuple(weight.shape)) for weight in weights]
+                    layer = self.layers[u.layer]
+                    self.gradients[u.key] = [StreamingGradients(p.shape(layer)) for p in salient_parts(u, layer)]
         # The current batch of B windows, see `observe`.
         self._half = torch.empty(0)  # (B,)
         self._weight = torch.empty(0)  # (B,)
@@ -103,7 +104,7 @@ class Collector:
         for key, metrics in self.gradients.items():
             layer = self.layers[self.units[key].layer]
             for part, metric in zip(salient_parts(self.units[key], layer), metrics, strict=True):
-                linear, rows = layer.get_submodule(part.path.rpartition(".")[0]), part.rows.to(device_of(layer))
+                linear, rows = layer.get_submodule(owner_of(part.path)), part.rows.to(device_of(layer))
                 self._handles.append(linear.register_forward_hook(partial(self._add_gradient, metric, rows)))
         if self.gradients:
             self._handles.append(require_activation_gradients(self.model))

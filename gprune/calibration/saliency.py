@@ -36,6 +36,10 @@ class SalientPart:
     dim: int  # of outputs in the stored weight
     rows: Tensor  # (out,) int64: those of this part
 
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """Return the shape of the weight, (out, in), without loading it."""
+        return len(self.rows), attribute_at(layer, self.path).shape[1 - self.dim]
+
     def weight(self, layer: nn.Module) -> Tensor:
         """Return the weight (out, in)."""
         weight = load_parameter(*find_parent(layer, self.path))

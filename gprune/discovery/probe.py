@@ -19,7 +19,7 @@ from gprune.errors import UserError, first_line
 from gprune.models.families import Place
 from gprune.models.masks import changed, hidden_in
 from gprune.models.paths import is_norm, owner_of
-from gprune.models.units import REMEDY
+from gprune.models.units import REMEDY, places_in
 
 TOKENS = (2, 32)  # number of windows, and tokens per window
 Rows = dict[tuple[str, int], Tensor]  # parameter of a layer, dimension -> indices along it
@@ -325,6 +325,11 @@ def norm_before(probe: Probe, index: int, host: str) -> str | None:
     host_input = next((call.entering for call in calls if call.path == host), None)
     norm_by_address = {call.returned.data_ptr(): call.path for call in calls if call.path in norms}
     return None if host_input is None else norm_by_address.get(host_input.data_ptr())
+
+
+def first_layer_with(probe: Probe, place: Place) -> int:
+    """Return the number of the first layer that has a place."""
+    return next(index for index, layer in enumerate(probe.layers) if places_in(layer, [place]))
 
 
 def why_it_stays(probe: Probe, index: int, place: Place) -> str:

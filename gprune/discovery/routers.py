@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.discovery.probe import Probe, is_linear
+from gprune.discovery.probe import Probe, first_layer_with, is_linear
 from gprune.models.copies import skeleton
 from gprune.models.families import Place, decoder_layers, record_of
 from gprune.models.paths import is_inside
@@ -33,7 +33,7 @@ def with_router(probe: Probe, place: Place) -> Place:
     Raises:
         NotFoundError: if no number of the configuration is the number of experts, or something else depends on it.
     """
-    layer = next(layer for layer in probe.layers if places_in(layer, [place]))
+    layer = probe.layers[first_layer_with(probe, place)]
     experts = units_at(layer, place, probe.model.config).rows
     before = _layers_of(probe, copy.deepcopy(probe.model.config))
     for key, config in _smaller_configs(probe, experts):

@@ -30,6 +30,7 @@ from transformers import (
 from gprune.discovery.fit import check_untied
 from gprune.discovery.probe import (
     Probe,
+    first_layer_with,
     is_linear,
     logit_transform,
     norm_before,
@@ -158,7 +159,7 @@ def checked_units_of_user(probe: Probe, base: Family, neurons: Units) -> Family:
 
 def is_expert_place(probe: Probe, place: Place) -> bool:
     """Return whether a place has experts."""
-    layer = next(layer for layer in probe.layers if places_in(layer, [place]))
+    layer = probe.layers[first_layer_with(probe, place)]
     return not is_linear(layer.get_submodule(place.reads))
 
 
@@ -368,7 +369,7 @@ def model_wide_fields(probe: Probe, places: Sequence[Place]) -> dict[str, Any]:
 
 def norm_of_ffn(probe: Probe, place: Place) -> nn.Module | None:
     """Return the norm before an FFN in the first layer that has it, or None if there is none or it has no weight."""
-    index = next(index for index, layer in enumerate(probe.layers) if places_in(layer, [place]))
+    index = first_layer_with(probe, place)
     module = probe.layers[index].get_submodule(place.reads)
     path = norm_before(probe, index, owner_of(next(iter(place.slices))) if is_linear(module) else place.reads)
     norm = probe.layers[index].get_submodule(path) if path else None

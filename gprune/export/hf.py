@@ -162,9 +162,9 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
                     experts[s.path] = u.count
                 else:
                     sizes[s.path] = [s.dim, len(s.unit)]
+        layer, stock_layer = decoder_layers(model)[index], decoder_layers(stock)[index]
         projections = [u.reads for u in units if u.kind in ("neurons", "kv_groups") and u.reads]
         for path in reversed(projections):
-            layer, stock_layer = decoder_layers(model)[index], decoder_layers(stock)[index]
             if attribute_at(layer, f"{path}.bias") is not None and attribute_at(stock_layer, f"{path}.bias") is None:
                 biases.append(path)  # that recovery has added
         values, attributes = sizes_of_layer(units)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.models.experts import least_experts
 from gprune.models.masks import Masks
 from gprune.models.units import units_of
 from gprune.units.structure import Units
@@ -101,14 +100,15 @@ def random_masks(model: PreTrainedModel, *, share: float | None = None, scope: s
     keep all groups.
     """
     generator = torch.Generator().manual_seed(5)
-    masks = Masks()
-    for u in units_of(model):
+    masks, units = Masks(), {u.key: u for u in units_of(model)}
+    for u in units.values():
         if u.kind == "neurons":
             order = torch.rand(u.rows, u.count, generator=generator).argsort(1)
             removed = 3 + u.number if share is None else int(share * u.count)
             keep = order >= min(u.count - 1, removed)
             if "experts" in scope and u.rows > 1:
-                groups, least = least_experts(model.config, u.rows)
+                experts = units[u.inside]
+                groups, least = experts.step, experts.least // experts.step
                 of_group = torch.rand(groups, u.rows // groups, generator=generator).argsort(1)
                 keep &= (of_group < max(least, u.rows // groups // 2)).view(-1, 1)
             masks[u.key] = keep.flatten()

@@ -24,6 +24,7 @@ from gprune.models.experts import (
 )
 from gprune.models.families import decoder_layers
 from gprune.models.offload import device_of
+from gprune.models.paths import owner_of
 from gprune.models.units import units_of
 from gprune.units.structure import Units, current_name, kinds_of_units, of_kind, unit_key
 
@@ -146,7 +147,7 @@ def _register_gates(layer: torch.nn.Module, u: Units, gates: Mapping[str, Tensor
     for s in u.slices:
         if s.is_norm:
             of_norm = replace(u, slices=(s,))  # whose channels are those of the norm
-            norm = layer.get_submodule(s.path.rpartition(".")[0])
+            norm = layer.get_submodule(owner_of(s.path))
             yield from _renormalise(norm, lambda x, of_norm=of_norm: of_norm.of_channels(gates[u.key].to(x)))
 
 

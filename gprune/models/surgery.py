@@ -30,7 +30,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from gprune.errors import UserError
 from gprune.models.copies import copy_without_hooks, skeleton, turn_off_rescaling
-from gprune.models.experts import kept_experts, least_experts
+from gprune.models.experts import kept_experts
 from gprune.models.families import decoder_layers, decoder_of, record_of, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
@@ -342,7 +342,7 @@ def _check_experts(experts: Units, keep: Tensor, config: PreTrainedConfig) -> No
     name = f"Experts of block {number} (model type '{config.model_type}')"
     if experts.stays:
         raise UserError(f"{name} cannot be removed as a whole: {experts.stays}.")
-    groups, least = least_experts(config, experts.count)
+    groups, least = experts.step, experts.least // experts.step  # of each group
     kept_by_group = kept_experts(keep, experts.count).view(groups, -1).sum(1).tolist()
     if min(kept_by_group) < least or len(set(kept_by_group)) > 1:
         of_group = f" in each of {groups} groups, the same number" if groups > 1 else ""

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.models.families import decoder_layers, record_of
 from gprune.models.modeling_pruned import find_parent
+from gprune.models.paths import owner_of
 from gprune.models.products import PRODUCT_MODULES
 from gprune.models.units import units_of
 from gprune.units.structure import Slice
@@ -142,7 +143,7 @@ def trained_weights(model: PreTrainedModel, targets: str) -> Iterator[tuple[str,
     seen = set()  # weights may be tied to those of another layer
     layers = decoder_layers(model)
     for u in (u for u in units_of(model) if u.kind == "neurons"):
-        ffn_modules = {s.path.rpartition(".")[0] for s in u.slices}
+        ffn_modules = {owner_of(s.path) for s in u.slices}
         for name, parameter in layers[u.layer].named_parameters():
             # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
             separator = ".parametrizations." if ".parametrizations." in name else "."
