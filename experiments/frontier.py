@@ -4,6 +4,8 @@
     python -m experiments.frontier runs/A runs/B --output FILE          # runs of one dense model, with --export hf
     python -m experiments.frontier FILE --figures experiments/figures   # only the table and the figure
 
+`gprune study experiments/lists/frontier.yaml --commands` prints the commands of runs; add `--export hf` to them.
+
 Each model, the dense one first, is written in 16, 8 and 4 bits. llama.cpp measures the loss of the files on the run's
 windows of unseen kinds of text (`experiments.kinds`), and is timed: a prompt of 512 tokens, and tokens generated after
 it, one request. The files of a type are timed in turns. Loss is perplexity over that of the dense model in 16 bits.
