@@ -390,6 +390,7 @@ BY_MODEL = [  # model type, other entries of its config, flags, a part of the me
     ("llama", {"model_type": "own_type", "auto_map": {"AutoConfig": "code.OwnConfig"}},
      ["--model.trust_remote_code=true"], "Model type 'own_type' needs a class in transformers that predicts next"),
     ("qwen3", {}, [GGUF], "Cannot export 'qwen3' to GGUF: it must compute like Llama, but is not one of"),
+    ("falcon", {}, ["--export=nemotron-nas"], "Cannot export 'falcon' to nemotron-nas: it must compute like Llama"),
     ("llama", {}, ["--export=nemotron-nas", "--sparsity.scope=attention+ffn"],
      "scope includes attention"),
     ("llama", {}, ["--model.device_map=auto", "--export.dtype=float16"],

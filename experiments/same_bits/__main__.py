@@ -1,7 +1,7 @@
 """Compare the bits of runs by two commits: labels, masks, thresholds, recovered weights, and numbers in records.
 
     python -m experiments.same_bits HEAD                     the last commit, and the tree as it stands
-    python -m experiments.same_bits 0a054b53 --real          two short runs of SmolLM2 too
+    python -m experiments.same_bits 0a054b53 --real          short runs of SmolLM2 and Gemma too
     python -m experiments.same_bits HEAD~3 --only speed      one configuration
     python -m experiments.same_bits HEAD -- --run.seed=1     shows what a difference looks like
 
@@ -42,7 +42,7 @@ def parse_arguments(args: Sequence[str]) -> Namespace:
     parser = Parser("python -m experiments.same_bits", description=__doc__)
     parser.add_argument("commit", metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these configurations")
-    parser.add_argument("--real", action="store_true", help="run the configurations of SmolLM2 too")
+    parser.add_argument("--real", action="store_true", help="run the configurations of SmolLM2 and Gemma too")
     expect = "configurations that may differ, because a decision changes them"
     parser.add_argument("--expect", nargs="+", metavar="NAME", default=[], help=expect)
     parser.add_argument("--threads", type=int, default=1, help="threads of each of the two processes (default: 1)")

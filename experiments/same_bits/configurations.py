@@ -48,6 +48,8 @@ REAL_CONFIGURATIONS = {
     "smollm2": f"{SMOLLM2} {HALF} --recovery [least_squares,distill] --distill.tokens 256",
     "smollm2_bfloat16": f"{SMOLLM2} --model.dtype bfloat16 --config gates --sparsity.scope attention+ffn "
     "--sparsity.target 0.3 --recovery least_squares",
+    "gemma": f"{SMOKE} --model.name gemma-3-270m --corpora.num_samples 2 --sparsity.width_multiple 1 "
+    "--sparsity.scope ffn+blocks --sparsity.target 0.3 --recovery least_squares",
 }
 
 

@@ -64,9 +64,9 @@ def refuse(units: Sequence[Units], config: PreTrainedConfig, *, unequal_heads: b
 
     `unequal_heads` tells that pruning may remove another number of heads in each layer.
     """
-    heads = [u.settings["num_attention_heads"] * u.count for u in units if u.kind == "kv_groups"]
     reason, others = difference_from_llama(units, config), "hf"  # GGUF is refused for the same difference
     if reason is None:
+        heads = [u.settings["num_attention_heads"] * u.count for u in units if u.kind == "kv_groups"]
         others = "hf or gguf, which vLLM and llama.cpp load"
         if len(set(heads)) > 1:
             reason = f"layers have {min(heads)} to {max(heads)} query heads"
