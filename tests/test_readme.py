@@ -33,7 +33,6 @@ from gprune.models.units import UNITS
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from tests import tiny_run
-from tests.blocks import blocks_of
 from tests.stages.test_threshold_learning import make_stage, trainer_of
 from tests.world import make_tiny, restored, some_masks
 
@@ -386,7 +385,7 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run_with_the_plann
     assert sum(trained for _, trained in planned.values()) == 1536
     assert tiny_run.main(flags) == 0
     run = gprune.load_run(tmp_path / "run")
-    before, after = (blocks_of(model)[0].down.weight for model in (dense, run.model))
+    before, after = (model.model.layers[0].mlp.down_proj.weight for model in (dense, run.model))
     assert before.shape == after.shape  # of a protected block, which only distillation changes
     assert not torch.equal(before, after)
     assert {r["recovery"] for r in run.records if r["stage"] == "recovered"} == {"distil"}

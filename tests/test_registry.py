@@ -19,7 +19,6 @@ from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recov
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import budget_of
 from gprune.units.structure import of_kind
-from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches
 from tests.world import by_key, collect, make_tiny_llama, restored, some_masks
 
@@ -73,7 +72,7 @@ def by_thresholds(tiny, spoil):
 def by_projection(tiny, spoil):
     model, statistics, *_ = tiny
     recovery("mine")(lambda w, k, m, r: (spoil(w[:, k], w), None))
-    down, keep = blocks_of(model)[0].down.weight, torch.arange(48) % 2 == 0
+    down, keep = model.model.layers[0].mlp.down_proj.weight, torch.arange(48) % 2 == 0
     return RECOVERY["mine"].solve(down, keep, statistics.channels["neurons.0"].total)[0]
 
 

@@ -28,10 +28,10 @@ from gprune.discovery import family_of
 from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, shrunk, tiny_model
 from gprune.importance import IMPORTANCE
 from gprune.models.masks import Masks
+from gprune.models.units import units_of
 from gprune.registry import Registry
 from gprune.sparsity.cut import keep_top
 from gprune.units.structure import Units
-from tests.blocks import blocks_of
 
 T = TypeVar("T")
 
@@ -185,6 +185,11 @@ def by_key(neurons: Iterable[T], kv_groups: Iterable[T] | None = None) -> dict[s
     return values | {f"kv_groups.{b}": value for b, value in enumerate(kv_groups or ())}
 
 
+def units_of_kind(model: nn.Module, kind: str) -> list[Units]:
+    """Return the units of one kind of a model; of neurons and of KV groups one set per block, which may be empty."""
+    return [u for u in units_of(model) if u.kind == kind]
+
+
 def some_masks(model: nn.Module, kept: Sequence[int] = (17, 48, 33), *, attention: bool, seed: int = 3) -> Masks:
     """Keep random neurons: `kept` of each block, or of each of its experts.
 
@@ -192,12 +197,13 @@ def some_masks(model: nn.Module, kept: Sequence[int] = (17, 48, 33), *, attentio
     """
     generator = torch.Generator().manual_seed(seed)
     ffn, groups = [], []
-    for block, n in zip(blocks_of(model), kept, strict=True):
-        noise = torch.rand(block.all_neurons, generator=generator)
-        ffn.append(keep_top(noise.view(block.experts, -1), n).flatten())
-        keep = torch.ones(block.kv_groups, dtype=torch.bool)
-        if attention and block.kv_groups > 1 and block.index != 1:
-            keep[block.index % block.kv_groups] = False
+    for u, n in zip(units_of_kind(model, "neurons"), kept, strict=True):
+        noise = torch.rand(u.size, generator=generator)
+        ffn.append(keep_top(noise.view(u.rows, -1), n).flatten())
+    for u in units_of_kind(model, "kv_groups"):
+        keep = torch.ones(u.count, dtype=torch.bool)
+        if attention and u.count > 1 and u.number != 1:
+            keep[u.number % u.count] = False
         groups.append(keep)
     return Masks.of_blocks(ffn, groups)
 
@@ -222,5 +228,7 @@ def masks_without(model: nn.Module, *removed: int, narrow: bool = False) -> Mask
     def keep(count: int, kept: bool) -> Tensor:
         return torch.tensor([kept and not (narrow and i % 3 == 1) for i in range(count)], dtype=torch.bool)
 
-    sizes = [(b.layer_index not in removed, b.all_neurons, b.kv_groups) for b in blocks_of(model)]
-    return Masks.of_blocks([keep(n, kept) for kept, n, _ in sizes], [keep(g, kept) for kept, _, g in sizes])
+    masks = (
+        [keep(u.size, u.layer not in removed) for u in units_of_kind(model, kind)] for kind in ("neurons", "kv_groups")
+    )
+    return Masks.of_blocks(*masks)

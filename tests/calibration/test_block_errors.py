@@ -17,7 +17,6 @@ from gprune.models.units import units_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.price import price_of
-from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches
 from tests.world import by_key, collect, hooks_of, make_tiny_llama
 
@@ -183,10 +182,10 @@ def test_errors_are_those_of_removing_the_lowest_scores_first(sign, measured):
     given = {key: sign * s for key, s in scores.items()}
     errors = block_errors(model, given, statistics, tokens.split(2), ridge=0.01)
     inputs = tokens_with_gradients(model, tokens.split(2))
-    for block, block_errors_ in zip(blocks_of(model), errors, strict=True):
-        of_block = given[f"neurons.{block.index}"].tolist()
+    for b, (layer, errors_of_block) in enumerate(zip(model.model.layers, errors, strict=True)):
+        of_block = given[f"neurons.{b}"].tolist()
         kept_longest_first = [i for _, i in sorted((-score, i) for i, score in enumerate(of_block))]
-        x, energy = (tensor.double() for tensor in inputs[f"neurons.{block.index}"])
-        weight = block.down.weight.detach().double()
+        x, energy = (tensor.double() for tensor in inputs[f"neurons.{b}"])
+        weight = layer.mlp.down_proj.weight.double()
         expected = reference(weight[:, kept_longest_first], x[:, kept_longest_first], energy, 0.01, 0.0)
-        torch.testing.assert_close(block_errors_, expected, rtol=0.03, atol=1e-12)
+        torch.testing.assert_close(errors_of_block, expected, rtol=0.03, atol=1e-12)

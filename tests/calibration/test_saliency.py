@@ -16,9 +16,9 @@ from gprune.calibration.collector import Collector
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts, weight_saliency
 from gprune.calibration.statistics import kind_of, pool_statistics
 from gprune.errors import UserError
-from tests.blocks import blocks_of
+from gprune.models.families import decoder_layers
 from tests.calibration.test_collector import batches, projection_inputs
-from tests.world import collect, hooks_of, make_tiny_llama
+from tests.world import collect, hooks_of, make_tiny_llama, units_of_kind
 
 BOTH = ("ffn", "attention")
 
@@ -150,15 +150,18 @@ def test_saliency_counts_every_row_of_a_head(model_type):
 
     Every row counts for a channel, so that the saliency of all channels sums to that of all weights.
     """
-    (block, *_) = [block for block in blocks_of(example(model_type)) if block.output is not None]
+    model = example(model_type)
+    u = next(u for u in units_of_kind(model, "kv_groups") if u.count)
+    layer = decoder_layers(model)[u.layer]
     generator, total, gradients = torch.Generator().manual_seed(0), torch.zeros(()), []
-    for part in salient_parts(block.of_attention, block.layer):
-        weight = part.weight(block.layer)
+    for part in salient_parts(u, layer):
+        weight = part.weight(layer)
         gradient = torch.randn(weight.shape, generator=generator)
         sums = torch.ones(2), torch.stack([gradient, gradient])  # of a single window
         gradients.append(SimpleNamespace(compute=lambda sums=sums: sums))
         total = total + (weight * gradient).abs().double().sum()
-    whole = channel_saliency(block.of_attention, block.layer, gradients)[2]
-    assert whole.shape == (block.channels,)
+    whole = channel_saliency(u, layer, gradients)[2]
+    assert whole.shape == (layer.get_submodule(u.reads).in_features,)
     torch.testing.assert_close(whole.sum(), total, rtol=1e-6, atol=0)
-    assert block.query.out_features > block.channels or block.key.out_features > block.value.out_features
+    rows = {name: len(indices) for s in u.slices[:-1] for name, indices in s.parts}
+    assert rows["query"] > len(whole) or rows["key"] > rows["value"]

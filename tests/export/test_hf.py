@@ -20,15 +20,25 @@ from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.agreement import compare
+from gprune.models.families import decoder_layers
 from gprune.models.masks import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
+from gprune.models.paths import owner_of
 from gprune.models.surgery import slice_model, widths
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.cut import keep_masks
-from tests.blocks import blocks_of
 from tests.tiny_run import WORDS, environment, tiny_tokenizer
-from tests.world import TYPES, make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks, tiny_of
+from tests.world import (
+    TYPES,
+    make_tiny,
+    make_tiny_llama,
+    masks_keeping,
+    masks_without,
+    some_masks,
+    tiny_of,
+    units_of_kind,
+)
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
 BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
@@ -50,9 +60,9 @@ def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
     """A tiny pruned Llama with odd widths. If `recovered`, some down and output projections have biases."""
     model = slice_model(make_tiny_llama(**overrides), masks_keeping(*shape))
     if recovered:
-        blocks = blocks_of(model)
-        for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
-            linear.host.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
+        first, second, third = model.model.layers
+        for linear in (first.mlp.down_proj, third.mlp.down_proj, second.self_attn.o_proj):
+            linear.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
     randomise_biases(model)
     for parameter in model.parameters():  # unlike loading, `model.to` would also round the rotary frequencies
         parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
@@ -215,7 +225,7 @@ def test_apply_masks_keeps_modes_settings_and_with_inplace_the_memory():
     """Training mode, requires_grad, attention implementation, generation config; in place, weights are not copied."""
     model, masks = make_tiny_llama(attn_implementation="eager").train(), masks_keeping(NEURONS, GROUPS)
     model.generation_config.max_length = 33
-    blocks_of(model)[1].gate.weight.requires_grad_(True)
+    model.model.layers[1].mlp.gate_proj.weight.requires_grad_(True)
     small = gprune.apply_masks(model, masks)
     assert type(small) is PrunedLlamaForCausalLM
     assert small.training
@@ -402,11 +412,12 @@ def test_a_corrupted_export_is_detected_and_removed(value, tmp_path, token_batch
 def with_lora(model: nn.Module) -> nn.Module:
     """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
     peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
-    parts = [part for part in blocks_of(model)[0].parts.values() if isinstance(part.host, nn.Linear | Conv1D)]
-    targets = {part.slice.path.split(".")[-2] for part in parts}
+    paths = {owner_of(s.path) for kind in ("neurons", "kv_groups") for s in units_of_kind(model, kind)[0].slices}
+    linear = [path for path in paths if isinstance(decoder_layers(model)[0].get_submodule(path), nn.Linear | Conv1D)]
+    is_transposed = isinstance(decoder_layers(model)[0].get_submodule(linear[0]), Conv1D)
     config = peft.LoraConfig(
-        r=2, target_modules=sorted(targets), task_type="CAUSAL_LM", init_lora_weights=False,
-        fan_in_fan_out=isinstance(parts[0].host, Conv1D),
+        r=2, target_modules=sorted(path.split(".")[-1] for path in linear), task_type="CAUSAL_LM",
+        init_lora_weights=False, fan_in_fan_out=is_transposed,
     )  # fmt: skip
     return peft.get_peft_model(model.requires_grad_(False), config).eval()
 

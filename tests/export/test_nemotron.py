@@ -15,7 +15,6 @@ from gprune.export.hf import reloaded_logits, save_pruned
 from gprune.export.nemotron import ffn_settings, write
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
-from tests.blocks import blocks_of
 from tests.tiny_run import tiny_tokenizer
 from tests.world import make_tiny, masks_without, some_masks
 
@@ -98,7 +97,7 @@ def test_the_config_has_attributes_for_engines_and_is_written_as_plain_json(tmp_
 
 def test_added_biases_and_removed_layers_are_written(tmp_path):
     biased, shallow = pruned("llama"), slice_model(make_tiny("llama"), masks_without(make_tiny("llama"), 1))
-    blocks_of(biased)[1].parts["down"].set(blocks_of(biased)[1].parts["down"].weight, torch.linspace(-1, 1, 32))
+    biased.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
     for model, layers, bias in ((biased, 3, True), (shallow, 2, False)):
         config = written_config(model, tmp_path / str(layers))
         assert (config["num_hidden_layers"], config["mlp_bias"]) == (layers, bias)

@@ -23,7 +23,6 @@ from gprune.runs.numbers import keyed
 from gprune.studies.archive import fold_records, unfold_records
 from gprune.units.structure import of_kind
 from tests import tiny_run
-from tests.blocks import blocks_of
 
 CONFIGURATIONS = configurations(real=False)
 CONFIGURATIONS |= {  # what the compared configurations do not reach
@@ -123,8 +122,10 @@ def test_the_model_has_lost_the_parameters_that_the_masks_remove(result):
     budget, dense = make_plan(result.config).budget, dense_of(result.config.model.dtype)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, result.model))
     added, kept = 0, [b for b, is_kept in enumerate(result.masks.blocks) if is_kept]
-    for block, b in zip(blocks_of(result.model), kept, strict=True):
-        for projection, mask in ((block.down, result.masks.ffn[b]), (block.output, result.masks.attention[b])):
+    for layer, b in zip(result.model.model.layers, kept, strict=True):
+        for projection, mask in (
+            (layer.mlp.down_proj, result.masks.ffn[b]), (layer.self_attn.o_proj, result.masks.attention[b]),
+        ):  # fmt: skip
             assert (projection.bias is None) == (mask.all() or "bias" not in result.config.recovery)
             added += 0 if projection.bias is None else projection.bias.numel()
     assert before - after + added == budget.parameters_removed_by(result.masks)

@@ -32,8 +32,7 @@ from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from tests import tiny_run
-from tests.blocks import blocks_of, by_layer
-from tests.world import MIXTURES, TYPES, hooks_of, make_tiny, masks_without, mixture, tiny_of
+from tests.world import MIXTURES, TYPES, hooks_of, make_tiny, masks_without, mixture, tiny_of, units_of_kind
 
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")
 DISCOVERED = (
@@ -111,20 +110,20 @@ def model_and_inputs(name: str, settings: str) -> tuple[PreTrainedModel, dict[st
 def masks_of(model: PreTrainedModel, scope: str, *, equal: bool) -> Masks:
     """Keep random units: half of each kind, or another number in each block; without the second layer for `blocks`."""
     generator, ffn, attention = torch.Generator().manual_seed(5), [], []
-    for block in blocks_of(model):
-        order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
-        neurons = block.neurons // 2 if equal else min(block.neurons - 1, 3 + block.index)
-        keep = order >= (neurons if "ffn" in scope else 0)
-        if "experts" in scope and block.has_experts:
-            groups, least = least_experts(model.config, block.experts)
-            of_group = torch.rand(groups, block.experts // groups, generator=generator).argsort(1)
-            kept = max(least, block.experts // groups // 2) if equal or block.index else block.experts // groups
+    for u in units_of_kind(model, "neurons"):
+        order = torch.rand(u.rows, u.count, generator=generator).argsort(1)
+        removed = u.count // 2 if equal else min(u.count - 1, 3 + u.number)
+        keep = order >= (removed if "ffn" in scope else 0)
+        if "experts" in scope and u.inside:
+            groups, least = least_experts(model.config, u.rows)
+            of_group = torch.rand(groups, u.rows // groups, generator=generator).argsort(1)
+            kept = max(least, u.rows // groups // 2) if equal or u.number else u.rows // groups
             keep &= (of_group < kept).view(-1, 1)
-        removed_groups = min(block.kv_groups - 1, 1) if "attention" in scope and (equal or block.index != 1) else 0
-        groups = (torch.arange(block.kv_groups) - block.index) % max(1, block.kv_groups) >= removed_groups
-        is_kept = "blocks" not in scope or block.layer_index != 1
-        ffn.append(keep.flatten() & is_kept)
-        attention.append(groups & is_kept)
+        ffn.append(keep.flatten() & ("blocks" not in scope or u.layer != 1))
+    for u in units_of_kind(model, "kv_groups"):
+        removed = min(u.count - 1, 1) if "attention" in scope and (equal or u.number != 1) else 0
+        keep = (torch.arange(u.count) - u.number) % max(1, u.count) >= removed
+        attention.append(keep & ("blocks" not in scope or u.layer != 1))
     return Masks.of_blocks(ffn, attention)
 
 
@@ -155,12 +154,9 @@ def assert_kept_weights_are_unchanged(model: nn.Module, small: nn.Module, remove
 @torch.no_grad()
 def test_masked_sliced_and_reloaded_models_agree(name, settings, scope, equal, tmp_path):
     model, inputs = model_and_inputs(name, json.dumps(settings))
-    masks, blocks = masks_of(model, scope, equal=equal), blocks_of(model)
-    removed_layers = {b.layer_index for b in blocks if b.neurons + b.kv_groups} - {
-        b.layer_index
-        for b, neurons, groups in zip(blocks, masks.ffn, masks.attention, strict=True)
-        if neurons.any() or groups.any()
-    }
+    masks = masks_of(model, scope, equal=equal)
+    with_units = [u for u in units_of(model) if u.key in masks and u.count]
+    removed_layers = {u.layer for u in with_units} - {u.layer for u in with_units if masks[u.key].any()}
 
     def logits(of: PreTrainedModel) -> Tensor:
         return of(**inputs, use_cache=False).logits
@@ -179,15 +175,15 @@ def test_masked_sliced_and_reloaded_models_agree(name, settings, scope, equal, t
     removed = model.num_parameters() - small.num_parameters()
     assert removed == budget_of(units_of(model), scope="attention+ffn+experts").removed_by(masks) > 0
     assert_kept_weights_are_unchanged(model, small, removed_layers)
-    kept_blocks = [block for block in blocks if block.layer_index not in removed_layers]
-    for before, after in zip(kept_blocks, blocks_of(small), strict=True):  # KV groups are removed with all heads
-        assert after.heads * before.kv_groups == before.heads * after.kv_groups
-        assert after.head_dim == before.head_dim
+    neurons, groups = (units_of_kind(small, kind) for kind in ("neurons", "kv_groups"))
+    groups_before = [u for u in units_of_kind(model, "kv_groups") if u.layer not in removed_layers]
+    for before, after in zip(groups_before, groups, strict=True):  # KV groups are removed with all heads
+        assert (after.repeats, after.settings) == (before.repeats, before.settings) if before.count else not after.count
 
     folder = save_pruned(small, None, tmp_path / "model")
     is_stock = "auto_map" not in json.loads((folder / "config.json").read_text())
     if name in TYPES or name in MIXTURES:
-        has_own_sizes = len({(b.neurons, b.experts, b.heads) for b in blocks_of(small)}) > 1
+        has_own_sizes = len({(u.count, u.rows, v.count) for u, v in zip(neurons, groups, strict=True)}) > 1
         assert is_stock == (equal or not has_own_sizes)
     assert is_stock == (not list(folder.glob("*.py")))
     auto = AutoModelForImageTextToText if name in VISION else AutoModelForCausalLM
@@ -205,7 +201,7 @@ def test_masked_sliced_and_reloaded_models_agree(name, settings, scope, equal, t
     family_of(loaded)  # and it can be pruned again
     again = slice_model(loaded, masks_of(loaded, "ffn", equal=False))
     assert again.num_parameters() < loaded.num_parameters()
-    assert len(by_layer(blocks_of(again))) == len(by_layer(blocks_of(small)))
+    assert len(decoder_layers(again)) == len(decoder_layers(small))
 
 
 def assert_chunked_logits_and_losses_agree(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> None:

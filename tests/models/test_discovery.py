@@ -27,8 +27,7 @@ from gprune.models.surgery import slice_model, widths
 from gprune.models.units import UNITS, find_unpruned, units_of
 from gprune.units.structure import Slice, Units
 from tests import tiny_run
-from tests.blocks import blocks_of
-from tests.world import tiny_of
+from tests.world import tiny_of, units_of_kind
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +58,8 @@ def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_foun
     """Its fused projection of keys and values cannot be split into halves, so attention is not pruned."""
     model = skeleton(CONFIG_MAPPING["glm4_moe_lite"](num_hidden_layers=2))  # 192 and 256 per head
     check_structure(model)
-    assert all(block.neurons and not block.kv_groups for block in blocks_of(model))
+    assert all(u.count for u in units_of_kind(model, "neurons"))
+    assert not any(u.count for u in units_of_kind(model, "kv_groups"))
 
 
 def test_the_table_of_types_says_that_heads_of_stablelm_with_a_norm_each_stay():
@@ -193,7 +193,7 @@ def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, outpu
 
 def test_the_ffn_of_gemma_3n_is_pruned_without_activation_sparsity():
     model = tiny_of(shrunk(CONFIG_MAPPING["gemma3n_text"](activation_sparsity_pattern=[0.0] * 35)))
-    assert {block.ffn for block in blocks_of(model)} == {"mlp.down_proj"}
+    assert {u.reads for u in units_of_kind(model, "neurons")} == {"mlp.down_proj"}
     assert find_unpruned(model).keys() == {"laurel.linear_right", "per_layer_projection"}
 
 
@@ -201,7 +201,7 @@ def test_a_dry_run_names_an_ffn_inside_a_router_with_its_share(world, tmp_path, 
     """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     model = example("zaya")
     ((path, unpruned),) = find_unpruned(model).items()
-    assert not any(path == block.ffn for block in blocks_of(model))
+    assert path not in {u.reads for u in units_of(model)}
     model.save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     flags = [f"--model.name={tmp_path / 'model'}", "--dry_run=true"]
@@ -261,7 +261,7 @@ def test_a_discovered_structure_that_does_not_fit_the_loaded_model_is_refused_be
 
     def wrong_prune(model, masks):
         small = slice_model(model, masks)
-        blocks_of(small)[1].down.host.weight.mul_(2)
+        small.model.layers[1].mlp.down_proj.weight.mul_(2)
         return small
 
     monkeypatch.setattr("gprune.method.save.slice_model", wrong_prune)
@@ -340,4 +340,4 @@ def test_experts_whose_activations_are_not_observed_correctly_are_not_pruned(bro
     record = discover_record(model)
     assert not any(place.reads == "mlp.experts" for place in record.places)
     attach_record(model, record)
-    assert not any(block.has_experts for block in blocks_of(model))
+    assert "mlp.experts" not in {u.reads for u in units_of(model)}

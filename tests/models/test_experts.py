@@ -23,9 +23,8 @@ from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
-from gprune.units.structure import of_kind
-from tests.blocks import Block, blocks_of
-from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, restored, some_masks
+from gprune.units.structure import Units, of_kind
+from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, restored, some_masks, units_of_kind
 
 # Types whose routers divide weights by their sum only with a setting.
 RENORMALISING = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}}
@@ -38,18 +37,24 @@ def tokens(seed: int = 1) -> Tensor:
 def experts_only(model: PreTrainedModel, kept: int | None = None) -> Masks:
     """Return masks that remove half of the experts, or all but the first `kept`, and nothing else."""
     masks, ffn = random_masks(model, scope="attention+ffn+experts"), []
-    for block, keep in zip(blocks_of(model), masks.ffn, strict=True):
-        by_expert = torch.ones(block.experts, block.neurons, dtype=torch.bool)
-        if block.has_experts:
-            by_expert &= keep.view(block.experts, -1).any(1, keepdim=True)
+    for u in units_of_kind(model, "neurons"):
+        by_expert = torch.ones(u.rows, u.count, dtype=torch.bool)
+        if u.inside:
+            by_expert &= masks[u.key].view(u.rows, -1).any(1, keepdim=True)
             if kept is not None:
-                by_expert = (torch.arange(block.experts) < kept)[:, None].expand(-1, block.neurons)
+                by_expert = (torch.arange(u.rows) < kept)[:, None].expand(-1, u.count)
         ffn.append(by_expert.flatten())
     return Masks.of_blocks(ffn, [torch.ones_like(keep) for keep in masks.attention])
 
 
-def mixtures(model: PreTrainedModel) -> list[Block]:
-    return [block for block in blocks_of(model) if block.has_experts]
+def neurons_of_experts(model: PreTrainedModel) -> list[Units]:
+    """Return the neurons of experts, one set per layer with experts."""
+    return [u for u in units_of_kind(model, "neurons") if u.inside]
+
+
+def stack_of(model: PreTrainedModel, u: Units) -> nn.Module:
+    """Return the module of experts that reads these neurons."""
+    return decoder_layers(model)[u.layer].get_submodule(u.reads)
 
 
 # --- statistics and scores
@@ -59,8 +64,8 @@ def mixtures(model: PreTrainedModel) -> list[Block]:
 def test_statistics_of_experts_equal_those_of_activations_computed_expert_by_expert(name):
     """Experts of gpt_oss have biases, and interleave gate and up."""
     model, ids, calls = mixture(name), tokens(), []
-    for block in blocks_of(model):
-        block.down.host.register_forward_pre_hook(lambda m, x: calls.append((m, x[0].flatten(0, -2), x[1])))
+    for u in neurons_of_experts(model):
+        stack_of(model, u).register_forward_pre_hook(lambda m, x: calls.append((m, x[0].flatten(0, -2), x[1])))
     statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
     for (module, hidden, routed), channel in zip(calls, of_kind(statistics.channels, "neurons"), strict=True):
         for expert in range(8):
@@ -107,14 +112,14 @@ def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     sent to this expert alone, with weight 1.
     """
     found = []
-    for block in mixtures(model):
-        stack: nn.Module = block.layer.get_submodule(block.ffn)
+    for u in neurons_of_experts(model):
+        stack = stack_of(model, u)
         calls: list[tuple] = []
         handle = stack.register_forward_pre_hook(lambda _m, args, calls=calls: calls.append(args))
         model(ids, use_cache=False)
         handle.remove()
         ((hidden, chosen, weights),) = calls
-        sums = torch.zeros(4, block.experts, dtype=torch.float64)
+        sums = torch.zeros(4, u.rows, dtype=torch.float64)
         for x, experts, of_experts in zip(hidden.flatten(0, -2), chosen, weights, strict=True):
             for expert, weight in zip(experts, of_experts, strict=True):
                 y = stack(x[None], expert.view(1, 1), torch.ones_like(weight).view(1, 1))
@@ -130,11 +135,11 @@ def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
     statistics = collect_routing(model, ids)
     scores = score_experts("reap", model, statistics)
     assert hooks_of(model) == 0
-    for block, expected in zip(mixtures(model), reference_routing(model, ids), strict=True):
-        routing = statistics.channels[f"neurons.{block.index}"].routing
+    for u, expected in zip(neurons_of_experts(model), reference_routing(model, ids), strict=True):
+        routing = statistics.channels[u.key].routing
         torch.testing.assert_close(routing, expected, rtol=1e-6, atol=1e-9)
         reap = expected[3] / expected[0].clamp_min(1)
-        torch.testing.assert_close(scores[f"experts.{block.index}"], reap.where(expected[0] > 0, -torch.inf))
+        torch.testing.assert_close(scores[u.inside], reap.where(expected[0] > 0, -torch.inf))
 
 
 def collect_routing(model: PreTrainedModel, ids: Tensor, weight: Tensor | None = None) -> CorpusStatistics:
@@ -253,10 +258,11 @@ def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_exper
 ):
     model, ids = mixture(name, **settings), tokens()
     masks, handles = experts_only(model), []
-    for block in mixtures(model):
+    for u in neurons_of_experts(model):
         kept = ~torch.isin(torch.arange(8), torch.tensor(removed))
-        masks[f"neurons.{block.index}"] = kept.repeat_interleave(block.neurons)
-        router = block.layer.mlp.router if name == "gpt_oss" else block.layer.mlp.gate
+        masks[u.key] = kept.repeat_interleave(u.count)
+        mlp = decoder_layers(model)[u.layer].mlp
+        router = mlp.router if name == "gpt_oss" else mlp.gate
 
         def without(router: nn.Module, _inputs: tuple, output: tuple) -> tuple:
             return output[0], *choice_without(router, name, output[0], removed)
@@ -284,9 +290,9 @@ def test_experts_of_a_router_with_groups_must_be_removed_equally_from_each_group
     model = mixture("deepseek_v3")
     for kept, found in (((0, 1, 2, 3), "4, 0"), ((0, 1, 2, 4), "3, 1"), ((0, 4), "1, 1")):
         masks = experts_only(model, kept=8)
-        block = mixtures(model)[0]
+        u = neurons_of_experts(model)[0]
         keep = torch.isin(torch.arange(8), torch.tensor(kept))
-        masks[f"neurons.{block.index}"] = keep.repeat_interleave(block.neurons)
+        masks[u.key] = keep.repeat_interleave(u.count)
         with pytest.raises(UserError, match=rf"must be at least 2 in each of 2 groups, the same number; got {found}"):
             slice_model(model, masks)
 
@@ -302,11 +308,10 @@ def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are
 
 def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_the_reason():
     model = mixture("mixtral", num_experts_per_tok=8)
-    (block, *_) = mixtures(model)
-    assert router_needs(block.experts, model.config, "")[2] == "its router chooses all 8 experts"
+    assert router_needs(8, model.config, "")[2] == "its router chooses all 8 experts"
     vars(model.config)["num_experts_per_tok"] = None  # the class would refuse it
     reason = "its configuration does not tell how many experts a token needs"
-    assert router_needs(block.experts, model.config, "")[2] == reason
+    assert router_needs(8, model.config, "")[2] == reason
 
 
 def test_gradients_pass_routers_without_the_removed_experts():

@@ -7,6 +7,7 @@ import torch
 
 from experiments.architectures import default_config
 from gprune.discovery.tiny import shrunk
+from gprune.models.families import decoder_layers
 from gprune.models.losses import (
     CHUNK,
     LogitTransform,
@@ -19,8 +20,7 @@ from gprune.models.losses import (
 )
 from gprune.models.masks import gated
 from gprune.models.products import CastWeights
-from tests.blocks import blocks_of
-from tests.world import by_key, make_tiny, make_tiny_llama, tiny_of
+from tests.world import by_key, make_tiny, make_tiny_llama, tiny_of, units_of_kind
 
 
 def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
@@ -170,7 +170,7 @@ def test_a_large_vocabulary_is_computed_in_fewer_rows_with_the_same_bits(diverge
 def test_gradients_of_activations_are_correct_if_the_model_changes_the_embeddings_in_place(model_type, token_batch):
     """CTRL scales the output of the embedding in place, and GIT adds positions. Weights stay frozen."""
     model = tiny_of(shrunk(default_config(model_type)))
-    down = blocks_of(model)[1].parts["down"].host
+    down = decoder_layers(model)[1].get_submodule(units_of_kind(model, "neurons")[1].reads)
 
     def gradient_at_output() -> torch.Tensor:
         gradients = []

@@ -25,19 +25,21 @@ from gprune.models.agreement import random_masks
 from gprune.models.experts import watch_experts
 from gprune.models.families import decoder_layers
 from gprune.models.loading import fingerprint, load_weights
+from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import (
     device_of,
     is_offloaded,
+    load_parameter,
     offload_folder,
     resident,
 )
+from gprune.models.paths import attribute_at
 from gprune.models.surgery import kept_layers, slice_model, slice_to_files
 from gprune.models.units import output_weight, set_output, units_of
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
-from tests.blocks import blocks_of
 from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
-from tests.world import TYPES, WITH_EXPERTS, collect, make_tiny, some_masks, tiny_of
+from tests.world import TYPES, WITH_EXPERTS, collect, make_tiny, some_masks, tiny_of, units_of_kind
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
@@ -92,12 +94,11 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
     assert not is_offloaded(whole)
     assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
     assert fingerprint(offloaded) == fingerprint(whole)
-    assert device_of(offloaded) == device_of(blocks_of(offloaded)[2].layer) == torch.device("cpu")
-    for mine, theirs in zip(blocks_of(offloaded), blocks_of(whole), strict=True):
-        for name, part in theirs.parts.items():
-            assert torch.equal(mine.parts[name].weight, part.weight)
-            assert (mine.parts[name].bias is None) == (part.bias is None)
-            assert part.bias is None or torch.equal(mine.parts[name].bias, part.bias)
+    assert device_of(offloaded) == device_of(decoder_layers(offloaded)[2]) == torch.device("cpu")
+    for u in units_of(whole):
+        of_offloaded, in_memory = (decoder_layers(m)[u.layer] for m in (offloaded, whole))
+        for s in u.slices:
+            assert torch.equal(load_parameter(*find_parent(of_offloaded, s.path)), attribute_at(in_memory, s.path))
     # Statistics of plain forward passes, and a metric that reads weights
     expected = collect(whole, batches(), gram=True, routing=True)
     assert_same_bits(collect(offloaded, batches(), gram=True, routing=True), expected)
@@ -116,8 +117,8 @@ def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed,
     whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
     if family == "qwen3_moe":  # whole experts, with their rows of the router
-        for block in blocks_of(whole):
-            masks.ffn[block.index].view(block.experts, -1)[1] = False
+        for u in units_of_kind(whole, "neurons"):
+            masks[u.key].view(u.rows, -1)[1] = False
     assert torch.equal(masked_logits(offloaded, masks, ids), masked_logits(whole, masks, ids))
     in_memory = slice_model(whole, masks)
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
@@ -164,7 +165,7 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks", revise)
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
     family_of(reloaded)
-    assert len(blocks_of(reloaded)) == 2
+    assert len(decoder_layers(reloaded)) == 2
     assert torch.equal(reloaded(ids).logits, in_memory(ids).logits)
 
 

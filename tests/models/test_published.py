@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from gprune.discovery import check_structure, family_of
 from gprune.models.copies import skeleton
-from tests.blocks import blocks_of
+from tests.world import units_of_kind
 
 LONGROPE = {"type": "longrope", "short_factor": [1.05] * 48, "long_factor": [1.18] * 48}
 LLAMA3 = {
@@ -152,6 +152,6 @@ def test_the_units_of_a_published_configuration_are_found(name):
     config = CONFIG_MAPPING[model_type](**copy.deepcopy(values))  # classes change nested values in place
     model = skeleton(config, record=family_of(config))
     check_structure(model)
-    blocks = blocks_of(model)
-    assert (len(blocks), blocks[-1].neurons) == (number, neurons)
-    assert max(block.kv_groups for block in blocks) == kv_groups
+    counts = [u.count for u in units_of_kind(model, "neurons")]
+    assert (len(counts), counts[-1]) == (number, neurons)
+    assert max(u.count for u in units_of_kind(model, "kv_groups")) == kv_groups

@@ -22,15 +22,14 @@ from gprune.models.agreement import random_masks
 from gprune.models.families import attach_record, decoder_layers
 from gprune.models.masks import masked
 from gprune.models.surgery import kept_layers, slice_model
-from gprune.models.units import units_of
+from gprune.models.units import units_by_layer, units_of
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import budget_of
 from gprune.sparsity.whole_blocks import choose_layers
 from tests import tiny_run
-from tests.blocks import blocks_of, by_layer
-from tests.world import collect
+from tests.world import collect, units_of_kind
 
 IDS = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
 
@@ -88,9 +87,11 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
-    wide, narrow = by_layer(blocks_of(two_ffn_model))[1]
-    assert (wide.ffn, wide.neurons, wide.kv_groups) == ("mlp.wide.down_proj", 44, 3)
-    assert (narrow.ffn, narrow.neurons, narrow.kv_groups) == ("mlp.narrow.down_proj", 28, 0)
+    found = [(u.kind, u.reads, u.count) for u in units_by_layer(two_ffn_model)[1][1:]]
+    assert found == [
+        ("kv_groups", "self_attn.o_proj", 3), ("neurons", "mlp.wide.down_proj", 44),
+        ("kv_groups", "", 0), ("neurons", "mlp.narrow.down_proj", 28),
+    ]  # fmt: skip
     masks = random_masks(two_ffn_model)
     with masked(two_ffn_model, masks):
         expected = logits(two_ffn_model)
@@ -98,11 +99,9 @@ def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
 
 
 def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(shared_expert_model):
-    blocks, layers = blocks_of(shared_expert_model), decoder_layers(shared_expert_model)
-    of_blocks = [(b.index, b.layer_index, b.has_experts, b.kv_groups > 0) for b in blocks]
-    assert of_blocks == [(n, n // 2, n % 2 == 0, n % 2 == 0) for n in range(6)]
-    for of_layer, layer in zip(by_layer(blocks), layers, strict=True):
-        assert all(block.layer is layer for block in of_layer)
+    of_blocks = zip(*(units_of_kind(shared_expert_model, kind) for kind in ("neurons", "kv_groups")), strict=True)
+    found = [(neurons.number, neurons.layer, neurons.rows, groups.count > 0) for neurons, groups in of_blocks]
+    assert found == [(n, n // 2, 1 if n % 2 else 4, n % 2 == 0) for n in range(6)]
     budget = budget_of(units_of(shared_expert_model), 0.3, scope="ffn", protect=[-1])
     assert budget.protected == {2}
 
@@ -161,12 +160,9 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
 @pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
 def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
     model = example("nemotron_h")  # Mamba, attention or FFN
-    blocks, statistics = blocks_of(model), collect(model, [BATCH])
-    assert {(block.neurons > 0, block.kv_groups > 0) for block in blocks} == {
-        (True, False),
-        (False, True),
-        (False, False),
-    }
+    statistics = collect(model, [BATCH])
+    counts = ([u.count > 0 for u in units_of_kind(model, kind)] for kind in ("neurons", "kv_groups"))
+    assert set(zip(*counts, strict=True)) == {(True, False), (False, True), (False, False)}
     budget = budget_of(units_of(model), 0.3, scope="attention+ffn")
     settings = SimpleNamespace(sparsity=SimpleNamespace(scope="attention+ffn"))
     described = describe_unpruned(SimpleNamespace(budget=budget, skeleton=model, cfg=settings))

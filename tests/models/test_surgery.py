@@ -8,12 +8,11 @@ from torch import nn
 
 from experiments.architectures import default_config, example
 from gprune.errors import UserError
-from gprune.models.masks import Masks, masked
+from gprune.models.masks import masked
 from gprune.models.modeling_pruned import experts_aligned
 from gprune.models.surgery import attention_by_layer, slice_model, widths
 from tests import tiny_run
-from tests.blocks import blocks_of
-from tests.world import make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks
+from tests.world import make_tiny, make_tiny_llama, masks_keeping, masks_without, some_masks, units_of_kind
 
 
 @pytest.mark.parametrize("removed", [(), (1,)])
@@ -33,15 +32,16 @@ def test_slice_model_changes_the_original_only_with_inplace(removed, tiny_model,
 
 def test_sliced_parameters_keep_dtype_requires_grad_and_tying(tiny_model):
     tiny_model.to(torch.bfloat16)
-    blocks_of(tiny_model)[1].gate.weight.requires_grad_(True)
+    tiny_model.model.layers[1].mlp.gate_proj.weight.requires_grad_(True)
     pruned = slice_model(tiny_model, masks_keeping([5, 7, 9], [1, 2, 1]))
     assert [name for name, p in pruned.named_parameters() if p.requires_grad] == ["model.layers.1.mlp.gate_proj.weight"]
-    for block in blocks_of(pruned):
-        for linear in (block.gate, block.up, block.down, block.query, block.key, block.value, block.output):
-            assert isinstance(linear.weight, nn.Parameter)
-            assert linear.weight.is_contiguous()
-            assert linear.weight.dtype == torch.bfloat16
-            assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
+    projections = [module for module in pruned.model.layers.modules() if isinstance(module, nn.Linear)]
+    assert len(projections) == 3 * 7
+    for linear in projections:
+        assert isinstance(linear.weight, nn.Parameter)
+        assert linear.weight.is_contiguous()
+        assert linear.weight.dtype == torch.bfloat16
+        assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
 
 
@@ -83,10 +83,10 @@ def test_masks_that_keep_no_layer_no_layer_with_attention_or_a_part_of_a_layer_a
     with pytest.raises(UserError, match=r"Masks of blocks 2 to 3, of layer 1, must keep units of all"):
         slice_model(shared_expert, masks)
     for model in hybrids:
-        (last,) = {block.layer_index for block in blocks_of(model) if block.kv_groups}
+        (last,) = {u.layer for u in units_of_kind(model, "kv_groups") if u.count}
         with pytest.raises(UserError, match=rf"must keep a layer with attention, .* remove all of them: {last}\."):
             slice_model(model, masks_without(model, last))
-        other = next(block.layer_index for block in blocks_of(model) if block.neurons and block.layer_index != last)
+        other = next(u.layer for u in units_of_kind(model, "neurons") if u.count and u.layer != last)
         small = slice_model(model, masks_without(model, other))
         assert small.generate(torch.arange(3, 12)[None], max_new_tokens=4, eos_token_id=None).shape == (1, 13)
     assert attention_by_layer(default_config("blt")) == []  # a type without a cache: no layer has to remain
@@ -145,9 +145,10 @@ def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_n
     model = make_tiny("mixtral")
 
     def sliced(model, kept_neurons):
-        blocks = blocks_of(model)
-        ffn = [(torch.arange(b.neurons) < kept_neurons).repeat(b.experts) for b in blocks]
-        return slice_model(model, Masks.of_blocks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
+        masks = masks_without(model)
+        for u in units_of_kind(model, "neurons"):
+            masks[u.key] = (torch.arange(u.count) < kept_neurons).repeat(u.rows)
+        return slice_model(model, masks)
 
     default = model.config._experts_implementation
     odd = sliced(model, 45)

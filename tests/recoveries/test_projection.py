@@ -16,7 +16,6 @@ from gprune.method.recover import fit_once
 from gprune.models.surgery import kept_layers, slice_model
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
-from tests.blocks import blocks_of
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.world import collect, some_masks
 
@@ -143,13 +142,11 @@ def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_mode
     revise = RECOVERY["least_squares"].revise(material)
     for layers in kept_layers(tiny_model, small, masks):
         revise(*layers)
-    for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
-        for part, kind, channels in (("down", "neurons", 1), ("output", "kv_groups", dense.channels_per_group)):
-            keep = masks[f"{kind}.{dense.index}"].repeat_interleave(channels)
-            x = raw[kind][dense.index]
-            weight = dense.parts[part].weight.double().numpy()
-            expected = ridge_reference(x.reshape(-1, len(keep)), weight, keep.numpy(), material.ridge)
-            recovered = block.parts[part].weight.numpy()
+    for kind, path, channels in (("neurons", "mlp.down_proj", 1), ("kv_groups", "self_attn.o_proj", 16)):
+        for b, x in enumerate(raw[kind]):
+            keep = masks[f"{kind}.{b}"].repeat_interleave(channels)
+            dense, recovered = (m.model.layers[b].get_submodule(path).weight.numpy() for m in (tiny_model, small))
+            expected = ridge_reference(x.reshape(-1, len(keep)), dense.astype(float), keep.numpy(), material.ridge)
             np.testing.assert_allclose(recovered, expected, atol=1e-4 * np.abs(expected).max())
 
 

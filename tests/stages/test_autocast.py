@@ -12,7 +12,6 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.models.surgery import slice_model
 from gprune.stages.distillation import DistillationStage
-from tests.blocks import blocks_of
 from tests.world import some_masks
 
 WARNING = "The loss of distillation is not finite in bfloat16. Falling back to float32."
@@ -46,7 +45,7 @@ def overflowing(tiny_model):
     def overflow(_module, _inputs, output):
         return output * float("inf") if torch.is_autocast_enabled("cpu") else output
 
-    handle = blocks_of(tiny_model)[1].layer.mlp.register_forward_hook(overflow)
+    handle = tiny_model.model.layers[1].mlp.register_forward_hook(overflow)
     yield tiny_model
     handle.remove()
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from transformers import CONFIG_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 import gprune
 from experiments.architectures import DEFAULTS, default_config
@@ -24,7 +23,8 @@ from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.method.plan import make_plan
 from gprune.models.agreement import random_masks
-from gprune.models.families import record_of
+from gprune.models.families import decoder_layers, record_of
+from gprune.models.paths import attribute_at, owner_of
 from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.runs import folder
@@ -33,10 +33,9 @@ from gprune.stages.distillation import DistillationStage
 from gprune.stages.student import Student
 from gprune.storage.files import read_tensors
 from tests import tiny_run
-from tests.blocks import blocks_of
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
 from tests.test_readme import run_recipe
-from tests.world import make_tiny, some_masks, tiny_of
+from tests.world import make_tiny, some_masks, tiny_of, units_of_kind
 
 TARGETS = ("mlp", "all", "lora")
 
@@ -153,7 +152,9 @@ def test_checkpointing_recomputes_each_layer_without_dropout(model_type):
     ids = torch.arange(3, 27).view(2, 12)
     plain, checkpointed = (Student(copy.deepcopy(dense), checkpointing=setting) for setting in (False, True))
     calls = []
-    blocks_of(checkpointed.model)[1].parts["up"].host.register_forward_hook(lambda *_: calls.append(1))
+    neurons = units_of_kind(checkpointed.model, "neurons")[1]
+    layer = decoder_layers(checkpointed.model)[neurons.layer]
+    layer.get_submodule(owner_of(neurons.inputs[-1].path)).register_forward_hook(lambda *_: calls.append(1))
     expected = plain.model(ids, use_cache=False).logits
     for _ in range(3):
         logits = checkpointed.model(ids, use_cache=False).logits
@@ -167,7 +168,7 @@ def test_checkpointing_recomputes_each_layer_without_dropout(model_type):
     trained = checkpointed.to_plain_model()
     assert not any("forward" in module.__dict__ for module in trained.modules())
     if model_type == "opt":
-        assert [block.layer.dropout for block in blocks_of(trained)] == [0.5] * 3  # the setting of the model is kept
+        assert [layer.dropout for layer in decoder_layers(trained)] == [0.5] * 3  # the setting of the model is kept
 
 
 def test_the_last_group_of_batches_has_the_mean_gradient_and_loss_of_its_own_batches(problem):
@@ -203,10 +204,12 @@ def test_the_last_group_of_batches_has_the_mean_gradient_and_loss_of_its_own_bat
 )
 def test_adapters_of_a_mixture_with_dense_layers_are_in_exactly_the_targets(family, settings):
     dense = tiny_of(tiny.shrunk(CONFIG_MAPPING[family](**DEFAULTS.get(family, {}) | settings))).requires_grad_(False)
-    blocks, tokens = blocks_of(dense), sampled_tokens(dense)
-    assert {block.has_experts for block in blocks} == {False, True}
-    hosts = {id(part.host) for block in blocks for part in block.parts.values() if hasattr(part.host, "weight")}
-    expected = {f"{name}.lora_A" for name, module in dense.named_modules() if id(module) in hosts}
+    tokens, layers = sampled_tokens(dense), decoder_layers(dense)
+    assert {bool(u.inside) for u in units_of_kind(dense, "neurons")} == {False, True}
+    sliced = [(u, s) for kind in ("neurons", "kv_groups") for u in units_of_kind(dense, kind) for s in u.slices]
+    modules = [layers[u.layer].get_submodule(owner_of(s.path)) for u, s in sliced if not s.is_norm]
+    ids_of_linear = {id(module) for module in modules if hasattr(module, "weight")}
+    expected = {f"{name}.lora_A" for name, module in dense.named_modules() if id(module) in ids_of_linear}
     pruned = slice_model(dense, random_masks(dense, scope="ffn"))
     start = divergence(dense, pruned, tokens)
     stage = DistillationStage(dense, pruned, targets="lora", learning_rate=0.01)
@@ -510,23 +513,25 @@ def scaled(parts: dict[str, float], model: torch.nn.Module) -> torch.nn.Module:
     """A copy in which parts of blocks are multiplied by powers of two.
 
     Args:
-        parts: for each part (rows of a layer with their bias) the exponent of the block's factor, 1 or -1. The factors
+        parts: for each part (rows of a tensor with their bias) the exponent of the block's factor, 1 or -1. The factors
             of the three blocks are 8, 1/8 and 2.
     """
     model = copy.deepcopy(model)
+    blocks = zip(units_of_kind(model, "neurons"), units_of_kind(model, "kv_groups"), (8.0, 1 / 8, 2.0), strict=True)
     with torch.no_grad():
-        for block, block_factor in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
+        for neurons, groups, block_factor in blocks:
+            up = owner_of(neurons.inputs[-1].path)
+            slices = {
+                "up": [s for s in neurons.slices[:-1] if owner_of(s.path) == up],
+                "down": neurons.slices[-1:],
+                "value": [s for s in groups.slices[:-1] if "value" in dict(s.parts)],
+                "output": groups.slices[-1:],
+            }
             for name, exponent in parts.items():
-                part, factor = block.parts[name], block_factor**exponent
-                if block.has_experts and name in ("up", "down"):
-                    stored = part.host.down_proj if name == "down" else part.host.gate_up_proj[:, block.neurons :]
-                    stored.mul_(factor)
-                    continue
-                rows = slice(None) if part.rows is None else part.rows
-                weight = part.host.weight.T if isinstance(part.host, Conv1D) else part.host.weight
-                weight[rows] = weight[rows] * factor
-                if part.host.bias is not None and name not in ("down", "output"):
-                    part.host.bias[rows] *= factor
+                for s in slices[name]:
+                    tensor = attribute_at(decoder_layers(model)[neurons.layer], s.path).movedim(s.dim, 0)
+                    rows = dict(s.parts).get("value", s.parts[-1][1])  # the last part of gate|up is up
+                    tensor[rows] = tensor[rows] * block_factor**exponent
     return model
 
 
@@ -534,8 +539,9 @@ def gains_folded(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in which gains and biases of norms are divided by a factor, and the matrices after them multiplied."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        for block, factor in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
-            modules = dict(block.layer.named_children())
+        blocks = zip(units_of_kind(model, "neurons"), units_of_kind(model, "kv_groups"), strict=True)
+        for (neurons, groups), layer, factor in zip(blocks, decoder_layers(model), (8.0, 1 / 8, 2.0), strict=True):
+            modules = dict(layer.named_children())
             attention_norm, ffn_norm = (
                 next(modules[name] for name in names if name in modules)
                 for names in (
@@ -543,16 +549,16 @@ def gains_folded(model: torch.nn.Module) -> torch.nn.Module:
                     ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm"),
                 )
             )
-            norms, names = [attention_norm], ["query", "key", "value"]
-            if not block.has_experts:  # the FFN's norm of a block with experts also feeds the router
+            norms, readers = [attention_norm], {owner_of(s.path) for s in groups.slices[:-1] if not s.is_norm}
+            if not neurons.inside:  # the FFN's norm of a block with experts also feeds the router
                 norms += [ffn_norm]
-                names += ["gate", "up"]
+                readers |= {owner_of(s.path) for s in neurons.slices[:-1]}
             for norm in norms:
                 norm.weight.copy_((norm.weight + record_of(model).norm_offset) / factor - record_of(model).norm_offset)
                 if getattr(norm, "bias", None) is not None:
                     norm.bias /= factor
-            for host in {block.parts[name].host for name in names if name in block.parts}:
-                host.weight.mul_(factor)
+            for path in readers:
+                layer.get_submodule(path).weight.mul_(factor)
     return model
 
 
