@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,7 @@ from gprune.models.surgery import slice_model
 from gprune.models.units import units_of
 from gprune.sparsity.budget import budget_of
 from gprune.units.structure import Units, of_kind
-from tests.world import MIXTURES, collect, hooks_of, make_tiny, mixture, restored, some_masks, units_of_kind
+from tests.world import MIXTURES, collect, hooks_of, masks_without, mixture, restored, units_of_kind
 
 # Types whose routers divide weights by their sum only with a setting.
 RENORMALISING = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}}
@@ -34,17 +31,12 @@ def tokens(seed: int = 1) -> Tensor:
     return torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(seed))
 
 
-def experts_only(model: PreTrainedModel, kept: int | None = None) -> Masks:
-    """Return masks that remove half of the experts, or all but the first `kept`, and nothing else."""
-    masks, ffn = random_masks(model, scope="attention+ffn+experts"), []
-    for u in units_of_kind(model, "neurons"):
-        by_expert = torch.ones(u.rows, u.count, dtype=torch.bool)
-        if u.inside:
-            by_expert &= masks[u.key].view(u.rows, -1).any(1, keepdim=True)
-            if kept is not None:
-                by_expert = (torch.arange(u.rows) < kept)[:, None].expand(-1, u.count)
-        ffn.append(by_expert.flatten())
-    return Masks.of_blocks(ffn, [torch.ones_like(keep) for keep in masks.attention])
+def half_of_the_experts(model: PreTrainedModel) -> Masks:
+    """Return masks that remove half of the experts of each layer, and nothing else."""
+    some, masks = random_masks(model, scope="experts"), masks_without(model)
+    for u in neurons_of_experts(model):
+        masks[u.key] = some[u.key].view(u.rows, -1).any(1).repeat_interleave(u.count)
+    return masks
 
 
 def neurons_of_experts(model: PreTrainedModel) -> list[Units]:
@@ -257,7 +249,7 @@ def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_exper
     name, settings, removed
 ):
     model, ids = mixture(name, **settings), tokens()
-    masks, handles = experts_only(model), []
+    masks, handles = half_of_the_experts(model), []
     for u in neurons_of_experts(model):
         kept = ~torch.isin(torch.arange(8), torch.tensor(removed))
         masks[u.key] = kept.repeat_interleave(u.count)
@@ -278,32 +270,29 @@ def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_exper
     torch.testing.assert_close(sliced(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_masks_with_experts_of_unequal_widths_are_refused():
-    model = make_tiny("mixtral")
-    masks = some_masks(model, attention=False)
-    masks.ffn[0][:] = torch.arange(4 * 48) > 0
-    with pytest.raises(ValueError, match=r"Masks\['neurons.0'\] must keep equally many neurons of every expert"):
+EQUAL_IN_GROUPS = r"must be at least 2 in each of 2 groups, the same number; got "
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "message"),
+    [
+        ("mixtral", [0], r"Experts of block 0 \(model type 'mixtral'\) must be at least 2; got 1"),
+        ("deepseek_v3", [0, 1, 2, 3], EQUAL_IN_GROUPS + "4, 0"),
+        ("deepseek_v3", [0, 1, 2, 4], EQUAL_IN_GROUPS + "3, 1"),
+        ("deepseek_v3", [0, 4], EQUAL_IN_GROUPS + "1, 1"),
+        ("llama4_text", [0, 1], r"'llama4_text'\) cannot be removed as a whole: .*not called with numbers"),
+    ],
+)
+def test_too_few_experts_unequal_groups_and_types_with_another_router_are_refused(name, kept, message):
+    model = mixture(name) if name in MIXTURES else example(name)
+    u = neurons_of_experts(model)[0]
+    masks = masks_without(model)
+    masks[u.key] = torch.isin(torch.arange(u.rows), torch.tensor(kept)).repeat_interleave(u.count)
+    with pytest.raises(UserError, match=message):
         slice_model(model, masks)
-
-
-def test_experts_of_a_router_with_groups_must_be_removed_equally_from_each_group():
-    model = mixture("deepseek_v3")
-    for kept, found in (((0, 1, 2, 3), "4, 0"), ((0, 1, 2, 4), "3, 1"), ((0, 4), "1, 1")):
-        masks = experts_only(model, kept=8)
-        u = neurons_of_experts(model)[0]
-        keep = torch.isin(torch.arange(8), torch.tensor(kept))
-        masks[u.key] = keep.repeat_interleave(u.count)
-        with pytest.raises(UserError, match=rf"must be at least 2 in each of 2 groups, the same number; got {found}"):
-            slice_model(model, masks)
-
-
-def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are_refused():
-    model = mixture("mixtral")
-    with pytest.raises(UserError, match=r"Experts of block 0 \(model type 'mixtral'\) must be at least 2; got 1"):
-        slice_model(model, experts_only(model, kept=1))
-    model = example("llama4_text")
-    with pytest.raises(UserError, match=r"'llama4_text'\) cannot be removed as a whole: .*not called with numbers"):
-        slice_model(model, experts_only(model, kept=2))
+    masks[u.key] = torch.arange(u.size) > 0  # another width of the first expert
+    with pytest.raises(UserError, match=rf"Masks\['{u.key}'\] must keep equally many neurons of every expert"):
+        slice_model(model, masks)
 
 
 def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_the_reason():
@@ -316,10 +305,10 @@ def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_t
 
 def test_gradients_pass_routers_without_the_removed_experts():
     model, ids = mixture("mixtral"), tokens()
-    pruned, gradients = slice_model(model, experts_only(model)), []
+    pruned, gradients = slice_model(model, half_of_the_experts(model)), []
     for computing in (model, pruned):
         x = computing.get_input_embeddings()(ids).detach().requires_grad_()
-        with masked(model, experts_only(model)) if computing is model else torch.enable_grad():
+        with masked(model, half_of_the_experts(model)) if computing is model else torch.enable_grad():
             computing(inputs_embeds=x, use_cache=False).logits.square().mean().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
@@ -328,23 +317,11 @@ def test_gradients_pass_routers_without_the_removed_experts():
 def test_an_exception_in_a_masked_forward_pass_restores_the_router():
     model, ids = mixture("deepseek_v3"), tokens()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with masked(model, experts_only(model)), pytest.raises(IndexError):
+    with masked(model, half_of_the_experts(model)), pytest.raises(IndexError):
         model(torch.full((1, 4), 999))
     handle = model.model.layers[2].mlp.experts.register_forward_pre_hook(lambda *_: 1 / 0)
-    with masked(model, experts_only(model)), pytest.raises(ZeroDivisionError):
+    with masked(model, half_of_the_experts(model)), pytest.raises(ZeroDivisionError):
         model(ids)
     handle.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.model.layers[2].mlp.gate.num_experts == 8
-
-
-def test_the_layout_of_a_mixture_that_keeps_all_experts_has_no_entries_for_experts_and_routers(tmp_path: Path):
-    """So folders of mixtures are those of earlier versions, which could not remove experts."""
-    model = mixture("deepseek_v3")
-    pruned = gprune.apply_masks(model, random_masks(model))
-    pruned.save_pretrained(tmp_path)
-    own = json.loads((tmp_path / "config.json").read_text())["pruned_layout"]["own"]
-    assert own
-    for of_layer in own.values():
-        assert "experts" not in of_layer
-        assert not [path for path in of_layer["sizes"] if "gate.weight" in path or "correction_bias" in path]

@@ -37,14 +37,6 @@ def sizes(hidden: int, width: int, layers: int, heads: int, groups: int | None =
 # attention is not pruned)
 PUBLISHED = {
     "phi-2": ("phi", sizes(2560, 10240, 32, 32, vocab_size=51200, partial_rotary_factor=0.4), 32, 10240, 32),
-    "Phi-3-mini-128k-instruct": (
-        "phi3",
-        sizes(
-            3072, 8192, 32, 32, vocab_size=32064, max_position_embeddings=131072, rope_scaling=LONGROPE,
-            original_max_position_embeddings=4096, sliding_window=262144,
-        ),
-        32, 8192, 32,
-    ),
     "Phi-4-mini-instruct": (
         "phi3",
         sizes(
@@ -75,34 +67,10 @@ PUBLISHED = {
         ),
         16, 8192, 8,
     ),
-    "Qwen3-30B-A3B": (
-        "qwen3_moe",
-        sizes(
-            2048, 6144, 48, 32, 4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
-            norm_topk_prob=True, decoder_sparse_step=1,
-        ),
-        48, 768, 4,
-    ),
-    "gemma-2-2b": (
-        "gemma2",
-        sizes(2304, 9216, 26, 8, 4, head_dim=256, vocab_size=256000, query_pre_attn_scalar=256, sliding_window=4096),
-        26, 9216, 4,
-    ),
     "gemma-3-1b": (
         "gemma3_text",
         sizes(1152, 6912, 26, 4, 1, head_dim=256, vocab_size=262144, sliding_window=512, sliding_window_pattern=6),
         26, 6912, 0,
-    ),
-    "granite-3.3-2b": (
-        "granite",
-        sizes(
-            2048, 8192, 40, 32, 8, vocab_size=49159, attention_multiplier=0.015625, embedding_multiplier=12.0,
-            logits_scaling=8.0, residual_multiplier=0.22, tie_word_embeddings=True,
-        ),
-        40, 8192, 8,
-    ),
-    "SmolLM3-3B": (
-        "smollm3", sizes(2048, 11008, 36, 16, 4, vocab_size=128256, no_rope_layers=[1, 1, 1, 0] * 9), 36, 11008, 4,
     ),
     "gpt-oss-20b": (
         "gpt_oss",
@@ -122,7 +90,6 @@ PUBLISHED = {
         ),
         53, 2816, 16,
     ),
-    "DeepSeek-V3": ("deepseek_v3", {"rope_scaling": YARN, "max_position_embeddings": 163840}, 119, 2048, 128),
     "opt-350m": (
         "opt",
         {

@@ -55,7 +55,7 @@ def ridge_reference(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: 
     return np.linalg.lstsq(A, b, rcond=None)[0].T
 
 
-@pytest.mark.parametrize("ridge", [1e-4, 0.01, 0.3, 10.0])
+@pytest.mark.parametrize("ridge", [1e-4, 0.3, 1e9])
 def test_least_squares_equals_ridge_regression_in_numpy(problem, ridge):
     x, weight, keep = problem
     new, bias = solve("least_squares", weight, keep, x, ridge=ridge)
@@ -63,14 +63,6 @@ def test_least_squares_equals_ridge_regression_in_numpy(problem, ridge):
     assert bias is None
     assert new.dtype == weight.dtype
     np.testing.assert_allclose(new.numpy(), expected, atol=1e-3 * np.abs(expected).max())
-
-
-def test_a_large_ridge_gives_the_original_weights(problem):
-    x, weight, keep = problem
-    solved = [solve("least_squares", weight, keep, x, ridge=ridge)[0] for ridge in (1e-3, 1e-1, 10.0, 1e3, 1e9)]
-    distances = [float((new - weight[:, keep]).norm()) for new in solved]
-    assert distances == sorted(distances, reverse=True)
-    torch.testing.assert_close(solved[-1], weight[:, keep], atol=1e-6, rtol=0)
 
 
 def test_kept_channels_without_activations_keep_their_weights(problem):
@@ -93,7 +85,7 @@ def test_least_squares_without_ridge_fits_fewer_tokens_than_channels(problem, to
     np.testing.assert_allclose(x[:, keep] @ new.double().numpy().T, dense, atol=0.01 * np.abs(dense).max())
 
 
-@pytest.mark.parametrize(("channels", "tokens"), [(768, 256), (256, 200), (768, 2048)])
+@pytest.mark.parametrize(("channels", "tokens"), [(768, 256), (768, 2048)])
 def test_least_squares_without_ridge_is_stable_with_a_massive_activation(channels, tokens):
     """Language models have channels whose activations are a few hundred times as large as those of other channels.
 
