@@ -39,15 +39,11 @@ ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
         (PEERS, "averaged, least squares"), (PEERS, "averaged, least squares, 49k"),
         (GEMMA, "averaged, least squares"), (GEMMA, "best, 49k"),
     ),
-    "best": (
+    "recommended": (
         ("untrained.yaml", "smollm2, act_norm, reconstruction"), (PEERS, "best, 49k"),
         ("untrained.yaml", "gemma, act_norm, reconstruction"), None,
     ),
     "gates": (("beyond.yaml", "gates"), None, (GEMMA, "gates"), None),
-    "sequential": (
-        (PEERS, "untrained"), (PEERS, "untrained, 49k"), (PEERS_GEMMA, "untrained"),
-        ("untrained.yaml", "gemma, act_norm, sequential, distilled"),
-    ),
     "OSSCAR": (
         (PEERS, "OSSCAR"), (PEERS, "OSSCAR, 49k"), (PEERS_GEMMA, "OSSCAR"), None,
     ),

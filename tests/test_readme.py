@@ -156,9 +156,10 @@ NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\
 def blocks_with_numbers() -> list[str]:
     """Return paragraphs, items and rows of tables of the README, and headers of configurations, that have numbers.
 
-    The README's table of quality is left out.
+    The README's table of quality and the output of its first command are left out.
     """
-    readme = re.split(r"\n\n|\n(?=- |\|)", QUALITY.sub("", README))
+    text = re.sub(r"```text\n.*?```", "", QUALITY.sub("", README), flags=re.DOTALL)
+    readme = re.split(r"\n\n|\n(?=- |\|)", text)
     headers = ["\n".join(re.findall("^# (.*)", path.read_text(), re.M)) for path in CONFIGURATIONS]
     blocks = [re.sub(r"(arXiv|Python) [\d.]+", "", " ".join(block.split())) for block in [*readme, *headers]]
     return [block for block in blocks if re.search(NUMBER, block)]

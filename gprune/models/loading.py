@@ -73,7 +73,7 @@ def register_type(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING or not (is_causal or takes_images):
         raise UserError(
             f"Cannot register exports of model type '{model_type}': transformers has no class of this type that "
-            "predicts next tokens. Convert the checkpoint to such a class (docs/extend.md, 'Model types')."
+            "predicts next tokens. Convert the checkpoint to such a class (docs/extend.md, 'A model type')."
         )
     config_class, base_class, model_class = pruned_classes(model_type)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
