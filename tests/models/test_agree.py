@@ -34,12 +34,20 @@ from gprune.sparsity.budget import budget_of
 from tests import tiny_run
 from tests.world import MIXTURES, TYPES, hooks_of, make_tiny, masks_without, mixture, tiny_of, units_of_kind
 
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")
+FLAGS = ("attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")
 DISCOVERED = (
     "gemma", "starcoder2", "stablelm", "cohere2", "openai-gpt", "persimmon", "glm4", "falcon", "gptj", "phi", "mpt",
     "bloom", "qwen3_next", "llama4_text", "nemotron_h", "lfm2", "olmo3", "bert", "modernbert-decoder", "xglm",
     "minicpm3", "falcon_h1",
 )  # fmt: skip
+TIED = ("llama", "gemma2", "gpt2", "mixtral")  # also with, or without, a head of its own
+OTHER_WIDTHS = (
+    "starcoder2",
+    "gptj",
+    "xglm",
+    "bloom",
+    "modernbert-decoder",
+)  # other keys for the width
 # Types in which whole layers are removed, too.
 DEEP = ("llama", "gpt2", "qwen2_moe", "gpt_oss", "llama4_text", "hunyuan_v1_moe", "lfm2")
 HUNYUAN = {  # of the form of Hunyuan-A13B, with lists by layer
@@ -58,7 +66,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in TYPES:
         default = CONFIG_MAPPING[name]()
         yield from ((name, {f: not getattr(default, f)}) for f in FLAGS if isinstance(getattr(default, f, 0), bool))
-    for name in ("llama", "gemma2", "olmo2", "phi3", "mixtral"):
+    yield from ((name, {"tie_word_embeddings": not CONFIG_MAPPING[name]().tie_word_embeddings}) for name in TIED)
+    for name in ("llama", "olmo2", "phi3"):
         yield from ((name, {"num_key_value_heads": number}) for number in (1, 4))
 
 
@@ -66,9 +75,14 @@ def cases() -> Iterator[pytest.param]:
     """Yield the cases: type, settings, scope, and whether all layers lose equally many units."""
     rows: list[tuple[str, dict[str, Any], str, bool]] = []
     for name in (*TYPES, *DISCOVERED, *sorted(set(MIXTURES) - set(TYPES)), "hunyuan_v1_moe", "gemma3", "qwen3_vl"):
-        scopes = ["experts", "attention+ffn+experts"] * (name in MIXTURES) + ["attention+ffn+blocks"] * (name in DEEP)
-        rows += [(name, {}, "attention+ffn", False), (name, {}, "ffn", True)]
-        rows += [(name, {}, scope, scope == "experts") for scope in scopes]
+        if name in MIXTURES:  # with other experts in each layer, but all of them in the first one
+            rows += [(name, {}, "attention+ffn+experts", False), (name, {}, "ffn+experts", True)]
+        if name in TYPES or name not in MIXTURES:
+            rows.append((name, {}, "attention+ffn", False))
+        if name in (*TYPES, *OTHER_WIDTHS, "hunyuan_v1_moe", "gemma3") and name not in MIXTURES:
+            rows.append((name, {}, "ffn", True))
+        if name in DEEP:
+            rows.append((name, {}, "attention+ffn+blocks", False))
     rows += [(name, settings, "attention+ffn", False) for name, settings in variants()]
     # Lists of layer numbers are renumbered, and layers keep their experts.
     for experts_in in ([0, 1, 2, 3], [1, 3]):

@@ -22,24 +22,20 @@ from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.method.save import masked_logits
 from gprune.models.agreement import random_masks
-from gprune.models.experts import watch_experts
 from gprune.models.families import decoder_layers
 from gprune.models.loading import fingerprint, load_weights
-from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import (
     device_of,
     is_offloaded,
-    load_parameter,
     offload_folder,
     resident,
 )
-from gprune.models.paths import attribute_at
 from gprune.models.surgery import kept_layers, slice_model, slice_to_files
-from gprune.models.units import output_weight, set_output, units_of
+from gprune.models.units import output_weight, set_output
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
-from tests.world import TYPES, WITH_EXPERTS, collect, make_tiny, some_masks, tiny_of, units_of_kind
+from tests.world import TYPES, collect, make_tiny, some_masks, tiny_of, units_of_kind
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
@@ -58,6 +54,19 @@ def limit_for(model: torch.nn.Module) -> str:
     return f"{bytes_in(model) - sum(layers) + int(1.5 * max(layers))}B"
 
 
+def load_offloaded(path: Path, model: torch.nn.Module, limit: str = "") -> torch.nn.Module:
+    """Load a saved model with most layers on disk, and its structure. `model` is the same model in memory."""
+    limit = limit or limit_for(model)
+    offloaded = load_weights(path, dtype=torch.float32, device_map="auto", max_memory={"cpu": limit})
+    family_of(offloaded)
+    assert is_offloaded(offloaded)
+    return offloaded
+
+
+def reload(folder: Path, **options) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
 @pytest.fixture(scope="module")
 def placed(tmp_path_factory):
     """A function that returns a family's tiny model in memory, and the same model with most layers on disk."""
@@ -68,11 +77,8 @@ def placed(tmp_path_factory):
         model = make_tiny(family, **overrides)
         if not path.exists():
             model.save_pretrained(path, max_shard_size="20KB")
-        offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
-        models = load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **offloading)
-        for model in models:
-            family_of(model)
-        return models
+        whole = load_weights(path, dtype=torch.float32)
+        return whole, load_offloaded(path, whole)
 
     with tiny_run.isolated(folder / "cache"):
         yield load
@@ -88,33 +94,23 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, placed, ids):
+def test_an_offloaded_model_is_measured_pruned_and_exported_like_the_model_in_memory(family, placed, ids, tmp_path):
     whole, offloaded = placed(family)
-    assert is_offloaded(offloaded)
     assert not is_offloaded(whole)
     assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
     assert fingerprint(offloaded) == fingerprint(whole)
     assert device_of(offloaded) == device_of(decoder_layers(offloaded)[2]) == torch.device("cpu")
-    for u in units_of(whole):
-        of_offloaded, in_memory = (decoder_layers(m)[u.layer] for m in (offloaded, whole))
-        for s in u.slices:
-            assert torch.equal(load_parameter(*find_parent(of_offloaded, s.path)), attribute_at(in_memory, s.path))
     # Statistics of plain forward passes, and a metric that reads weights
     expected = collect(whole, batches(), gram=True, routing=True)
     assert_same_bits(collect(offloaded, batches(), gram=True, routing=True), expected)
     scope = "neurons", "kv_groups"
-    of_offloaded, in_memory = (score_units("magnitude", m, expected, scope=scope) for m in (offloaded, whole))
-    assert of_offloaded.keys() == in_memory.keys()
-    assert all(torch.equal(scores, in_memory[key]) for key, scores in of_offloaded.items())
+    scores = [score_units("magnitude", m, expected, scope=scope) for m in (offloaded, whole)]
+    assert scores[0].keys() == scores[1].keys()
+    assert all(torch.equal(of_units, scores[1][key]) for key, of_units in scores[0].items())
     # No weight has been moved, and no hook removed.
     assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed, ids, tmp_path):
-    whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
     if family == "qwen3_moe":  # whole experts, with their rows of the router
         for u in units_of_kind(whole, "neurons"):
@@ -131,18 +127,14 @@ def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed,
     assert configs[0] == configs[1]
     names = [{path.name for path in folder.iterdir() if "safetensors" not in path.name} for folder in folders]
     assert names[0] == names[1]
-    reloaded = AutoModelForCausalLM.from_pretrained(folders[1]).eval()
+    reloaded = reload(folders[1])
     expected_dtypes = {name: tensor.dtype for name, tensor in in_memory.state_dict().items()}
     assert {name: tensor.dtype for name, tensor in reloaded.state_dict().items()} == expected_dtypes
     assert torch.equal(reloaded(ids).logits, in_memory(ids).logits)
     # The pruned model is offloaded like the dense model, and saved again.
-    placement = {"device_map": "auto", "max_memory": {"cpu": limit_for(reloaded)}}
-    small = load_weights(folders[1], dtype=torch.float32, **placement)
-    family_of(small)
-    assert is_offloaded(small)
+    small = load_offloaded(folders[1], reloaded)
     assert torch.equal(small(ids).logits, in_memory(ids).logits)
-    saved_again = AutoModelForCausalLM.from_pretrained(save_pruned(small, None, tmp_path / "again")).eval()
-    assert torch.equal(saved_again(ids).logits, in_memory(ids).logits)
+    assert torch.equal(reload(save_pruned(small, None, tmp_path / "again"))(ids).logits, in_memory(ids).logits)
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
@@ -163,7 +155,7 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
     for layers in kept_layers(whole, in_memory, masks):
         revise(*layers)
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks", revise)
-    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
+    reloaded = reload(save_pruned(in_files, None, tmp_path / "model"))
     family_of(reloaded)
     assert len(decoder_layers(reloaded)) == 2
     assert torch.equal(reloaded(ids).logits, in_memory(ids).logits)
@@ -179,14 +171,11 @@ def test_saved_buffers_of_offloaded_layers_are_exported(model_type, ids, tmp_pat
             layer.get_buffer(name).copy_(1 + torch.rand(layer.get_buffer(name).shape))
     assert saved
     dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-    offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(dense)}}
-    offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
-    family_of(offloaded)
-    assert is_offloaded(offloaded)
+    offloaded = load_offloaded(tmp_path / "dense", dense)
     masks = random_masks(dense)
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
     folder = save_pruned(in_files, None, tmp_path / "model")
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()  # as the tiny model
+    reloaded = reload(folder, attn_implementation="eager")  # as the tiny model
     assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
@@ -194,19 +183,16 @@ def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config
     dense = make_tiny("llama", tie_word_embeddings=False)
     dense.config.tie_word_embeddings = True
     dense.save_pretrained(tmp_path / "dense")
-    offloading = {"device_map": "auto", "max_memory": {"cpu": f"{bytes_in(decoder_layers(dense)[0])}B"}}
-    offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
-    family_of(offloaded)
+    offloaded = load_offloaded(tmp_path / "dense", dense, limit=f"{bytes_in(decoder_layers(dense)[0])}B")
     assert offloaded.lm_head.weight.is_meta
     masks = some_masks(dense, attention=True)
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
-    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
+    reloaded = reload(save_pruned(in_files, None, tmp_path / "model"))
     assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", *WITH_EXPERTS[:1]])
-def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family, placed):
-    whole, offloaded = placed(family)
+def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(placed):
+    whole, offloaded = placed("qwen3_moe")
     layer, layer_in_memory = decoder_layers(offloaded)[2], decoder_layers(whole)[2]
     with resident(layer):
         for name, parameter in layer_in_memory.named_parameters():
@@ -215,21 +201,6 @@ def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family
     with pytest.raises(ZeroDivisionError), resident(layer):
         _ = 1 / 0
     assert all(p.is_meta for p in layer.parameters())
-
-
-def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
-    """Observing experts temporarily replaces the forward that accelerate has set on the module."""
-    whole, offloaded = placed("mixtral")
-    masks = some_masks(whole, attention=False)
-    for _ in range(2):
-        masked_logits(offloaded, masks, ids)
-        assert torch.equal(offloaded(ids).logits, whole(ids).logits)
-    units, layer = {u.key: u for u in units_of(offloaded)}, decoder_layers(offloaded)[2]
-    experts = layer.get_submodule(units["neurons.2"].reads)
-    forward_of_accelerate = experts.__dict__["forward"]
-    watch_experts(layer, units["neurons.2"], lambda *_: None).remove()
-    assert experts.__dict__["forward"] is forward_of_accelerate
-    assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
 def test_a_model_with_device_hooks_is_pruned_and_calibrated_as_without(ids):
@@ -279,10 +250,7 @@ def world(tmp_path_factory):
     yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
-FLAGS = [
-    "--recovery=least_squares", "--sparsity.scope=attention+ffn", "--sparsity.allocation=uniform",
-    
-]  # fmt: skip
+FLAGS = ["--recovery=least_squares", "--sparsity.scope=attention+ffn", "--sparsity.allocation=uniform"]
 
 
 def placement(model: torch.nn.Module) -> list[str]:
@@ -312,8 +280,7 @@ def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, mon
 
 def test_a_dry_run_prints_the_bytes_that_a_forward_pass_loads_and_the_passes_of_calibration(world, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(world.model)
-    offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
-    offloaded = load_weights(world.model, dtype=torch.float32, **offloading)
+    offloaded = load_offloaded(world.model, model)
     loaded = sum(p.nbytes for p in offloaded.parameters() if p.is_meta)
     dry_run = ["--dry_run=true", *FLAGS]
     assert main(world.args(tmp_path, *dry_run, *placement(model))) == 0
