@@ -92,13 +92,3 @@ def test_slices_of_a_user_that_do_not_fit_the_model_are_refused(part, message, m
     monkeypatch.setitem(UNITS, "llama", wrong)
     with pytest.raises(UserError, match=message):
         units_of(make_tiny_llama())
-
-
-def test_units_of_a_layer_have_all_its_parameters_but_norms(tiny_model):
-    units = {u.key: u for u in units_of(tiny_model)}
-    for i, layer in enumerate(tiny_model.model.layers):
-        assert units[f"layer.{i}"].parameters == sum(p.numel() for p in layer.parameters())
-        of_units = sum(
-            units[f"{kind}.{i}"].parameters * units[f"{kind}.{i}"].count for kind in ("neurons", "kv_groups")
-        )
-        assert units[f"layer.{i}"].parameters - of_units == 2 * 32
