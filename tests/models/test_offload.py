@@ -154,6 +154,10 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
     in_memory = slice_model(whole, masks)
     for layers in kept_layers(whole, in_memory, masks):
         revise(*layers)
+    path = units_of_kind(whole, "neurons")[0].reads
+    dense, down = (decoder_layers(m)[0].get_submodule(path) for m in (whole, in_memory))
+    before = 0 if dense.bias is None else dense.bias
+    torch.testing.assert_close(down.bias, before + dense.weight[:, ~masks["neurons.0"]].sum(1))
     in_files = slice_to_files(offloaded, masks, tmp_path / "blocks", revise)
     reloaded = reload(save_pruned(in_files, None, tmp_path / "model"))
     family_of(reloaded)
