@@ -25,35 +25,26 @@ from gprune.report.figures import add_title, draw_line, line_style, save, style
 from gprune.report.tables import Estimate, Table
 from gprune.runs.results import FinishedRun
 
-COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
+COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M"]
 PEERS, PEERS_GEMMA, GEMMA = "peers.yaml", "peers_gemma.yaml", "gemma.yaml"
 Place = tuple[str, str] | None  # list and row
 
-# Label: rows of SmolLM2 before and after training, then of Gemma. All have weights in bfloat16 and seed 0.
-ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
-    "base": ((PEERS, "base"), None, (GEMMA, "base"), None),
-    "paper": (("parts.yaml", "paper"), None, (GEMMA, "paper"), None),
-    "paper, centred": (("parts.yaml", "centred"), None, (GEMMA, "paper, centred"), None),
-    "averaged": (("parts.yaml", "averaged"), None, (GEMMA, "averaged"), None),
-    "averaged, least squares": (
-        (PEERS, "averaged, least squares"), (PEERS, "averaged, least squares, 49k"),
-        (GEMMA, "averaged, least squares"), (GEMMA, "best, 49k"),
-    ),
+# Label: rows of SmolLM2 before and after training, and of Gemma. All have weights in bfloat16 and seed 0.
+ROWS: dict[str, tuple[Place, Place, Place]] = {
+    "base": ((PEERS, "base"), None, (GEMMA, "base")),
+    "paper": (("parts.yaml", "paper"), None, (GEMMA, "paper")),
+    "averaged": (("parts.yaml", "averaged"), None, (GEMMA, "averaged")),
     "recommended": (
         ("untrained.yaml", "smollm2, act_norm, reconstruction"), (PEERS, "best, 49k"),
-        ("untrained.yaml", "gemma, act_norm, reconstruction"), None,
+        ("untrained.yaml", "gemma, act_norm, reconstruction"),
     ),
-    "gates": (("beyond.yaml", "gates"), None, (GEMMA, "gates"), None),
-    "OSSCAR": (
-        (PEERS, "OSSCAR"), (PEERS, "OSSCAR, 49k"), (PEERS_GEMMA, "OSSCAR"), None,
-    ),
-    "2SSP": ((PEERS, "2SSP"), (PEERS, "2SSP, 49k"), (PEERS_GEMMA, "2SSP"), None),
-    "Torch-Pruning": ((PEERS, "Torch-Pruning, Taylor"), (PEERS, "Torch-Pruning, 49k"), None, None),
-    "FLAP": ((PEERS, "FLAP"), None, None, None),
-    "LLM-Pruner": (
-        (PEERS, "LLM-Pruner, 640 tokens"), None, (PEERS_GEMMA, "LLM-Pruner, 640 tokens"), None,
-    ),
-    "ShortGPT": ((PEERS, "ShortGPT"), None, (PEERS_GEMMA, "ShortGPT"), None),
+    "gates": (("beyond.yaml", "gates"), None, (GEMMA, "gates")),
+    "OSSCAR": ((PEERS, "OSSCAR"), (PEERS, "OSSCAR, 49k"), (PEERS_GEMMA, "OSSCAR")),
+    "2SSP": ((PEERS, "2SSP"), (PEERS, "2SSP, 49k"), (PEERS_GEMMA, "2SSP")),
+    "Torch-Pruning": ((PEERS, "Torch-Pruning, Taylor"), (PEERS, "Torch-Pruning, 49k"), None),
+    "FLAP": ((PEERS, "FLAP"), None, None),
+    "LLM-Pruner": ((PEERS, "LLM-Pruner, 640 tokens"), None, (PEERS_GEMMA, "LLM-Pruner, 640 tokens")),
+    "ShortGPT": ((PEERS, "ShortGPT"), None, (PEERS_GEMMA, "ShortGPT")),
 }  # fmt: skip
 
 # Line of the figure: list and row of each point. The rows of each line have the same metric, by shares.
@@ -110,15 +101,15 @@ def shares_table() -> Table:
     measured = files_in_llama_cpp()
     dense, rows = measured["files"][0], []
     for row in measured["files"]:
-        if row is not dense and row["type"] != "q8_0":
+        if row["model"] != "dense" and row["type"] != "q8_0":
             continue
         mean, worst = loss(row, measured)
         rows.append([
-            "nothing" if row["model"] == "dense" else row["model"], percent(row["share"]),
+            "nothing" if row["model"] == "dense" else row["model"].removesuffix(" of the FFN"), percent(row["share"]),
             f"{row['bytes'] / 1e6:.0f} MB, {BITS[row['type']]}", f"{mean:.2f} ({worst:.1f})",
             *(f"{row[number] / dense[number]:.1f}" for number in ("prefill", "decode")),
         ])  # fmt: skip
-    columns = ["removed", "of the model", "file", "loss", "speed of a prompt", "of generation"]
+    columns = ["of the FFN removed", "of the model", "file", "perplexity", "prompt speed", "generation"]
     return Table("shares", "What is lost and gained", columns, rows)
 
 
