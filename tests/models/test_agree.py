@@ -38,7 +38,7 @@ FLAGS = ("attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")
 DISCOVERED = (
     "gemma", "starcoder2", "stablelm", "cohere2", "openai-gpt", "persimmon", "glm4", "falcon", "gptj", "phi", "mpt",
     "bloom", "qwen3_next", "llama4_text", "nemotron_h", "lfm2", "olmo3", "bert", "modernbert-decoder", "xglm",
-    "minicpm3", "falcon_h1",
+    "minicpm3", "falcon_h1", "longcat_flash",
 )  # fmt: skip
 TIED = ("llama", "gemma2", "gpt2", "mixtral")  # also with, or without, a head of its own
 OTHER_WIDTHS = (

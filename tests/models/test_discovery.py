@@ -24,7 +24,7 @@ from gprune.models.families import attach_record, decoder_layers, record_of
 from gprune.models.loading import register_type
 from gprune.models.masks import masked
 from gprune.models.surgery import slice_model, widths
-from gprune.models.units import UNITS, find_unpruned, units_of
+from gprune.models.units import UNITS, find_unpruned, units_by_layer, units_of
 from gprune.units.structure import Slice, Units
 from tests import tiny_run
 from tests.world import tiny_of, units_of_kind
@@ -52,6 +52,15 @@ def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_foun
     check_structure(model)
     assert all(u.count for u in units_of_kind(model, "neurons"))
     assert not any(u.count for u in units_of_kind(model, "kv_groups"))
+
+
+def test_two_ffns_and_two_attentions_of_a_layer_are_two_blocks():
+    _, *units = units_by_layer(example("longcat_flash"))[1]
+    found = [(u.kind, u.number, u.reads) for u in units]
+    assert found == [
+        ("kv_groups", 2, "self_attn.0.o_proj"), ("neurons", 2, "mlps.0.down_proj"),
+        ("kv_groups", 3, "self_attn.1.o_proj"), ("neurons", 3, "mlps.1.down_proj"),
+    ]  # fmt: skip
 
 
 def test_the_table_of_types_says_that_heads_of_stablelm_with_a_norm_each_stay():

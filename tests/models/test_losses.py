@@ -206,7 +206,7 @@ def step(model, ids, copies=None):
     return losses.detach(), gate.grad
 
 
-def test_bfloat16_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model):
+def test_bfloat16_copies_give_the_bits_of_autocast_and_are_made_once_unless_a_weight_changes(tiny_model):
     ids = torch.arange(24).view(2, 12)
     copies = CastWeights(tiny_model)
     by_autocast, first = step(tiny_model, ids), step(tiny_model, ids, copies)
@@ -217,16 +217,10 @@ def test_bfloat16_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model)
     assert all(copies._copies[key][2] is copy for key, copy in first_copies.items())
     assert first_copies
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
-
-
-def test_a_modified_weight_is_cast_again(tiny_model):
-    ids = torch.arange(24).view(2, 12)
-    copies = CastWeights(tiny_model)
-    before, _ = step(tiny_model, ids, copies)
     tiny_model.get_output_embeddings().weight.mul_(2)
     after, _ = step(tiny_model, ids, copies)
     assert torch.equal(after, step(tiny_model, ids)[0])
-    assert not torch.equal(after, before)
+    assert not torch.equal(after, second[0])
 
 
 def test_trainable_weights_and_float32_passes_use_no_copies(tiny_model):

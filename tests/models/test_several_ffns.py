@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
-from gprune import discovery
-from gprune.discovery.search import discover_record
-from gprune.discovery.tiny import tiny_model
 from gprune.importance.scores import score_units
 from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
-from gprune.models.families import attach_record, decoder_layers
-from gprune.models.masks import masked
+from gprune.models.families import decoder_layers
 from gprune.models.surgery import kept_layers, slice_model
 from gprune.models.units import units_by_layer, units_of
 from gprune.recoveries import RECOVERY
@@ -41,61 +33,12 @@ def shared_expert_model(tmp_path_factory):
         return example("qwen2_moe")
 
 
-class TwoMLPs(nn.Module):
-    """The sum of two FFNs with different widths."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        narrow = copy.deepcopy(config)
-        narrow.intermediate_size = 28
-        self.wide, self.narrow = LlamaMLP(config), LlamaMLP(narrow)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.wide(hidden_states) + self.narrow(hidden_states)
-
-
-@pytest.fixture
-def two_ffn_model(monkeypatch):
-    """A Llama whose layers have two dense FFNs, with its discovered structure."""
-    monkeypatch.setattr(discovery, "FAMILIES", {})
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=48, intermediate_size=44, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=8,
-    )  # fmt: skip
-    model = tiny_model(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        for layer in model.model.layers:
-            layer.mlp = TwoMLPs(config)
-            for parameter in layer.mlp.parameters():
-                nn.init.normal_(parameter, std=0.3)
-    with torch.enable_grad():
-        attach_record(model, discover_record(model))
-    return model.requires_grad_(False)
-
-
 BATCH = {"input_ids": IDS, "index": torch.arange(4)}
 
 
 def logits(model, ids=IDS) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
-
-
-def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max()), rtol=0)
-
-
-def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
-    found = [(u.kind, u.reads, u.count) for u in units_by_layer(two_ffn_model)[1][1:]]
-    assert found == [
-        ("kv_groups", "self_attn.o_proj", 3), ("neurons", "mlp.wide.down_proj", 44),
-        ("kv_groups", "", 0), ("neurons", "mlp.narrow.down_proj", 28),
-    ]  # fmt: skip
-    masks = random_masks(two_ffn_model)
-    with masked(two_ffn_model, masks):
-        expected = logits(two_ffn_model)
-    assert_close(logits(slice_model(two_ffn_model, masks)), expected)
 
 
 def test_statistics_of_a_shared_expert_count_all_tokens_and_least_squares_fits_it_to_its_dense_output(
