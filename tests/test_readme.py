@@ -253,7 +253,7 @@ def test_the_first_notebook_is_stored_with_three_figures_and_a_table():
     text = (ROOT / "notebooks/01_prune_and_look_inside.ipynb").read_text(encoding="utf-8")
     outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 3
-    assert any("| dense" in "".join(out.get("data", {}).get("text/markdown", [])) for out in outputs)
+    assert any("dense |" in "".join(out.get("data", {}).get("text/markdown", [])) for out in outputs)
 
 
 # Recipes of docs/extend.md
