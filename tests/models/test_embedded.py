@@ -191,7 +191,8 @@ def test_gemma_is_pruned_evaluated_with_bos_and_reloaded(tmp_path):
     flags = [
         "--run.name=auto", f"--run.dir={tmp_path}", "--logging.mode=disabled", "--model.name=gemma-3-270m",
         "--model.dtype=bfloat16", "--gprune=false", "--sparsity.target=0.3", "--evaluation.before_recovery=false",
-        "--corpora.score=python_docs", "--corpora.evaluate=[python_docs]", "--corpora.num_samples=2", "--corpora.seq_len=64",
+        "--corpora.score=python_docs", "--corpora.evaluate=[python_docs]",
+        "--corpora.num_samples=2", "--corpora.seq_len=64",
         "--evaluation.num_samples=2", "--evaluation.seq_len=64", "--recovery=none", "--evaluation.prompts=[]",
     ]  # fmt: skip
     run = gprune.prune(parse(flags))  # which reloads the exported model
