@@ -37,7 +37,6 @@ from tests import tiny_run
 from tests.calibration.test_gram_ranges import assert_same_bits, assert_same_run, batches
 from tests.world import TYPES, collect, make_tiny, some_masks, tiny_of, units_of_kind
 
-ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
 # Gated, tied with norms of heads, fused, with biases, with transposed weights, with experts
 FAMILIES = [type for type in TYPES if type in ("llama", "gemma3_text", "phi3", "opt", "gpt2", "qwen3_moe")]
