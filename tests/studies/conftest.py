@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from gprune.__main__ import run as command
 from tests import tiny_run
 from tests.studies.workbench import COMPARE, ROWS, Workbench
 
@@ -23,11 +20,7 @@ def bench(tmp_path_factory):
 def first(bench):
     """Return the path of a list of three rows, and the output of its first run."""
     path = bench.write("first", ROWS, about="Three rows", compare=COMPARE)
-    with pytest.MonkeyPatch.context() as patch:
-        written = []
-        patch.setattr(sys.stdout, "write", written.append)
-        assert command("study", [str(path), "--records", str(bench.records)]) == 0
-    return path, "".join(written)
+    return path, bench(path)
 
 
 @pytest.fixture

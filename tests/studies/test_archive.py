@@ -54,6 +54,13 @@ def test_records_are_named_by_list_row_and_seed_and_by_flags_that_change_setting
         bench.rows(bench.write("alike", {"a b": {}, "A, b": {}}))
 
 
+def change_settings(record, **changes):
+    """Return a record of other settings. A value that is a dictionary changes entries of a group."""
+    settings = record["settings"]
+    new = {name: settings[name] | value if isinstance(value, dict) else value for name, value in changes.items()}
+    return record | {"settings": settings | new}
+
+
 def test_a_record_without_a_setting_was_made_with_its_default(copied):
     _, row, record = copied("older")
     settings = {name: value for name, value in record["settings"].items() if name != "ridge"}
@@ -62,33 +69,41 @@ def test_a_record_without_a_setting_was_made_with_its_default(copied):
     assert finished_record(row) == record
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("ridge", 0.5, "--ridge 0.5, and the row has 0.01"), ("removed", 1, "--removed 1, and the row has not set"),
-        ("sparsity", {"epochs": 7}, "--sparsity.epochs 7, and the row has 1"),
-    ],
-)  # fmt: skip
-def test_a_record_of_other_settings_is_named_and_run_again_only_on_request(name, value, words, bench, copied, capsys):
-    path, row, record = copied(f"changed {name}")
-    settings = record["settings"]
-    changed = settings | {name: settings[name] | value if isinstance(value, dict) else value}
-    archive.write_record(row.file, record | {"settings": changed})
-    line = f"Row 'ours', seed 0: The record {row.file} was made with {words}. It is not used; --again runs the row"
-    for arguments in (["--table"], []):
-        out = bench(capsys, path, *arguments)
+def test_a_record_of_other_settings_is_named_and_run_again_only_on_request(bench, copied):
+    path, row, record = copied("changed")
+    for changes, words in (
+        ({"removed": 1}, "--removed 1, and the row has not set"),
+        ({"sparsity": {"epochs": 7}}, "--sparsity.epochs 7, and the row has 1"),
+        ({"ridge": 0.5}, "--ridge 0.5, and the row has 0.01"),
+    ):
+        archive.write_record(row.file, change_settings(record, **changes))
+        line = f"Row 'ours', seed 0: The record {row.file} was made with {words}. It is not used; --again runs the row"
+        out = bench(path, "--table")
         assert line in out
         assert not rows_of("ours", out)
+    assert line in bench(path)
     assert len(gprune.load_study(path, records=bench.records).to_frame()) == 0
-    assert rows_of("ours", bench(capsys, path, "--again"))
-    assert finished_record(row)["settings"] == settings
+    assert rows_of("ours", bench(path, "--again"))
+    assert finished_record(row)["settings"] == record["settings"]
 
 
-def test_a_row_of_another_list_has_its_settings_and_its_record(bench, first, nothing_runs, capsys):
+def test_a_damaged_record_is_named_and_not_replaced(bench, copied, nothing_runs):
+    path, row, _ = copied("damaged")
+    content = read_json(row.file)
+    for name in ("records", "settings"):
+        write_json(row.file, {key: value for key, value in content.items() if key != name})
+        assert f"Row 'ours', seed 0: The record {row.file} cannot be read. It is not used; --again" in bench(path)
+    copy = row.file.parent / "elsewhere/moved" / row.file.name  # the dense model's numbers are in another folder
+    write_json(copy, content)
+    with pytest.raises(UserError, match=f"there is no file {copy.parent.parent / 'dense'}"):
+        archive.read_record(copy)
+
+
+def test_a_row_of_another_list_has_its_settings_and_its_record(bench, first, nothing_runs):
     path = bench.write("shares", {"mine": {"row": "first.yaml:ours"}}, common={"ridge": 0.5})
     (row,), owner = bench.rows(path), bench.rows(first[0])[1]
     assert (row.file, row.identity, row.name, row.study) == (owner.file, owner.identity, "mine", "shares")
-    mine, ours = (rows_of(name, bench(capsys, p, "--table")) for name, p in (("mine", path), ("ours", first[0])))
+    mine, ours = (rows_of(name, bench(p, "--table")) for name, p in (("mine", path), ("ours", first[0])))
     assert mine[0][:4] == ours[0][:4]
     flags = ["--ridge=0.4"]
     assert bench.rows(path, flags=flags)[0].file == bench.rows(first[0], flags=flags)[1].file != row.file
@@ -98,51 +113,22 @@ def test_a_row_of_another_list_has_its_settings_and_its_record(bench, first, not
         ({"x": {"row": "shares.yaml:mine"}}, "'shares.yaml:mine' has that of another row"),
         ({"x": {"row": "first.yaml:ours", "ridge": 1}}, "The key row must be the only key of a row; got 'ridge' too"),
     ):
-        assert words in bench.refused(capsys, bench.write("bad", rows))
+        assert words in bench.refused(bench.write("bad", rows))
 
 
-def test_a_row_that_cannot_be_run_any_more_is_printed_from_its_record_and_names_its_commit(
-    bench, first, nothing_runs, capsys
-):
+def test_a_row_that_cannot_be_run_any_more_is_printed_from_its_record_and_names_its_commit(bench, first, nothing_runs):
     """The record has a value and a setting that this version does not have."""
     path = bench.write("gone", {"gone": {"commit": "c0ffee"}})
     (row,), record = bench.rows(path), finished_record(bench.rows(first[0])[1])
-    settings = record["settings"] | {"recovery": "gone", "distill": record["settings"]["distill"] | {"former": 1}}
-    archive.write_record(row.file, record | {"settings": settings})
-    printed = [rows_of(name, bench(capsys, p, "--table")) for name, p in (("gone", path), ("ours", first[0]))]
+    archive.write_record(row.file, change_settings(record, recovery="gone", distill={"former": 1}))
+    printed = [rows_of(name, bench(p, "--table")) for name, p in (("gone", path), ("ours", first[0]))]
     assert printed[0][0][:4] == printed[1][0][:4]
     reason = f"cannot be run: its record is {row.file}, made by commit c0ffee. "
-    assert f"# Row 'gone', seed 0, {reason}" in bench(capsys, path, "--commands")
+    assert f"# Row 'gone', seed 0, {reason}" in bench(path, "--commands")
     for flags in (["--seeds", "1"], ["--", "--ridge=0.5"]):
-        assert "only commit c0ffee can run it" in bench.refused(capsys, path, *flags)
+        assert "only commit c0ffee can run it" in bench.refused(path, *flags)
     with pytest.raises(UserError, match="The key commit must be the only key of a row; got 'ridge' too"):
         bench.rows(bench.write("both", {"gone": {"commit": "c0ffee", "ridge": 1}}))
-
-
-def test_settings_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(bench):
-    (row,) = bench.rows(bench.write("elsewhere", {"x": {"model": "some/model"}}))
-    settings = row.identity
-    other = settings | {"sparsity": settings["sparsity"] | {"width_multiple": 1, "target": 0.3}}
-    assert archive.changed_flags(other, settings) == {}
-    other = settings | {"corpora": settings["corpora"] | {"seq_len": 17}}
-    assert archive.changed_flags(other, settings) == {"corpora.seq_len": (17, settings["corpora"]["seq_len"])}
-
-
-@pytest.mark.parametrize("name", ["records", "settings"])
-def test_a_file_that_is_not_a_record_is_named_and_not_replaced(name, bench, copied, capsys, nothing_runs):
-    path, row, _ = copied("damaged")
-    content = read_json(row.file)
-    write_json(row.file, {key: value for key, value in content.items() if key != name})
-    assert f"Row 'ours', seed 0: The record {row.file} cannot be read. It is not used; --again" in bench(capsys, path)
-
-
-def test_a_record_without_the_dense_model_s_numbers_is_refused_with_the_missing_file(copied):
-    _, row, _ = copied("moved")
-    copy = row.file.parent / "elsewhere" / "moved" / row.file.name
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(row.file.read_bytes())
-    with pytest.raises(UserError, match=f"there is no file {copy.parent.parent / 'dense'}"):
-        archive.read_record(copy)
 
 
 def test_a_row_that_is_not_trained_has_learned_from_no_tokens(bench, first, tmp_path):

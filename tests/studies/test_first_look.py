@@ -11,7 +11,7 @@ from tests.studies.workbench import unseen
 from tests.tiny_run import SEEN
 
 
-def test_rows_of_the_first_look_share_statistics_and_dense_perplexities(bench, capsys):
+def test_rows_of_the_first_look_share_statistics_and_dense_perplexities(bench):
     """Only the first row calibrates and evaluates the dense model; the others find both in the cache."""
     text = (EXPERIMENTS / "first_look.yaml").read_text()
     for name, corpus in zip(("wiki", "web", "python_code"), SEEN, strict=True):
@@ -19,7 +19,7 @@ def test_rows_of_the_first_look_share_statistics_and_dense_perplexities(bench, c
     content = yaml.safe_load(text)
     path = bench.write("first_look", **content, common={"recovery": "least_squares", "corpora.seq_len": 16})
     cached = set(Cache("evaluations").path("").glob("*"))
-    out = bench(capsys, path)
+    out = bench(path)
     first, *others = records = [finished_record(row) for row in bench.rows(path)]
     assert "calibrate" in first["steps"]
     assert not any("calibrate" in record["steps"] for record in others)

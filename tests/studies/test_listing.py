@@ -20,20 +20,15 @@ LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_l
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
-def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_export(path):
-    listing = Listing.read(path)
-    settings = [json.dumps(row.identity, sort_keys=True) for row in listing.rows]
-    assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
-    for row in listing.rows:
+def test_rows_of_a_shipped_list_have_different_settings_no_export_and_a_command_with_their_settings(path):
+    rows = Listing.read(path).rows
+    settings = [json.dumps(row.identity, sort_keys=True) for row in rows]
+    assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in rows})
+    for row in rows:
         assert row.config.run.seed == row.seed
-        assert row.commit is not None or row.config.export.format == "none"
-
-
-@pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
-def test_the_command_of_a_row_has_its_settings(path):
-    for row in Listing.read(path).rows:
         if row.commit is not None:  # cannot be run
             continue
+        assert row.config.export.format == "none"
         program, script, *flags = shlex.split(row.command)
         if row.made_elsewhere is not None:
             code, *flags = flags
@@ -61,9 +56,6 @@ def test_all_ablations_are_rows_of_their_list_and_the_row_default_is_the_default
     assert row.config.settings() == default.settings()
 
 
-# --- settings ---------------------------------------------------------------------------------------------------
-
-
 def test_settings_override_in_the_order_protocol_file_common_row_command_line(bench):
     (bench.folder / "p.yaml").write_text("ridge: 0.1\nsparsity: {epochs: 3, target: 0.1}\nexport: hf\n")
     (bench.folder / "r.yaml").write_text("sparsity: {target: 0.3}\n")
@@ -83,23 +75,14 @@ def test_rows_of_a_named_protocol_have_different_run_folders(bench):
     assert len({row.config.folder for row in bench.rows(path, seeds=[0, 1])}) == 6
 
 
-def test_empty_keys_equal_missing_keys(bench):
-    path = bench.folder / "empty.yaml"
-    empty = ("common", "compare", "seeds", "tables", "tasks", "seen", "protocol")
-    path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
-    with_empty_keys = Listing.read(path)
-    path.write_text("about: x\nrows: {a: {}, b: {}}\n")
-    assert Listing.read(path).rows == with_empty_keys.rows
-
-
-def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
-    path = bench.folder / "numbers.yaml"
+def test_row_names_can_be_numbers_repeated_seeds_count_once_and_empty_keys_equal_missing_ones(tmp_path):
+    path = tmp_path / "a.yaml"
     path.write_text("rows: {1: {}, 0.5: {}}\nseeds: [4, 4, 5]\n")
-    listing = Listing.read(path)
-    assert [(row.name, row.seed) for row in listing.rows] == [("1", 4), ("0.5", 4), ("1", 5), ("0.5", 5)]
-
-
-# --- invalid lists and arguments --------------------------------------------------------------------------------
+    rows = Listing.read(path).rows
+    assert [(row.name, row.seed) for row in rows] == [("1", 4), ("0.5", 4), ("1", 5), ("0.5", 5)]
+    empty = "".join(f"{key}:\n" for key in ("common", "compare", "tables", "tasks", "seen", "protocol"))
+    path.write_text(f"{empty}rows: {{1: , 0.5: {{}}}}\nseeds: [4, 5]\n")
+    assert Listing.read(path).rows == rows
 
 
 def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_place(capsys, tmp_path, monkeypatch):

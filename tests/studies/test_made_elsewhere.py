@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 import gprune
 from gprune.__main__ import run as command
@@ -31,13 +21,11 @@ from gprune.export.hf import save_pruned
 from gprune.models.embedded import model_label
 from gprune.models.loading import check_elsewhere, load_elsewhere
 from gprune.models.surgery import slice_model
-from gprune.studies import runner
-from gprune.studies.archive import finished_record, record_to_run, row_to_run
+from gprune.studies import archive, runner
 from tests import tiny_run, wandb_files
-from tests.studies.workbench import cells
 from tests.world import make_tiny, some_masks
 
-PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
+NUMBERS = ["stage", "corpus", "seen", "number", "value", "low", "high", "windows"]
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +36,18 @@ def folders(bench, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(bench, folders):
-    """Return the folder of the exported model of the row `plain`, and the run that made it."""
+    """Return the folder of the exported model of a run of the base metric."""
     flags = ("--gprune=false", "--importance=magnitude", "--export=hf", "--export.dtype=float32")
-    result = bench.world.run(folders / "runs", *flags, name="plain")
-    return result.path / "model", result
+    return bench.world.run(folders / "runs", *flags, name="plain").path / "model"
 
 
-def copy_model(bench, folders, name, change=None, **config):
+def copy_model(bench, folder, change=None, **config):
     """Copy the folder of the dense model.
 
     Args:
         change: function that changes the dictionary of weights in place.
         config: entries of config.json to replace.
     """
-    folder = folders / name
     shutil.copytree(bench.world.model, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
     if change is not None:
@@ -72,106 +58,91 @@ def copy_model(bench, folders, name, change=None, **config):
     return folder
 
 
-@pytest.fixture(scope="module")
-def list_with_export(bench, exported):
-    """Return a list with the row `plain` and its exported model as another row, and the output of its run."""
-    rows = PLAIN | {"theirs": {"model": str(exported[0])}}
-    path = bench.write("export as row", rows, compare=[["theirs", "plain"]])
-    with pytest.MonkeyPatch.context() as patch:
-        written = []
-        patch.setattr(sys.stdout, "write", written.append)
-        assert command("study", [str(path), "--records", str(bench.records)]) == 0
-    return path, "".join(written)
-
-
-def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, list_with_export):
-    _, run = exported
-    path, out = list_with_export
-    _, ((_, plain), (row, theirs)) = bench.done(path)
-    of_plain = [r for r in plain["records"] if r["stage"] == "pruned"]
-    of_export = [r for r in theirs["records"] if r["stage"] == "measured"]
-    assert [r["corpus"] for r in of_export] == [r["corpus"] for r in of_plain]
-    for expected, r in zip(of_plain, of_export, strict=True):
-        for number in ("nll", "kl", "agreement"):
-            assert r[number] == pytest.approx(expected[number], rel=1e-4, abs=1e-6)
-        assert (r["seen"], r["content_hash"]) == (expected["seen"], expected["content_hash"])
-    assert max(r["kl"] for r in of_export) > 0
-    for number in ("parameters_before", "parameters_after", "sparsity_of_model"):
-        assert theirs["summary"][number] == plain["summary"][number] == run.summary[number]
-    assert "sparsity_of_scope" not in theirs["summary"]
-    assert theirs["masks"] is None
-    assert row.config.sparsity == type(row.config.sparsity)()  # settings of pruning have their defaults
-    lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
-    (ratio,) = [line for line in lines if line[0] == "theirs / plain"]
-    assert ratio[2].startswith("1.000")
-    (summary,) = [line for line in lines if line[0] == "theirs" and len(line) == 8]
-    assert "" not in summary  # such as the gap
-    assert "Another tokenizer" not in out
-
-
-def test_frames_files_and_reports_accept_a_model_row(bench, list_with_export, nothing_runs, capsys, tmp_path):
-    """Each reads the record of the model row `theirs`, whose model is that of the row `plain`."""
-    path, _ = list_with_export
-    study = gprune.load_study(path, records=bench.records)
-    frame = study.to_frame()
-    lines = frame[frame["stage"] != "dense"].set_index(["row", "number"])
-    assert set(lines.loc["theirs", "stage"]) == {"measured"}
-    assert set(lines.loc["theirs", "model.made_elsewhere"]) == {"model"}
-    for number in ("unseen_kl", "gap", "unseen_over_dense"):
-        ours, theirs = (lines.loc[(row, number), "value"].item() for row in ("plain", "theirs"))
-        assert theirs == pytest.approx(ours, rel=1e-4)
-    for suffix in (".csv", ".json", ".md", ".tex", ".html"):
-        bench(capsys, path, "--table", "--output", tmp_path / f"t{suffix}")
-        assert "theirs" in (tmp_path / f"t{suffix}").read_text()
-    page = tmp_path / "r.html"
-    assert command("report", [f"{path}:theirs", "--records", str(bench.records), "--html", str(page)]) == 0
-    assert "model beside" in page.read_text()
-    (row,) = [row for row in study.rows if row.name == "theirs"]
-    assert record_to_run(finished_record(row)).final == "measured"
-
-
-def save_gpt2(folder):
-    """Save a tiny GPT-2 with another vocabulary than the dense model, and return the folder."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=90, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *tiny_run.WORDS[:80]])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+def save_with_other_tokenizer(bench, folder):
+    """Save the dense model with a tokenizer that has other ids of words, and return the folder."""
+    path = copy_model(bench, folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = [*content["model"]["vocab"]]
+    content["model"]["vocab"] = {word: i for i, word in enumerate([*words[:4], *reversed(words[4:])])}
+    path.write_text(json.dumps(content))
     return folder
 
 
-def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(bench, folders, capsys):
-    folder = save_gpt2(folders / "other")
-    path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}})
-    out = bench(capsys, path)
-    _, (_, (_, record)) = bench.done(path)
-    of_model = [r for r in record["records"] if r["stage"] == "measured"]
-    assert [r["corpus"] for r in of_model] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
-    assert all(r["perplexity"] > 1 and r.get("kl") is None for r in of_model)
-    assert "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: gpt." in out
-    study = gprune.load_study(path, records=bench.records)
-    assert "perplexity of other tokens: gpt." in study.report.to_html()
-    frame = study.to_frame().query("stage != 'dense' and corpus == ''")
-    of_row = frame.groupby("row")["number"].agg(set)
-    assert of_row["plain"] >= {"unseen_kl", "unseen_agreement", "gap", "unseen_over_dense", "seen_over_dense", "seen"}
-    assert {"seen", "unseen"} < of_row["gpt"]
-    assert not [name for name in of_row["gpt"] if name == "gap" or "_over_dense" in name or name.startswith("unseen_")]
-
-
-def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, capsys):
-    """Mamba has neither attention nor an FFN."""
+def save_mamba(folder):
+    """Save a tiny Mamba, which has neither attention nor an FFN, and return the folder."""
     torch.manual_seed(0)
-    config = MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=1)
-    MambaForCausalLM(config).save_pretrained(folders / "mamba")
-    tiny_run.tiny_tokenizer().save_pretrained(folders / "mamba")
-    path = bench.write("unknown", {"mamba": {"model": str(folders / "mamba")}})
-    bench(capsys, path)
-    _, ((_, record),) = bench.done(path)
-    assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "measured")
+    MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=1)).save_pretrained(
+        folder
+    )
+    tiny_run.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_dense(bench, folder, *, pickled):
+    """Save the dense model with its weights in a pickled file or in several safetensors files."""
+    copy_model(bench, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if pickled:
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        AutoModelForCausalLM.from_pretrained(bench.world.model).save_pretrained(folder, max_shard_size="100KB")
+        assert len([*folder.glob("*.safetensors")]) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(bench, folders, exported):
+    """Return a list of gprune's row `plain` and of models made elsewhere, and the output of its run."""
+    rows = {
+        "theirs": exported,
+        "other": save_with_other_tokenizer(bench, folders / "other"),
+        "mamba": save_mamba(folders / "mamba"),
+        "several files": save_dense(bench, folders / "several files", pickled=False),
+        "pickled": save_dense(bench, folders / "pickled", pickled=True),
+    }
+    rows = {name: {"model": str(folder)} for name, folder in rows.items()}
+    plain = {"plain": {"gprune": False, "importance": "magnitude"}}
+    path = bench.write("elsewhere", plain | rows, compare=[["theirs", "plain"]])
+    return path, bench(path)
+
+
+@pytest.fixture(scope="module")
+def frame(bench, finished):
+    """Return the frame of the finished list, without the dense model."""
+    frame = gprune.load_study(finished[0], records=bench.records).to_frame()
+    return frame[frame["stage"] != "dense"]
+
+
+def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, finished, frame, nothing_runs):
+    path, out = finished
+    lines = frame[frame["windows"].notna() | (frame["number"] == "parameters")].sort_values(["corpus", "number"])
+    theirs, plain = (lines[lines["row"] == row] for row in ("theirs", "plain"))
+    pd.testing.assert_frame_equal(*(of[NUMBERS[1:]].reset_index(drop=True) for of in (theirs, plain)), rtol=1e-4)
+    assert theirs.query("number == 'unseen_kl'")["value"].item() > 0
+    assert set(theirs["stage"]) == {"measured"}
+    assert set(theirs["model.made_elsewhere"]) == {"model"}
+    assert "sparsity_of_scope" not in set(frame[frame["row"] == "theirs"]["number"])
+    assert re.search(r"\| theirs / plain +\| +1 +\| 1\.000 ", out)
+    page = bench.folder / "r.html"
+    assert command("report", [f"{path}:theirs", "--records", str(bench.records), "--html", str(page)]) == 0
+    assert "model beside" in page.read_text()
+
+
+def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(finished, frame):
+    assert (
+        "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: other." in finished[1]
+    )
+    numbers = frame[frame["windows"].notna()].groupby("row")["number"].agg(set)
+    assert numbers["other"] == {"perplexity", "seen", "unseen"}
+    assert numbers["plain"] == numbers["mamba"] > {"unseen_kl", "unseen_agreement", "gap", "unseen_over_dense"}
+
+
+def test_types_that_cannot_be_pruned_and_sharded_or_pickled_weights_are_measured(frame):
+    kl = frame[frame["number"] == "unseen_kl"].set_index("row")["value"]
+    assert kl["mamba"] > 1e-3
+    assert kl["several files"] < 1e-9
+    assert kl["pickled"] < 1e-9
 
 
 def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monkeypatch):
@@ -187,78 +158,72 @@ def test_tasks_evaluate_the_dense_model_and_the_given_model(bench, folders, monk
         return [record], None
 
     monkeypatch.setattr(measurement, "evaluate", evaluate)
-    theirs = str(save_gpt2(folders / "for tasks"))
-    (row,) = bench.rows(bench.write("tasked", {"gpt": {"model": theirs}}, tasks={"names": ["piqa"]}))
+    theirs = str(copy_model(bench, folders / "for tasks"))
+    (row,) = bench.rows(bench.write("tasked", {"x": {"model": theirs}}, tasks={"names": ["piqa"]}))
     folder, record = runner.run_row(row, {})
     runner.measure_tasks(row, folder, record)
     assert evaluated == [(str(bench.world.model), "float32"), (theirs, "float32")]
-    results = row_to_run(row, record, None).evaluation
+    results = archive.row_to_run(row, record, None).evaluation
     assert [(r["stage"], r["model"], r["run"]) for r in results] == [
-        (stage, model_label(str(bench.world.model)), "gpt") for stage in ("dense", "measured")
+        (stage, model_label(str(bench.world.model)), "x") for stage in ("dense", "measured")
     ]
 
 
 @pytest.mark.slow
 def test_a_model_row_is_logged_as_a_wandb_run(bench, exported):
-    path = bench.write("logged", {"theirs": {"model": str(exported[0])}}, common={"corpora.batch_size": 2})
-    arguments = [str(path), "--records", str(bench.records), "--", "--logging.mode=offline"]
-    assert command("study", arguments) == 0
-    wandb_runs = {}  # by the first word of the run id, which is part of the name of the folder
-    for file in wandb_files.find(bench.records / "logged"):
-        wandb_runs[file.parent.name.split("-")[3].partition("_")[0]] = wandb_files.read(file)
-    assert wandb_runs.keys() == {"theirs"}
-    theirs = wandb_runs["theirs"]
+    path = bench.write("logged", {"theirs": {"model": str(exported)}}, common={"corpora.batch_size": 2})
+    bench(path, "--", "--logging.mode=offline")
+    (theirs,) = map(wandb_files.read, wandb_files.find(bench.records / "logged/"))
     assert theirs.about["job_type"] == "model"
     assert {"logged", "theirs", "made elsewhere"} <= set(theirs.about["tags"])
     assert theirs.summary["final/unseen_kl"] > 0
-    assert theirs.config["model"]["made_elsewhere"] == str(exported[0])
+    assert theirs.config["model"]["made_elsewhere"] == str(exported)
 
 
-# --- models and settings that are refused before any row runs ------------------------------------------------------
-
+# --- refusals before any row runs
 
 LAYER = "model.layers.1."
 
 
-def remove_weights(*names):
-    """Return a function that removes weights of a layer."""
-
-    def change(weights):
-        for name in names:
-            del weights[LAYER + name]
-
-    return change
+def remove_weights(weights):
+    for name in ("up_proj", "down_proj"):
+        del weights[f"{LAYER}mlp.{name}.weight"]
 
 
 def remove_one_input(weights):
-    weights[LAYER + "mlp.down_proj.weight"] = weights[LAYER + "mlp.down_proj.weight"][:, 1:].contiguous()
+    weights[f"{LAYER}mlp.down_proj.weight"] = weights[f"{LAYER}mlp.down_proj.weight"][:, 1:].contiguous()
 
 
 def add_bias(weights):
-    weights[LAYER + "mlp.down_proj.bias"] = torch.ones(32)
+    weights[f"{LAYER}mlp.down_proj.bias"] = torch.ones(32)
 
 
-@pytest.mark.parametrize(
-    ("change", "config", "message"),
-    [
-        (remove_weights("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
-         f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
-        (remove_one_input, {}, f"weights have other shapes than in config.json, such as {LAYER}mlp.down_proj.weight: "
-         "(32, 159) instead of (32, 160)"),
-        (add_bias, {}, f"have no place in the model of config.json, such as {LAYER}mlp.down_proj.bias"),
-        (None, {"num_hidden_layers": 9}, "has no weights for"),
-        (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
-        (None, {"model_type": "unheard_of"}, "unheard_of"),
-    ],
-)  # fmt: skip
-def test_a_folder_with_an_unsupported_config_or_other_weights_than_in_its_config_is_refused(
-    bench, folders, request, change, config, message, nothing_runs, capsys
-):
-    folder = copy_model(bench, folders, request.node.callspec.id, change, **config)
-    path = bench.write("broken", {"first": {"gprune": False, "ridge": 0.9}, "broken": {"model": str(folder)}})
-    line = bench.refused(capsys, path)
-    assert "made elsewhere" in line
-    assert message in line
+REFUSED = [  # change of the weights, entries of the config, a part of the message
+    (remove_weights, {}, f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
+    (remove_one_input, {}, f"weights have other shapes than in config.json, such as {LAYER}mlp.down_proj.weight: "
+     "(32, 159) instead of (32, 160)"),
+    (add_bias, {}, f"have no place in the model of config.json, such as {LAYER}mlp.down_proj.bias"),
+    (None, {"num_hidden_layers": 9}, "has no weights for"),
+    (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
+    (None, {"model_type": "unheard_of"}, "unheard_of"),
+]  # fmt: skip
+
+
+def test_folders_that_cannot_be_measured_are_refused(bench, folders, nothing_runs, monkeypatch):
+    def refused(folder, **common):
+        rows = {"first": {"gprune": False, "ridge": 0.9}, "broken": {"model": str(folder)}}
+        return bench.refused(bench.write("broken", rows, common=common))
+
+    for number, (change, config, message) in enumerate(REFUSED):
+        line = refused(copy_model(bench, folders / f"broken {number}", change, **config))
+        assert "made elsewhere" in line
+        assert message in line
+    no_tokenizer = copy_model(bench, folders / "incomplete")
+    for file in no_tokenizer.glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in refused(no_tokenizer)
+    monkeypatch.setattr("gprune.method.measure.device_memory", lambda device: 100_000)
+    assert "into memory" in refused(bench.world.model, **{"corpora.bos": "never"})
 
 
 CODE = """from transformers import LlamaConfig, LlamaForCausalLM
@@ -272,39 +237,16 @@ class Model(LlamaForCausalLM):
 AUTO = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 
 
-def test_custom_code_of_a_model_needs_trust_remote_code_on_the_command_line(bench, folders, capsys):
-    folder = copy_model(bench, folders, "code", model_type="own_code", auto_map=AUTO)
+def test_custom_code_of_a_model_needs_trust_remote_code_on_the_command_line(bench, folders):
+    folder = copy_model(bench, folders / "code", model_type="own_code", auto_map=AUTO)
     (folder / "code.py").write_text(CODE)
-    settings = {"model": str(folder)}
-    path = bench.write("coded", {"coded": settings})
-    message = bench.refused(capsys, path)
+    path = bench.write("coded", {"coded": {"model": str(folder)}})
+    message = bench.refused(path)
     assert "it has Python code of its own" in message
     assert "--model.trust_remote_code=true" in message
-    in_list = bench.write("consent", {"coded": settings | {"model.trust_remote_code": True}})
-    assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
-    bench(capsys, path, "--", "--model.trust_remote_code=true")
+    bench(path, "--", "--model.trust_remote_code=true")
     (row,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
-    assert max(r["kl"] for r in finished_record(row)["records"] if r["stage"] == "measured") < 1e-9
-
-
-@pytest.mark.parametrize("weight_format", ["several files", "pickled"])
-def test_sharded_and_pickled_weights_are_loaded(bench, folders, weight_format, capsys):
-    folder = copy_model(bench, folders, weight_format)
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    if weight_format == "pickled":
-        torch.save(weights, folder / "pytorch_model.bin")
-    else:
-        files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-        file_of = {name: files[i % 2] for i, name in enumerate(sorted(weights))}
-        for file in files:
-            shard = {name: weight for name, weight in weights.items() if file_of[name] == file}
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-    path = bench.write(weight_format, {weight_format: {"model": str(folder)}})
-    bench(capsys, path)
-    _, ((_, record),) = bench.done(path)
-    assert max(r["kl"] for r in record["records"] if r["stage"] == "measured") < 1e-9
+    assert max(r["kl"] for r in archive.finished_record(row)["records"] if r["stage"] == "measured") < 1e-9
 
 
 def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeypatch):
@@ -318,69 +260,6 @@ def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeyp
     assert torch.equal(loaded(ids).logits, pruned(ids).logits)
 
 
-def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewhere(bench, tmp_path):
-    """The folder does not tell which text the other tool has used."""
-    world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
-    theirs = gprune.measure(world.model, world.model, parse(world.args(tmp_path, evaluate)))
-    ours = world.run(tmp_path, evaluate, "--sparsity.allocation=uniform", "--export=none", name="ours")
-    seen = theirs[(theirs["stage"] == "measured") & (theirs["number"] == "perplexity")]["seen"].tolist()
-    assert seen == [r["seen"] for r in ours.records if r["stage"] == "dense"] == [True, True, False]
-
-
-# --- the function -------------------------------------------------------------------------------------------------
-
-
-def test_measure_returns_the_numbers_of_a_list_row_and_ignores_settings_of_pruning(
-    bench, exported, list_with_export, tmp_path
-):
-    cfg = parse(bench.world.args(tmp_path, "--ridge=0.5", "--sparsity.target=30%", "--recovery=distill"))
-    frame = gprune.measure(exported[0], bench.world.model, cfg)
-    assert cfg.settings()["sparsity"]["target"] == "30%"  # the caller's configuration is not changed
-    assert not any(tmp_path.iterdir())
-    of_list = gprune.load_study(list_with_export[0], records=bench.records).to_frame().query("row == 'theirs'")
-    names = ["stage", "corpus", "seen", "number", "value", "low", "high", "windows"]
-    of_text = [lines[lines["windows"].notna()][names].reset_index(drop=True) for lines in (frame, of_list)]
-    pd.testing.assert_frame_equal(*of_text, rtol=1e-4)
-    assert set(frame["stage"]) == {"dense", "measured"}
-    assert set(frame["row"]) == {"model"}
-
-
-def test_a_loaded_model_is_measured_as_it_is_and_not_changed(bench, exported, tmp_path):
-    cfg = parse(bench.world.args(tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32).train()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    frames = (gprune.measure(model, bench.world.model, cfg), gprune.measure(exported[0], bench.world.model, cfg))
-    pd.testing.assert_frame_equal(*(frame[frame["windows"].notna()].drop(columns="row") for frame in frames))
-    assert model.training
-    assert all(p.requires_grad for p in model.parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("model", "flags", "message"),
-    [
-        (3, (), "A model must be a folder, a hub id or a loaded PreTrainedModel; got 3"),
-        ("nowhere", (), "nowhere"),
-        (None, ("--trainer.devices=2",), "needs one process"),
-    ],
-)
-def test_measure_refuses_bad_arguments_in_one_line(bench, tmp_path, model, flags, message):
-    with pytest.raises(UserError, match=re.escape(message)) as raised:
-        gprune.measure(model or bench.world.model, bench.world.model, parse(bench.world.args(tmp_path, *flags)))
-    assert "\n" not in str(raised.value)
-
-
-def test_models_without_tokenizer_and_too_large_models_are_refused(bench, folders, nothing_runs, capsys, monkeypatch):
-    no_tokenizer = copy_model(bench, folders, "incomplete")
-    for file in no_tokenizer.glob("tokenizer*"):
-        file.unlink()
-    path = bench.write("incomplete", {"incomplete": {"model": str(no_tokenizer)}})
-    assert "tokenizer" in bench.refused(capsys, path)
-    monkeypatch.setattr("gprune.method.measure.device_memory", lambda device: 100_000)
-    large = bench.write("large", {"large": {"model": str(bench.world.model)}}, common={"corpora.bos": "never"})
-    assert "into memory" in bench.refused(capsys, large)
-
-
 def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):
     """`model:` with settings is not a model made elsewhere.
 
@@ -389,10 +268,54 @@ def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):
     (with_settings,) = bench.rows(bench.write("group", {"x": {"model": {"dtype": "bfloat16"}}}))
     assert with_settings.config.model.dtype == "bfloat16"
     assert with_settings.made_elsewhere is None
-    assert "made_elsewhere" not in with_settings.identity["model"]
-    pruning = {"importance": "taylor", "gprune": True, "sparsity.allocation": "global"}
-    rows = {"a": {"model": "there"}, "b": {"model": "there", "recovery": "none", **pruning}}
-    with_path, with_pruning = bench.rows(bench.write("two ways", rows))
+    pruning = {"importance": "taylor", "gprune": True, "sparsity.allocation": "global", "recovery": "none"}
+    rows = {"a": {}, "b": pruning, "c": {"corpora.seq_len": 17}}
+    with_path, with_pruning, other_text = bench.rows(
+        bench.write("two ways", {name: {"model": "there", **row} for name, row in rows.items()})
+    )
     assert with_path.identity == with_pruning.identity
     assert with_path.identity["model"]["made_elsewhere"] == "there"
+    assert archive.changed_flags(other_text.identity, with_path.identity) == {"corpora.seq_len": (17, 32)}
     assert [with_path.masks, with_pruning.masks] == [False, False]
+
+
+# --- the function
+
+
+def test_measure_returns_the_numbers_of_a_list_row_and_ignores_settings_of_pruning(bench, exported, frame, tmp_path):
+    cfg = parse(bench.world.args(tmp_path, "--ridge=0.5", "--sparsity.target=30%", "--recovery=distill"))
+    measured = gprune.measure(exported, bench.world.model, cfg)
+    assert cfg.settings()["sparsity"]["target"] == "30%"  # the caller's configuration is not changed
+    assert not any(tmp_path.iterdir())
+    assert set(measured["row"]) == {"model"}
+    of_model, of_list = measured.query("stage == 'measured'"), frame.query("row == 'theirs'")
+    of_text = [lines[lines["windows"].notna()][NUMBERS].reset_index(drop=True) for lines in (of_model, of_list)]
+    pd.testing.assert_frame_equal(*of_text, rtol=1e-4)
+    # A loaded model has the same numbers, and is not changed.
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    loaded = gprune.measure(model, bench.world.model, cfg)
+    pd.testing.assert_frame_equal(*(lines[lines["windows"].notna()][NUMBERS] for lines in (measured, loaded)))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewhere(bench, tmp_path):
+    """The folder does not tell which text the other tool has used."""
+    world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
+    theirs = gprune.measure(world.model, world.model, parse(world.args(tmp_path, evaluate)))
+    seen = theirs[(theirs["stage"] == "measured") & (theirs["number"] == "perplexity")].set_index("corpus")["seen"]
+    assert seen.to_dict() == {"alpha.txt": True, "beta.txt": True, "delta.txt": False}
+
+
+def test_measure_refuses_bad_arguments_in_one_line(bench, tmp_path):
+    dense = bench.world.model
+    for model, flags, message in (
+        (3, (), "A model must be a folder, a hub id or a loaded PreTrainedModel; got 3"),
+        ("nowhere", (), "nowhere"),
+        (dense, ("--trainer.devices=2",), "needs one process"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as raised:
+            gprune.measure(model, dense, parse(bench.world.args(tmp_path, *flags)))
+        assert "\n" not in str(raised.value)

@@ -38,23 +38,25 @@ def test_a_study_runs_all_rows_writes_records_and_prints_tables(bench, first):
     assert "Protocol: " in out
 
 
-def test_a_finished_study_runs_nothing_and_prints_the_same_tables(bench, first, nothing_runs, capsys):
+def test_a_finished_study_runs_nothing_and_prints_the_same_tables(bench, first, nothing_runs):
     path, out = first
-    output = bench(capsys, path)
+    output = bench(path)
     assert "configurations" not in output
     assert output == out[out.index("\n**Three rows") :]
-    assert bench(capsys, path, "--table") == output
+    assert bench(path, "--table") == output
+    of_ours = {cells(line)[0] for line in bench(path, "--only", "ours").splitlines() if line.startswith("| ")}
+    assert of_ours & ROWS.keys() == {"ours"}
 
 
-def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(bench, first, capsys, monkeypatch):
+def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(bench, first, monkeypatch):
     path, _ = first
     ran = []  # (row, seed, target)
     monkeypatch.setattr(runner, "run_row", lambda row, _: ran.append((row.name, row.seed, row.config.sparsity.target)))
     monkeypatch.setattr(runner, "largest_costs", lambda pending: f"{len(pending)} pending")
-    assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
+    assert "3 pending" in bench(path, "--", "--sparsity.target=0.4")
     assert ran == [(name, 0, 0.4) for name in ROWS]
     ran.clear()
-    out = bench(capsys, path, "--seeds", "0", "7", "--only", "ours", "plain")
+    out = bench(path, "--seeds", "0", "7", "--only", "ours", "plain")
     assert "2 pending" in out
     assert [line.partition(";")[0] for line in out.splitlines() if line.startswith("row ")] == [
         "row 3 of 4: plain, seed 7", "row 4 of 4: ours, seed 7"  # the rows with seed 0 are finished
@@ -62,39 +64,21 @@ def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(be
     assert "row 4 of 4: ours, seed 7; less than a minute left" in out
     assert ran == [("plain", 7, 0.5), ("ours", 7, 0.5)]
     ran.clear()
-    assert "no records yet" in bench(capsys, path, "--table", "--seeds", "7")
+    assert "no records yet" in bench(path, "--table", "--seeds", "7")
     assert not ran
 
 
-def test_just_the_rows_of_the_flag_only_are_printed(bench, first, nothing_runs, capsys):
-    out = bench(capsys, first[0], "--only", "ours")
-    rows = {cells(line)[0] for line in out.splitlines() if line.startswith("| ")}
-    assert "ours" in rows
-    assert not {"plain", "other"} & rows
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
-def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, bench, first, capsys, monkeypatch):
+def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, bench, first, monkeypatch):
     """A later part finds the records of an earlier part, and must still run only the rows of this part."""
     ran = []
-    files = set()  # of simulated records
-
-    def run_row(row, _collect):
-        ran.append((row.name, row.seed))
-        files.add(row.file)
-
-    monkeypatch.setattr(runner, "run_row", run_row)
+    monkeypatch.setattr(runner, "run_row", lambda row, _: ran.append(row))
     monkeypatch.setattr(runner, "largest_costs", lambda pending: "")
     monkeypatch.setattr(runner, "print_results", lambda *_: None)
-    monkeypatch.setattr(
-        runner, "find_record", lambda row: archive.Found(row, {"masks": {}} if row.file in files else None)
-    )
+    monkeypatch.setattr(runner, "find_record", lambda row: archive.Found(row, {"masks": {}} if row in ran else None))
     for i in range(count):
-        bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
-    assert sorted(ran) == sorted((name, seed) for name in ROWS for seed in (0, 1))
-
-
-# --- tasks ------------------------------------------------------------------------------------------------------
+        bench(first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
+    assert sorted((row.name, row.seed) for row in ran) == sorted((name, seed) for name in ROWS for seed in (0, 1))
 
 
 STATISTICS = {  # rows that need moments; Gram matrices of three corpora; saliency of the scoring corpus
@@ -102,14 +86,14 @@ STATISTICS = {  # rows that need moments; Gram matrices of three corpora; salien
 }  # fmt: skip
 
 
-def test_the_first_row_collects_the_statistics_that_other_rows_of_a_list_need(bench, capsys, monkeypatch, tmp_path):
+def test_the_first_row_collects_the_statistics_that_other_rows_of_a_list_need(bench, monkeypatch, tmp_path):
     """A later row reads text again only if no earlier row has read it, and has the results of a run alone."""
     tokens = 4 * 32  # of one corpus
     scored = {"corpora.score": [str(bench.world.corpora[name]) for name in tiny_run.SEEN]}
     common = {"gprune": False, "ridge": 0.7, **scored}  # other settings than in other tests, so that no record exists
     together = bench.write("one pass", STATISTICS, common=common)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "together"))
-    bench(capsys, together, "--records", tmp_path / "records")
+    bench(together, "--records", tmp_path / "records")
     costs, results = {}, {}
     for row in bench.rows(together, records=tmp_path / "records"):
         record = archive.finished_record(row)
@@ -120,7 +104,7 @@ def test_the_first_row_collects_the_statistics_that_other_rows_of_a_list_need(be
     for name, settings in STATISTICS.items():
         alone = bench.write(f"alone {name}", {name: settings}, common=common | {"run.dir": str(tmp_path / name)})
         monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / f"cache of {name}"))
-        bench(capsys, alone, "--records", tmp_path / f"records of {name}")
+        bench(alone, "--records", tmp_path / f"records of {name}")
         (row,) = bench.rows(alone, records=tmp_path / f"records of {name}")
         record = archive.finished_record(row)
         assert sum(record["steps"]["calibrate"].get(f"{kind}_tokens", 0) for kind in ("forward", "forward_backward"))
@@ -134,6 +118,9 @@ def test_rows_with_other_text_or_another_model_share_no_statistics(bench):
     scored, *recovered = (str(bench.world.corpora[name]) for name in tiny_run.SEEN)
     assert needs == {scored: {"gram", "saliency"}, **{name: {"gram"} for name in recovered}}
     assert runner.needs_of_list(plain.config, others[-1:]) == {}
+
+
+# --- tasks
 
 
 @pytest.fixture
@@ -174,7 +161,7 @@ def run_with_tasks(row):
 WITH_BIAS = {"plain": {"gprune": False}, "with bias": {"gprune": False, "recovery": "bias"}}
 
 
-def test_tasks_are_measured_once_for_each_row_and_once_for_the_dense_model(bench, measured, capsys):
+def test_tasks_are_measured_once_for_each_row_and_once_for_the_dense_model(bench, measured):
     calls, configs = measured
     tasks = {"names": ["piqa", "arc_easy"], "limit": 4}
     path = bench.write("tasks", WITH_BIAS, tasks=tasks, common={"ridge": 0.3})  # other settings than in other tests
@@ -202,8 +189,8 @@ def test_tasks_are_measured_once_for_each_row_and_once_for_the_dense_model(bench
     assert all(finished_record(row) for row in (*rows, *other_tasks))
     # Results of other tasks of the same list are named, and measured again only on request.
     changed = bench.write("tasks", WITH_BIAS, tasks=tasks | {"limit": 5}, common={"ridge": 0.3})
-    assert f"{rows[0].tasks_file} has tasks with limit 4, not 5. It is not used; --again" in bench(capsys, changed)
-    bench(capsys, changed, "--again")
+    assert f"{rows[0].tasks_file} has tasks with limit 4, not 5. It is not used; --again" in bench(changed)
+    bench(changed, "--again")
     assert calls[-1] == (("piqa", "arc_easy"), 5, ["pruned"])
 
 
@@ -217,10 +204,10 @@ def test_a_row_with_a_byte_budget_keeps_its_settings_in_the_record_with_tasks(be
     assert "of the bytes of ffn removed" in caption(record["records"])
 
 
-def test_pairs_of_rows_are_compared_on_tasks(bench, measured, capsys, tmp_path):
+def test_pairs_of_rows_are_compared_on_tasks(bench, measured, tmp_path):
     compare = [["with bias", "plain"]]
     path = bench.write("compared", WITH_BIAS, tasks={"names": ["piqa"], "limit": 4}, compare=compare)
-    bench(capsys, path, "--records", tmp_path)
+    bench(path, "--records", tmp_path)
     for row in bench.rows(path, records=tmp_path):
         if row.name == "with bias":
             stage, recovery, correct, nll = "recovered", "bias", "1110", [3.0, 7.0]
@@ -233,7 +220,7 @@ def test_pairs_of_rows_are_compared_on_tasks(bench, measured, capsys, tmp_path):
             "nll": sum(nll) / 4, "perplexity": math.exp(sum(nll) / 4), "low": 1.0, "high": 99.0,
         }  # fmt: skip
         archive.write_task_records(row, row.tasks_file, [piqa, wikitext])
-    lines = bench(capsys, path, "--table", "--records", tmp_path).splitlines()
+    lines = bench(path, "--table", "--records", tmp_path).splitlines()
     (line,) = [line for line in lines if line.startswith("| with bias - plain")]
     # One more of four answers is correct. Each window has 1 nat more for two tokens, so the ratio is exp(0.5).
     assert cells(line)[1:] == ["0", "+0.250 +- 0.250", "x 1.649 [1.649, 1.649]"]
@@ -241,19 +228,17 @@ def test_pairs_of_rows_are_compared_on_tasks(bench, measured, capsys, tmp_path):
     assert cells(header) == ["first - second", "seed", "piqa", "wikitext2, 3"]
 
 
-def test_a_failed_task_keeps_the_record_of_the_run_and_an_unavailable_task_runs_nothing(
-    bench, measured, monkeypatch, capsys
-):
+def test_a_failed_task_keeps_the_record_of_the_run_and_an_unavailable_task_runs_nothing(bench, measured, monkeypatch):
     def raise_error(*_, **__):
         raise UserError("no such task")
 
     tasks = {"names": ["piqa"]}
     path = bench.write("failing", {"plain": {"gprune": False}}, tasks=tasks, common={"ridge": 0.4})
     monkeypatch.setattr(measurement, "evaluate", raise_error)
-    assert "no such task" in bench.refused(capsys, path)
+    assert "no such task" in bench.refused(path)
     (row,) = bench.rows(path)
     assert len(archive.read_record(row.file)["records"]) > 0
     assert finished_record(row) is None
     monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("a row was run"))
     monkeypatch.setattr(measurement, "require_lm_eval", raise_error)
-    assert "no such task" in bench.refused(capsys, path)
+    assert "no such task" in bench.refused(path)

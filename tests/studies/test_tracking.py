@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
 from gprune.studies import runner
 from gprune.studies.listing import LISTS, OTHER_RECORDS, Listing
@@ -30,22 +29,16 @@ OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
 
 @pytest.fixture(scope="module")
 def finished_list(bench):
-    """Return the path of a finished list, and the folder of its W&B files."""
+    """Return the path of a finished list, and its W&B runs."""
     path = bench.write("ablations", ROWS)
     with tiny_run.isolated(bench.folder / "cache"):
-        assert run_study(path, bench.records) == 0
-    return path, bench.records / "ablations"
-
-
-def run_study(path: Path, records: Path, *flags: str) -> int:
-    """Run a list with W&B offline, and return the exit code."""
-    return command("study", [str(path), "--records", str(records), *OFFLINE, *flags])
+        bench(path, *OFFLINE)
+    return path, logged(bench.records / "ablations")
 
 
 @pytest.mark.slow
 def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_results(bench, finished_list, nothing_runs):
-    path, folder = finished_list
-    wandb_runs = logged(folder)
+    path, wandb_runs = finished_list
     assert set(wandb_runs) == {"base", "no"}
     about, config = wandb_runs["no"].about, wandb_runs["no"].config
     assert about["display_name"] == "no  switch 50  , seed 0"
@@ -57,30 +50,26 @@ def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_result
     assert any("learn/loss" in point for point in wandb_runs["no"].history)
     for wandb_run in wandb_runs.values():  # charts of the rows side by side, without one for each corpus
         charts = {name for point in wandb_run.history for name in point if name.startswith("final/")}
-        others = {f"final/unseen_{name}" for name in ("agreement", "kl", "over_dense")}
-        assert charts == {"final/unseen"} | others
-    _, done = bench.done(path)
-    for row, record in done:
-        final = [r["corpus"] for r in record["records"] if r["stage"] != "dense"]
-        summary = wandb_runs["base" if row.name == "base" else "no"].summary
-        assert {f"final/perplexity/{Path(corpus).name}" for corpus in final} <= summary.keys()
+        assert charts == {"final/unseen", *(f"final/unseen_{name}" for name in ("agreement", "kl", "over_dense"))}
+        perplexities = {name for name in wandb_run.summary if name.startswith("final/perplexity/")}
+        assert perplexities == {f"final/perplexity/{name}.txt" for name in ("alpha", "delta", "epsilon")}
     assert "WANDB_DIR" not in os.environ
     assert not list((bench.folder / "runs").glob("*ablations*/wandb"))
-    before = sorted(folder.rglob("*"))
-    assert run_study(path, bench.records) == 0
-    assert sorted(folder.rglob("*")) == before  # a finished list is not logged again
+    before = sorted((bench.records / "ablations").rglob("*"))
+    bench(path, *OFFLINE)
+    assert sorted((bench.records / "ablations").rglob("*")) == before  # a finished list is not logged again
 
 
 @pytest.mark.slow
 def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, finished_list, nothing_runs, tmp_path):
-    path, folder = finished_list
+    path, before = finished_list
     for name in ("ablations", "dense"):
         shutil.copytree(bench.records / name, tmp_path / name, ignore=shutil.ignore_patterns("wandb"))
-    other_run_dir = f"--run.dir={tmp_path / 'other'}"
-    assert run_study(path, tmp_path, other_run_dir, "--logging.mode=disabled") == 0
+    arguments = (path, "--records", tmp_path, *OFFLINE, f"--run.dir={tmp_path / 'other'}")
+    bench(*arguments, "--logging.mode=disabled")
     assert not (tmp_path / "ablations/wandb").exists()
-    assert run_study(path, tmp_path, other_run_dir) == 0
-    before, after = logged(folder), logged(tmp_path / "ablations")
+    bench(*arguments)
+    after = logged(tmp_path / "ablations")
     for row in ("base", "no"):
         assert after[row].config["record"] is True
         assert after[row].config["environment"]["git_revision"]
@@ -91,7 +80,7 @@ def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, fi
         assert len(final) > 10
         for name in final:
             assert after[row].summary[name] == pytest.approx(before[row].summary[name], rel=1e-4)
-    assert run_study(path, tmp_path, other_run_dir, "--sparsity.target=0.5") == 0
+    bench(*arguments, "--sparsity.target=0.5")
     assert logged(tmp_path / "ablations").keys() == after.keys()
 
 
@@ -99,7 +88,7 @@ def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, fi
 def test_tables_of_records_do_not_import_wandb(bench, finished_list, monkeypatch):
     for name in ("wandb", "gprune.runs.tracking"):
         monkeypatch.setitem(sys.modules, name, None)  # their import would fail
-    assert command("study", [str(finished_list[0]), "--table", "--records", str(bench.records)]) == 0
+    bench(finished_list[0], "--table")
 
 
 def test_names_groups_and_tags_of_rows_are_valid_logging_settings(bench, monkeypatch):

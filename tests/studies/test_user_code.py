@@ -110,59 +110,43 @@ def edit(kind: str) -> None:
         opened.write(text.replace(old, new))
 
 
-def study(bench, capsys, path, *options: str, kinds=KINDS) -> str:
+def study(bench, path, *options: str, kinds=KINDS) -> str:
     """Run `gprune study` with the modules as in a new process, and return its output."""
     forget()
-    flags = [f"--import=./mine_{kind}.py" for kind in kinds]
     with restored(*REGISTRIES):
-        return bench(capsys, path, *options, *flags)
+        return bench(path, *options, *(f"--import=./mine_{kind}.py" for kind in kinds))
 
 
-def test_rows_are_run_again_after_their_code_has_changed(bench, modules, capsys):
+def test_records_of_changed_or_unknown_code_are_named_and_rows_run_again_only_on_request(bench, modules):
     rows = {kind: {"gprune": False} | settings for kind, (settings, *_) in KINDS.items()}
     path = bench.write("coded", rows | {"without code": {"gprune": False}}, common={"sparsity.target": 0.3})
-    records = bench.folder / "coded records"
-    options = ("--records", str(records))
-    study(bench, capsys, path, *options)
-    folder = records / "coded"
+    folder = bench.records / "coded"
+    shown = study(bench, path)
     first = {file.name: file.read_text() for file in folder.iterdir()}
     assert len(first) == 6
-    assert "configurations" not in study(bench, capsys, path, *options)
-    for kind in KINDS:
-        edit(kind)
-    for arguments in (["--table"], []):  # the records are named, and nothing runs
-        out = study(bench, capsys, path, *options, *arguments)
-        for kind in KINDS:
-            why = f"was made by other code (the code of mine_{kind} has changed). It is not used; --again runs"
-            assert f"Row '{kind}', seed 0: The record {folder}/{kind}-seed0.json {why}" in out
-        assert "configurations" not in out
-    assert {file.name: file.read_text() for file in folder.iterdir()} == first
-    assert "5 configurations: " in study(bench, capsys, path, *options, "--again")
-    changed = {file.name for file in folder.iterdir() if file.read_text() != first[file.name]}
-    assert changed == {f"{kind}-seed0.json" for kind in KINDS}
-    assert "other code" not in study(bench, capsys, path, *options, "--table")
-
-
-def test_records_are_shown_and_marked_without_the_modules_that_made_them(bench, modules, capsys):
-    rows = {kind: {"gprune": False} | settings for kind, (settings, *_) in KINDS.items()}
-    path = bench.write("gone", rows, common={"sparsity.target": 0.3})
-    records = bench.folder / "gone records"
-    options = ("--records", str(records))
-    shown = study(bench, capsys, path, *options)
-    assert "Not checked" not in shown
-    marked = study(bench, capsys, path, *options, "--table", kinds=[])
+    # Without the modules, records are printed and marked.
     unchecked = ", ".join(f"{kind} (seed 0)" for kind in KINDS)
+    marked = study(bench, path, kinds=[])
     assert f"Not checked, because the code of the row or of its record is not known: {unchecked}." in marked
-    for kind in KINDS:
-        row_of_table = next(line for line in shown.splitlines() if line.startswith(f"| {kind}"))
-        assert row_of_table in marked
-    assert "Not checked" in study(bench, capsys, path, *options, kinds=[])  # nothing has to be run
+    assert {line for line in shown.splitlines() if line.startswith("| ")} <= {*marked.splitlines()}
     forget()
     with restored(*REGISTRIES):
-        assert list(gprune.load_study(path, records=records).to_frame()["row"].unique()) == [*KINDS]
-    forget()
-    message = bench.refused(capsys, path, *options, "--", "--sparsity.target=0.4")
+        assert set(gprune.load_study(path, records=bench.records).to_frame()["row"]) == {*rows, "without code"}
+        message = bench.refused(path, "--", "--sparsity.target=0.4")
     assert message.startswith("gprune study: Row 'metric': Unknown importance metric 'my_metric'. Available: ")
+    # After the code has changed, records are named, and nothing runs.
+    for kind in KINDS:
+        edit(kind)
+    out = study(bench, path)
+    for kind in KINDS:
+        why = f"was made by other code (the code of mine_{kind} has changed). It is not used; --again runs"
+        assert f"Row '{kind}', seed 0: The record {folder}/{kind}-seed0.json {why}" in out
+    assert not any(text in out for text in ("configurations", "Not checked"))
+    assert {file.name: file.read_text() for file in folder.iterdir()} == first
+    assert "5 configurations: " in study(bench, path, "--again")
+    changed = {file.name for file in folder.iterdir() if file.read_text() != first[file.name]}
+    assert changed == {f"{kind}-seed0.json" for kind in KINDS}
+    assert not any(text in study(bench, path, "--table") for text in ("other code", "Not checked"))
 
 
 def test_code_that_cannot_be_read_is_reported_in_one_line(bench, modules, monkeypatch, capsys):

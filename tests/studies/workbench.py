@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from gprune.__main__ import run as command
@@ -25,7 +26,7 @@ COMPARE = [["ours", "plain"], ["other", "ours"]]
 class Workbench:
     """Write lists for the tiny world, and run `gprune study` on them with a separate folder of records.
 
-    Call it like a function to run a list: `bench(capsys, path, "--table")`.
+    Call it like a function to run a list: `bench(path, "--table")`.
     """
 
     def __init__(self, world: tiny_run.World, folder: Path):
@@ -49,25 +50,29 @@ class Workbench:
         listing = Listing.read(path, records=self.records)
         return listing, [(row, record) for row in listing.rows if (record := finished_record(row)) is not None]
 
-    def __call__(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
-        """Run `gprune study` with the arguments, and return its output. An error is a SystemExit."""
+    def __call__(self, *arguments: object) -> str:
+        """Run `gprune study` with the arguments, and return its output."""
+        code, out, err = self.run(*arguments)
+        assert code == 0, err
+        return out
+
+    def refused(self, *arguments: object) -> str:
+        """Run `gprune study`, which has to fail, and return its one line on stderr."""
+        code, _, err = self.run(*arguments)
+        assert code == 2
+        assert err.startswith("gprune study: ")
+        assert err.count("\n") == 1
+        return err
+
+    def run(self, *arguments: object) -> tuple[int, str, str]:
+        """Run `gprune study`, and return its exit code and what it writes to stdout and stderr."""
         words = [str(argument) for argument in arguments]
         if "--records" not in words:
             end_of_options = words.index("--") if "--" in words else len(words)  # flags of train.py follow `--`
             words[end_of_options:end_of_options] = ["--records", str(self.records)]
-        if code := command("study", words):
-            raise SystemExit(code)
-        return capsys.readouterr().out
-
-    def refused(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
-        """Run a command that has to fail, and return its one line on stderr."""
-        with pytest.raises(SystemExit) as stop:
-            self(capsys, *arguments)
-        assert stop.value.code == 2
-        err = capsys.readouterr().err
-        assert err.startswith("gprune study: ")
-        assert err.count("\n") == 1
-        return err
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            code = command("study", words)
+        return code, out.getvalue(), err.getvalue()
 
 
 def cells(line: str) -> list[str]:
