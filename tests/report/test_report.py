@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -81,12 +80,15 @@ def window_nll(run: Path, stage: str) -> dict[str, list[float]]:
 def test_only_runs_with_equal_settings_and_text_are_grouped_over_seeds(run):
     folders = [run, written(run.parent / "same-seed"), written(run.parent / "other-ridge", seed=1, ridge=0.5)]
     folders += [written(run.parent / "other-seed", seed=1), written(run.parent / "text", seed=2, content_hash="0")]
+    assert default_output(folders) == run.parent / "report"
     made = report.make(folders)
     assert [(r.name, r.seed) for r in made.runs] == [
         ("one", 0), ("one", 1), ("same-seed", 0), ("other-ridge", 1), ("text", 2),
     ]  # fmt: skip
     (summary,) = [table for table in made.tables if table.name == "summary"]
     assert [cells[0] for cells in summary.rows][-4:] == ["one (2 seeds)", "same-seed", "other-ridge", "text"]
+    (table,) = [table for table in report.make([folders[0], folders[2]]).tables if table.name == "settings"]
+    assert (table.columns, table.rows) == (["flag", "one", "other-ridge"], [["ridge", "0.01", "0.5"]])
 
 
 def test_a_corpus_seen_by_one_seed_counts_as_seen_in_the_mean_over_seeds(run):
@@ -103,12 +105,6 @@ def test_a_run_given_twice_is_counted_once_and_a_copy_has_a_longer_name(run, mon
     assert [r.name for r in read_runs([run, "one", "./one/"])] == ["one"]
     copy = shutil.copytree(run, run.parent / "more" / "one")
     assert [r.name for r in read_runs([run, copy])] == ["one", "more/one"]
-
-
-def test_the_settings_in_which_runs_differ_are_a_table(run):
-    made = report.make([run, written(run.parent / "two", seed=1), written(run.parent / "other", ridge=0.5)])
-    (table,) = [table for table in made.tables if table.name == "settings"]
-    assert (table.columns, table.rows) == (["flag", "one", "other"], [["ridge", "0.01", "0.5"]])
 
 
 def test_pairs_are_compared_on_text_unseen_by_both_with_paired_intervals(run):
@@ -185,19 +181,14 @@ def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measu
     assert f"# {tmp_path.name}, structurally pruned" in plain
 
 
-@pytest.mark.parametrize(
-    ("name", "base", "licence"),
-    [
-        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
-        ("tiny-random", None, "cc0-1.0"),
-        ("owner/model", "owner/model", None),
-        (".", None, None),
-    ],
-)
-def test_a_model_card_has_base_model_and_licence_as_metadata_of_the_hub(run, name, base, licence):
-    cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
-    data = ModelCard(model_card(cfg, *read_runs([run]), run / "model")).data
-    assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
+def test_a_model_card_has_base_model_and_licence_as_metadata_of_the_hub(run):
+    for name, base, licence in (
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"), ("tiny-random", None, "cc0-1.0"),
+        ("owner/model", "owner/model", None), (".", None, None),
+    ):  # fmt: skip
+        cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
+        data = ModelCard(model_card(cfg, *read_runs([run]), run / "model")).data
+        assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
 
 
 def test_labels_of_corpus_files_are_the_shortest_unique_paths():
@@ -226,18 +217,14 @@ def test_figures_draw_the_numbers_of_the_frame_and_name_their_axes(run):
     assert (removed.get_xlabel(), removed.get_ylabel()) == ("layer", "share of neurons removed")
 
 
-def test_the_figure_of_removed_shares_accepts_layers_without_a_mask_and_shows_modules():
+def test_the_figure_of_removed_shares_accepts_layers_without_a_mask_shows_modules_and_lines_that_differ():
     masks = Masks.of_blocks([torch.tensor([True, False, False, False]), torch.ones(0, dtype=torch.bool)], [])
     axes = removed_figure({"one": masks}, [torch.tensor([0, 0, 1, 1]), torch.tensor([])]).axes[0]
     assert list(axes.lines[0].get_ydata()) == [0.75, 0]
     assert axes.collections[0].get_offsets().tolist() == [[0, 0.5], [0, 1]]
-
-
-def test_lines_differ_in_more_than_colour():
-    masks = {str(i): Masks.of_blocks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
-    lines = removed_figure(masks).axes[0].lines[: len(masks)]
+    lines = removed_figure({str(i): masks for i in range(3 * len(LINES))}).axes[0].lines[: 3 * len(LINES)]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines[: len(LINES)]}) == len(LINES)
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(masks)  # styles are repeated
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines)  # styles are repeated
 
 
 def test_intervals_that_are_missing_or_exclude_their_value_by_rounding_are_drawn():
@@ -256,21 +243,19 @@ def test_long_corpus_paths_do_not_shrink_the_figure(run):
     assert figure.axes[0].get_xticklabels()[0].get_text() == "wiki\nseen"
 
 
-def test_curves_of_a_resumed_run_are_concatenated_and_repeated_steps_dropped(tmp_path):
-    for version, rows in enumerate(
-        [{"step": [0, 1, 2], "learn/loss": [3.0, 2.0, 9.0]}, {"step": [2], "learn/loss": [1.0]}]
-    ):
-        (tmp_path / f"csv/version_{version}").mkdir(parents=True)
-        pd.DataFrame(rows).to_csv(tmp_path / f"csv/version_{version}/metrics.csv", index=False)
-    line = curve_points(read_curves(tmp_path), "step", "learn/loss")
+def test_curves_of_a_resumed_run_are_concatenated_and_unreadable_ones_omitted(run):
+    def write(version, content):
+        (run / f"csv/version_{version}").mkdir(parents=True, exist_ok=True)
+        (run / f"csv/version_{version}/metrics.csv").write_text(content)
+
+    write(0, "step,learn/loss\n0,3\n1,2\n2,9\n")
+    write(1, "step,learn/loss\n2,1\n")  # a repeated step
+    line = curve_points(read_curves(run), "step", "learn/loss")
     assert line.to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
-
-
-@pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])
-def test_unreadable_curves_are_omitted(content, run):
-    (run / "csv/version_0").mkdir(parents=True)
-    (run / "csv/version_0/metrics.csv").write_text(content)
-    assert "learning" not in report.make([run]).figures
+    shutil.rmtree(run / "csv")
+    for content in ("", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"):
+        write(0, content)
+        assert "learning" not in report.make([run]).figures
 
 
 # --- the page
@@ -354,34 +339,25 @@ def test_gprune_report_prints_the_tables_and_writes_markdown_the_frame_and_figur
     assert (run / "report.html").exists()
 
 
-def test_the_default_output_folder_of_several_runs_is_in_their_common_parent(run):
-    assert default_output([run, written(run.parent / "other")]) == run.parent / "report"
+DAMAGED = [  # file of a run, damage, a part of the message
+    ("metrics.json", lambda file: edit(file, lambda content: content.pop("summary")), "is not finished"),
+    ("manifest.json", Path.unlink, "not a gprune run"),
+    ("manifest.json", lambda file: file.write_text("{half"), "not a gprune run"),
+    ("masks.safetensors", Path.unlink, "missing or damaged"),
+    ("evaluation.json", lambda file: file.write_text("[]"), "Cannot read records"),
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "damage", "message"),
-    [
-        ("metrics.json", lambda file: edit(file, lambda content: content.pop("summary")), "is not finished"),
-        ("manifest.json", Path.unlink, "not a gprune run"),
-        ("manifest.json", lambda file: file.write_text("{half"), "not a gprune run"),
-        ("masks.safetensors", Path.unlink, "missing or damaged"),
-        ("evaluation.json", lambda file: file.write_text("[]"), "Cannot read records"),
-    ],
-)
-def test_an_invalid_run_folder_is_refused_in_one_line_and_nothing_is_written(file, damage, message, run, capsys):
-    bad = written(run.parent / "bad")
-    damage(bad / file)
-    before = files_in(run.parent)
-    assert message in refused([str(run), str(bad)], capsys)
-    assert files_in(run.parent) == before
-
-
-def refused(args: list[str], capsys) -> str:
-    """Run a command that has to fail, and return its one line on stderr."""
-    assert command("report", args) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gprune report: ")
-    return line
+def test_an_invalid_run_folder_is_refused_in_one_line_and_nothing_is_written(run, capsys):
+    for number, (file, damage, message) in enumerate(DAMAGED):
+        bad = written(run.parent / f"bad {number}")
+        damage(bad / file)
+        before = files_in(run.parent)
+        assert command("report", [str(run), str(bad)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("gprune report: ")
+        assert message in line
+        assert files_in(run.parent) == before
 
 
 def test_a_report_reads_neither_the_model_nor_the_corpora_nor_config_yaml(run, monkeypatch):

@@ -77,34 +77,24 @@ def test_means_and_differences_equal_sums_over_questions(name, weights):
         assert rows[name, "dense"][f"{metric} - dense"] is None
 
 
-def test_a_group_of_which_a_task_is_missing_has_no_mean():
-    without_piqa = [r for r in RECORDS if (r["task"], r["stage"]) != ("piqa", "pruned")]
-    row = rows_by_name(without_piqa)["pair", "pruned"]
+def test_means_need_all_tasks_of_a_group_and_differences_the_same_questions():
+    without_piqa = rows_by_name([r for r in RECORDS if (r["task"], r["stage"]) != ("piqa", "pruned")])
+    row = without_piqa["pair", "pruned"]
     assert (row["tasks"], row["acc"], row["acc - dense"], row["standard protocol"]) == ("1 of 2", None, None, "no")
-    assert rows_by_name(without_piqa)["pair", "dense"]["acc"] is not None
+    assert without_piqa["pair", "dense"]["acc"] is not None
     nowhere = [r for r in RECORDS if r["task"] != "piqa"]
     assert rows_by_name(nowhere)["pair", "dense"]["tasks"] == "1 of 2"
-
-
-def test_differences_need_the_same_questions_of_the_dense_model():
     other_questions = [r | {"content_hash": "x"} if r["stage"] == "dense" else r for r in RECORDS]
     assert rows_by_name(other_questions)["pair", "pruned"]["acc - dense"] is None
+    of_earlier_version = [{k: v for k, v in r.items() if k != "groups"} for r in RECORDS]
+    assert {name for name, _ in rows_by_name(of_earlier_version)} == {"all tasks"}
 
 
-def test_a_single_task_or_a_perplexity_has_no_mean():
-    piqa = record("piqa", "dense", groups={})
+def test_a_single_task_a_perplexity_and_tasks_with_different_limits_have_no_mean():
+    piqa, boolq = (record(task, "dense", groups={}) for task in ("piqa", "boolq"))
     assert [table.name for table in evaluation_tables([piqa])] == ["evaluation"]
-    assert means_table([piqa, record("boolq", "dense", kind="perplexity", window_nll=[1.0], groups={})]).rows == []
-
-
-def test_tasks_with_different_limits_have_no_common_mean():
-    with_limits = [record("piqa", "dense", limit=20, groups={}), record("boolq", "dense", groups={})]
-    assert means_table(with_limits).rows == []
-
-
-def test_records_of_an_earlier_version_without_groups_have_only_the_mean_of_all_tasks():
-    old = [{k: v for k, v in r.items() if k != "groups"} for r in RECORDS]
-    assert {name for name, _ in rows_by_name(old)} == {"all tasks"}
+    assert means_table([piqa, boolq | {"kind": "perplexity", "window_nll": [1.0]}]).rows == []
+    assert means_table([piqa | {"limit": 20}, boolq]).rows == []
 
 
 def test_two_models_are_compared_on_complete_groups():
