@@ -92,32 +92,26 @@ def test_instruction_sets_and_manufacturer_are_read_with_old_and_new_torch(monke
     assert not products._cpu_has("avx512_f")
 
 
-@pytest.mark.parametrize(("simulated", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
-def test_auto_becomes_the_precision_of_the_hardware_and_keeps_the_run_name(simulated, chosen, hardware):
+@pytest.mark.parametrize(
+    ("simulated", "settings", "chosen", "why"),
+    [
+        (FAST, {}, "bf16-mixed", "a processor of a test"), (SLOW, {}, "32-true", "a processor of a test"),
+        (FAST, {"trainer": {"precision": "32-true"}}, "32-true", "--trainer.precision"),
+        (FAST, {"model": {"dtype": "float16"}, "gprune": False}, "32-true", "--model.dtype float16"),
+    ],
+)  # fmt: skip
+def test_auto_becomes_the_precision_of_the_hardware_and_keeps_the_run_name(simulated, settings, chosen, why, hardware):
     hardware(simulated)
-    requested = RunConfig()
+    requested = RunConfig(**settings)
     cfg, reason = resolve_precision(requested, CPU)
-    assert (cfg.trainer.precision, reason) == (chosen, "a processor of a test")
-    assert (requested.trainer.precision, cfg.folder) == ("auto", requested.folder)
+    assert (cfg.trainer.precision, cfg.folder) == (chosen, requested.folder)
+    assert why in reason
     assert cfg.settings()["trainer"]["precision"] == chosen
 
 
-def test_a_given_precision_is_used_on_any_hardware(hardware):
-    hardware(FAST)
-    cfg, reason = resolve_precision(RunConfig(trainer={"precision": "32-true"}), CPU)
-    assert (cfg.trainer.precision, cfg.run.name, reason) == ("32-true", None, "--trainer.precision")
-
-
-def test_models_with_float16_weights_are_trained_in_float32(hardware):
-    hardware(FAST)
-    cfg, reason = resolve_precision(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
-    assert cfg.trainer.precision == "32-true"
-    assert "--model.dtype float16" in reason
-
-
-@pytest.mark.parametrize(("given", "becomes"), [("bf16", "bf16-mixed"), ("32", "32-true"), (32, "32-true")])
-def test_short_names_of_precisions_are_accepted(given, becomes):
-    assert RunConfig(trainer={"precision": given}).trainer.precision == becomes
+def test_short_names_of_precisions_are_accepted():
+    for given, becomes in (("bf16", "bf16-mixed"), ("32", "32-true"), (32, "32-true")):
+        assert RunConfig(trainer={"precision": given}).trainer.precision == becomes
 
 
 def test_the_precision_of_rows_in_a_list_does_not_depend_on_the_hardware():
@@ -148,8 +142,7 @@ def test_processes_use_the_precision_of_the_slowest_hardware_or_of_the_resumed_r
     assert resolve_precision(cfg, CPU, together=True)[0].trainer.precision == chosen
 
 
-def test_a_resumed_run_keeps_its_precision_on_other_hardware(tmp_path, hardware, capsys):
-    world = tiny_run.make_world(tmp_path)
+def test_a_resumed_run_keeps_its_precision_on_other_hardware(world, tmp_path, hardware, capsys):
     flags = ["--trainer.precision=auto", "--export=none", "--evaluation.before_recovery=false", "--evaluation.curve=[]"]
     with tiny_run.isolated(tmp_path / "cache"):
         hardware(FAST)
@@ -168,8 +161,7 @@ def test_a_resumed_run_keeps_its_precision_on_other_hardware(tmp_path, hardware,
     assert resumed.masks == first.masks
 
 
-def test_threshold_learning_that_overflows_in_a_later_step_continues_in_float32(tmp_path, monkeypatch, capsys):
-    world = tiny_run.make_world(tmp_path)
+def test_threshold_learning_that_overflows_in_a_later_step_continues_in_float32(world, tmp_path, monkeypatch, capsys):
     losses, calls = threshold_learning.next_token_losses, []
 
     def overflowing(*args, **kwargs):

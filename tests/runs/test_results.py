@@ -66,17 +66,16 @@ def test_each_update_of_the_manifest_stores_the_cost_of_the_running_step(recover
     assert read_json(folder / "manifest.json") == folder.manifest
 
 
-def test_other_ranks_know_the_manifest_and_do_not_write_it(recovered, tmp_path, monkeypatch):
-    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"))
+def test_other_ranks_do_not_write_the_manifest_and_a_folder_that_is_removed_ends_the_run(
+    recovered, tmp_path, monkeypatch
+):
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
     before = read_json(folder / "manifest.json")
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    folder.update_manifest(learned_tokens={"thresholds": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(rank_zero_only, "rank", 1)
+        folder.update_manifest(learned_tokens={"thresholds": 5})
     assert folder.manifest["learned_tokens"]["thresholds"] == 5
     assert read_json(folder / "manifest.json") == before
-
-
-def test_a_run_whose_folder_is_removed_meanwhile_ends_in_one_line(recovered, tmp_path):
-    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
     with pytest.raises(UserError, match="the file was removed during the run"), folder.step("long"):
         shutil.rmtree(folder.path)
     assert not folder.path.exists()

@@ -107,42 +107,33 @@ def test_a_run_with_callbacks_is_not_resumed_without_them(world, tmp_path):
         prune(cfg)
 
 
+class StepsInNumPy(Steps):
+    """With a state that torch.load refuses: a NumPy number."""
+
+    def state_dict(self):
+        return {"steps": self.steps, "best": np.float64(1)}
+
+
 @pytest.mark.slow
-def test_a_callback_that_raises_is_named_and_its_state_is_restored_on_resuming(world, tmp_path):
-    def run(name, fail=None):
+def test_a_callback_that_raises_is_named_and_its_state_is_restored_on_resuming(world, tmp_path, caplog):
+    """A checkpoint whose callback state cannot be loaded is ignored, so the stage is trained from the start."""
+
+    def run(name, fail=None, kind=Steps):
         cfg = parse(flags(world, tmp_path, "--sparsity.epochs=3", "--run.checkpoint_minutes=0", name=name))
-        callback = Steps(fail)
+        callback = kind(fail)
         return callback, prune(cfg, callbacks=[callback])
 
-    expected_callback, uninterrupted = run("uninterrupted")
-    message = r"^Cannot finish ThresholdLearning, callback Steps in on_train_batch_end: KeyError: 'lost' \(test_user_"
-    with pytest.raises(UserError, match=message) as caught:
-        run("failed", fail=4)
-    assert isinstance(caught.value.__cause__, KeyError)
-    callback, resumed = run("failed")
-    assert callback.steps == expected_callback.steps
-    assert all(torch.equal(t, resumed.thresholds[key]) for key, t in uninterrupted.thresholds.items())
-
-
-def test_a_checkpoint_whose_callback_state_cannot_be_loaded_is_ignored(world, tmp_path, caplog):
-    """torch.load refuses NumPy numbers. The stage is trained from the start."""
-
-    class StepsInNumPy(Steps):
-        def state_dict(self):
-            return {"steps": self.steps, "best": np.float64(1)}
-
-    def run(name, fail=None):
-        cfg = parse(flags(world, tmp_path, "--sparsity.epochs=3", "--run.checkpoint_minutes=0", name=name))
-        callback = StepsInNumPy(fail)
-        return callback, prune(cfg, callbacks=[callback])
-
-    expected_callback, uninterrupted = run("uninterrupted")
-    with pytest.raises(UserError, match="KeyError: 'lost'"):
-        run("failed", fail=4)
-    callback, restarted = run("failed")
+    expected, uninterrupted = run("uninterrupted")
+    message = r"^Cannot finish ThresholdLearning, callback Steps.* in on_train_batch_end: KeyError: 'lost' \(test_user_"
+    trained_again = [step for step in expected.steps if step[0] == "ThresholdLearning"]
+    for kind, steps in ((Steps, expected.steps), (StepsInNumPy, trained_again)):
+        with pytest.raises(UserError, match=message) as caught:
+            run(kind.__name__, fail=4, kind=kind)
+        assert isinstance(caught.value.__cause__, KeyError)
+        callback, resumed = run(kind.__name__, kind=kind)
+        assert callback.steps == steps
+        assert all(torch.equal(t, resumed.thresholds[key]) for key, t in uninterrupted.thresholds.items())
     assert "the state of a callback or the stage has objects that torch.load refuses" in caplog.text
-    assert callback.steps == [step for step in expected_callback.steps if step[0] == "ThresholdLearning"]
-    assert all(torch.equal(t, restarted.thresholds[key]) for key, t in uninterrupted.thresholds.items())
 
 
 def test_stages_share_user_callbacks_and_get_copies_of_callbacks_with_fit_state(tmp_path):
@@ -164,20 +155,16 @@ def test_stages_share_user_callbacks_and_get_copies_of_callbacks_with_fit_state(
     assert UserCallbacks(callbacks_of_user).of_stage(stage)[2].best_model_path == ""
 
 
-@pytest.mark.parametrize(
-    ("monitor", "stages"),
-    [
-        ("learn/loss", ["learn"]), ("development/perplexity", ["learn", "distill"]),
-        ("partition/hard_consistency", ["partition"]), ("mine", ["partition", "learn", "distill"]),
-    ],
-)  # fmt: skip
-def test_a_callback_is_used_only_in_stages_that_log_its_monitored_metric(monitor, stages):
+def test_a_callback_is_used_only_in_stages_that_log_its_monitored_metric():
     """A metric without a known prefix may be logged by any stage."""
-    all_stages = {
-        name: type("Stage", (L.LightningModule,), {"curves": name})() for name in ("partition", "learn", "distill")
-    }
-    callbacks = UserCallbacks([EarlyStopping(monitor)])
-    assert [name for name, stage in all_stages.items() if callbacks.of_stage(stage, name)] == stages
+    names = ("partition", "learn", "distill")
+    all_stages = {name: type("Stage", (L.LightningModule,), {"curves": name})() for name in names}
+    for monitor, expected in (
+        ("learn/loss", ("learn",)), ("development/perplexity", ("learn", "distill")),
+        ("partition/hard_consistency", ("partition",)), ("mine", names),
+    ):  # fmt: skip
+        callbacks = UserCallbacks([EarlyStopping(monitor)])
+        assert tuple(name for name, stage in all_stages.items() if callbacks.of_stage(stage, name)) == expected
 
 
 def test_callbacks_may_change_training_batches(world, tmp_path):

@@ -92,14 +92,11 @@ def test_a_folder_that_could_not_be_restored_is_restored_by_the_next_write(tmp_p
     assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
 
 
-def test_a_file_does_not_replace_a_folder(tmp_path):
+def test_a_file_replaces_no_folder_and_a_symbolic_link_but_not_its_target(tmp_path):
     put("folder", tmp_path / "thing", "old")
     with pytest.raises(UserError, match="Cannot write"), replacing(tmp_path / "thing") as place:
         place.write_text("new")
     assert content_of("folder", tmp_path / "thing") == "old"
-
-
-def test_writing_replaces_a_symbolic_link_and_not_its_target(tmp_path):
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "a.json").symlink_to(tmp_path / "outside")
     write_json(tmp_path / "a.json", {"x": 1})
@@ -147,17 +144,17 @@ def safetensors_file(header: object, payload: bytes = bytes(8), length: int | No
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-INVALID_FILES = {
-    "a length without end": safetensors_file({}, length=2**63),
-    "a header that is a list": safetensors_file([1]),
-    "a deep header": safetensors_file(b"[" * 100_000),
-    "a terabyte": safetensors_file({"a": ENTRY | {"shape": [2**38], "data_offsets": [0, 2**40]}}),
-    "a shape that overflows": safetensors_file({"a": ENTRY | {"shape": [2**40, 2**40]}}),
-    "an unknown dtype": safetensors_file({"a": ENTRY | {"dtype": "F4096"}}),
-}
+INVALID_FILES = [  # a length without end, a list, a deep header, a terabyte, a shape that overflows, a dtype
+    safetensors_file({}, length=2**63),
+    safetensors_file([1]),
+    safetensors_file(b"[" * 100_000),
+    safetensors_file({"a": ENTRY | {"shape": [2**38], "data_offsets": [0, 2**40]}}),
+    safetensors_file({"a": ENTRY | {"shape": [2**40, 2**40]}}),
+    safetensors_file({"a": ENTRY | {"dtype": "F4096"}}),
+]
 
 
-@pytest.mark.parametrize("case", INVALID_FILES)
-def test_safetensors_files_with_invalid_headers_read_as_none(case, tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(INVALID_FILES[case])
-    assert read_tensors(tmp_path / "a.safetensors") is None
+def test_safetensors_files_with_invalid_headers_read_as_none(tmp_path):
+    for number, content in enumerate(INVALID_FILES):
+        (tmp_path / "a.safetensors").write_bytes(content)
+        assert read_tensors(tmp_path / "a.safetensors") is None, number
