@@ -66,32 +66,25 @@ def records_in(path: Path) -> list[dict]:
     return json.loads(path.read_text())["records"]
 
 
-def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_difference(mine, capsys):
+def test_dense_and_pruned_model_are_compared_on_all_tasks_that_can_be_measured(mine, capsys):
+    """The flag `--dense` evaluates the dense model too. A task that cannot be measured does not end the others."""
     run = mine.runs / "kept"
-    assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
-    out = capsys.readouterr().out
+    assert command("evaluate", [str(run), "--tasks", "mine,nowhere,other,wikitext2", "--seq_len", "32", "--dense"]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert "Cannot load task 'nowhere': " in line
     records = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
-    assert set(records) == {(stage, task) for stage in ("dense", "pruned") for task in ("mine", "wikitext2")}
+    tasks = ("mine", "other", "wikitext2")
+    assert set(records) == {(stage, task) for stage in ("dense", "pruned") for task in tasks}
     (in_memory,) = measure_tasks(mine.result.model, mine.result.tokenizer, load_tasks(["mine"])[0]["mine"])
     exported = records["pruned", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5
     pruned_correct, dense_correct = ([c == "1" for c in records[s, "mine"]["correct"]] for s in ("pruned", "dense"))
     difference, error = paired_difference(pruned_correct, dense_correct)
-    assert f"{difference:+.3f} +- {error:.3f}" in out
+    assert f"{difference:+.3f} +- {error:.3f}" in printed.out
     ratio = records["pruned", "wikitext2"]["perplexity"] / records["dense", "wikitext2"]["perplexity"]
-    assert f"x {ratio:.3f} [" in out
-
-
-def test_a_task_that_cannot_be_measured_does_not_end_the_others(mine, capsys):
-    run = mine.runs / "kept"
-    assert command("evaluate", [str(run), "--tasks", "mine,nowhere,other", "--dense"]) == 2
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert "Cannot load task 'nowhere': " in line
-    measured = [(r["stage"], r["task"]) for r in records_in(run / "evaluation.json")]
-    assert measured == [(stage, task) for stage in ("dense", "pruned") for task in ("mine", "other")]
-    assert "| mine " in printed.out
+    assert f"x {ratio:.3f} [" in printed.out
     assert "| all tasks " in printed.out  # the mean of the tasks
     assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -119,14 +112,6 @@ def test_a_run_without_exported_model_is_evaluated_with_the_masked_dense_model(o
     assert record["window_nll"] == pytest.approx(expected["window_nll"], rel=1e-6)
 
 
-def test_a_run_with_recovery_but_without_exported_model_is_refused(offline_runs, tmp_path, capsys):
-    """The masks of a run do not contain its recovered weights."""
-    recovered = Path(shutil.copytree(offline_runs.runs / "masks", tmp_path / "recovered"))
-    edit_settings(recovered, lambda settings: settings.update(recovery="bias"))
-    assert exit_code_of_wikitext2(recovered) == 2
-    assert "Repeat the run with --export hf" in capsys.readouterr().err
-
-
 def edit_settings(run: Path, change) -> None:
     """Edit the settings in a manifest."""
     manifest = read_json(run / "manifest.json")
@@ -134,31 +119,36 @@ def edit_settings(run: Path, change) -> None:
     write_json(run / "manifest.json", manifest)
 
 
-def test_an_output_file_has_one_record_for_each_run_and_model_folder(offline_runs, tmp_path):
+def test_a_run_whose_weights_are_not_known_is_refused(offline_runs, tmp_path, capsys):
+    """The masks of a run do not contain its recovered weights, and the dense weights may have changed after the run."""
+    for name, change, flags, message in (
+        ("masks", lambda s: s.update(recovery="bias"), [], "Repeat the run with --export hf"),
+        ("kept", lambda s: s["inputs"].update(model="x"), ["--dense"], "has other weights than the model that"),
+    ):
+        run = Path(shutil.copytree(offline_runs.runs / name, tmp_path / name))
+        (run / "evaluation.json").unlink(missing_ok=True)
+        edit_settings(run, change)
+        assert command("evaluate", [str(run), "--tasks", "wikitext2", "--seq_len", "32", *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert not (run / "evaluation.json").exists()
+
+
+def test_an_output_file_has_one_record_for_each_run_and_model_folder(offline_runs, tmp_path, capsys):
     output = tmp_path / "out.json"
     for name in ("kept", "masks", "kept"):
         assert exit_code_of_wikitext2(offline_runs.runs / name, output=output) == 0
     # Folders of the same name at two places are two models. The third evaluation replaces the record of the first.
     for parent in ("here", "there", "here"):
-        folder = shutil.copytree(offline_runs.runs / "kept" / "model", tmp_path / parent / "small", dirs_exist_ok=True)
+        folder = tmp_path / parent / "small"
+        shutil.copytree(offline_runs.runs / "kept" / "model", folder, dirs_exist_ok=True)
         assert exit_code_of_wikitext2(folder, output=output) == 0
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
-
-
-def test_results_of_a_model_folder_are_printed_and_not_written(offline_runs, capsys):
-    folder = offline_runs.runs / "kept" / "model"
+    # Without the flag, results of a model folder are printed and not written.
     before = sorted(folder.iterdir())
+    capsys.readouterr()
     assert exit_code_of_wikitext2(folder) == 0
     assert "| wikitext2 " in capsys.readouterr().out
     assert sorted(folder.iterdir()) == before
-
-
-def test_dense_weights_that_changed_after_the_run_are_refused(offline_runs, capsys, tmp_path):
-    changed = Path(shutil.copytree(offline_runs.runs / "kept", tmp_path / "changed"))
-    edit_settings(changed, lambda settings: settings["inputs"].update(model="another"))
-    assert command("evaluate", [str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
-    assert "has other weights than the model that" in capsys.readouterr().err
-    assert not (changed / "evaluation.json").exists()
 
 
 def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_install(offline_runs, monkeypatch, capsys):

@@ -45,15 +45,12 @@ def rows_of_the_data_set(raw: str) -> list[str]:
     return [line if line.strip() else "" for line in io.StringIO(raw, newline="\n")]
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
+def test_lines_keep_their_newline_and_blank_lines_become_empty():
+    for raw in (
         " \n = Title = \n \n Text of a line . \n Another . \n", "a\n\n\nb\n", "no line end", "a \x0c b\n c \u2028 d \n",
         "\n", "a\n \t \nb",
-    ],
-)  # fmt: skip
-def test_lines_keep_their_newline_and_blank_lines_become_empty(raw):
-    assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
+    ):  # fmt: skip
+        assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
 
 
 def test_windows_are_consecutive_and_start_with_bos_if_the_tokenizer_adds_it():
@@ -114,35 +111,26 @@ def test_records_contain_the_protocol_and_whether_it_is_the_standard_one(raw):
     assert f"of {literature.WIKITEXT_CHARACTERS:,} characters" in short["note"]
 
 
-@pytest.mark.parametrize(
-    ("seq_len", "message"),
-    [
+def test_invalid_window_lengths_and_texts_of_less_than_one_window_are_refused(raw):
+    raw.write_text("a few words\n")
+    for seq_len, message in (
         (257, "must be from 2 to 256"),
         (1, "got 1"),
         (256, r"1 windows of 256 tokens \(256 tokens\); got 0 \(3\)\. Use more text\."),
-    ],
-)
-def test_invalid_window_lengths_and_texts_of_less_than_one_window_are_refused(seq_len, message, raw):
-    raw.write_text("a few words\n")
-    with pytest.raises(UserError, match=message):
-        literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=seq_len)
+    ):
+        with pytest.raises(UserError, match=message):
+            literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=seq_len)
 
 
-def test_without_mirror_and_hub_the_error_names_the_path_of_the_missing_file(raw, monkeypatch):
-    import datasets
-
+def test_wikitext2_is_downloaded_if_the_mirror_has_no_file_and_the_error_names_its_path(raw, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach it\nsecond line")
 
     raw.unlink()
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(UserError, match=r"corpora/wikitext2/wiki\.test\.raw") as error:
         literature.read_wikitext2()
     assert "second line" not in str(error.value)
-
-
-def test_wikitext2_is_downloaded_if_the_mirror_has_no_file(raw, monkeypatch):
-    raw.unlink()
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
     assert literature.read_wikitext2() == "\n\n a \n\n\nb\n"
 
@@ -173,28 +161,19 @@ def test_c4_perplexity_equals_the_literatures_script_on_the_first_1100_documents
     assert "SparseGPT and Wanda: up to 16 windows of the first 1,100 documents" in record["note"]
 
 
-def test_c4_records_of_fewer_documents_or_windows_are_not_standard(shard):
+def test_c4_records_of_fewer_documents_or_windows_are_not_standard_and_an_invalid_shard_is_refused(shard, monkeypatch):
     path, _ = shard
-    path.write_bytes(gzip.compress(b'{"text": "ban ben bin bor ban ben bin"}\n' * 9))
+    whole = gzip.compress(b'{"text": "ban ben bin bor ban ben bin"}\n' * 9)
+    path.write_bytes(whole)
     record = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16, limit=2)
     assert record["note"].startswith("only the first 2 windows; 9 of 1,100 documents; ")
     assert not record["standard_protocol"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"no gzip", gzip.compress(b'{"text": "ban"}\n{"text": [1]}\n'), gzip.compress(b'{"url": "u"}\n'),
-        gzip.compress(b'{"text": "ban"}\n' * 9)[:-9],
-    ],
-    ids=["plain", "number", "no text", "truncated"],
-)  # fmt: skip
-def test_an_invalid_c4_shard_is_refused_and_a_missing_one_is_downloaded(content, shard, monkeypatch):
-    path, _ = shard
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"Cannot read C4 from .*json\.gz: "):
-        literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
-    path.unlink()
+    number, no_text = (gzip.compress(line) for line in (b'{"text": "ban"}\n{"text": [1]}\n', b'{"url": "u"}\n'))
+    for content in (b"no gzip", number, no_text, whole[:-9]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"Cannot read C4 from .*json\.gz: "):
+            literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
+    path.unlink()  # so it is downloaded
     monkeypatch.setattr(literature, "offline_if_unreachable", unreachable_hub)
     monkeypatch.setattr("datasets.load_dataset", lambda path, **_: [{"text": path}] * 2000)
     assert literature.read_c4() == (" ".join(["allenai/c4"] * 1100), 1100)

@@ -51,7 +51,7 @@ def float64_loglikelihoods(model, tokenizer, row) -> np.ndarray:
 
 
 def test_accuracies_equal_those_of_float64_loglikelihoods(data):
-    (record,), rows = measured("mine"), questions(12)
+    (record,), (part,), rows = measured("mine"), measured("mine", limit=5), questions(12)
     lls = [float64_loglikelihoods(make_tiny_llama(), tiny_tokenizer(), row) for row in rows]
     normed = [ll / [len(choice) for choice in row["choices"]] for ll, row in zip(lls, rows, strict=True)]
     for suffix, scores in (("", lls), ("_norm", normed)):
@@ -61,6 +61,10 @@ def test_accuracies_equal_those_of_float64_loglikelihoods(data):
         assert record[f"correct{suffix}"] == "".join(map(str, correct))
     assert record["correct"] != record["correct_norm"]
     assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
+    assert (part["questions"], part["correct"], part["limit"]) == (5, record["correct"][:5], 5)
+    assert part["note"].startswith("only the first 5 questions; 12 questions, not known to be all of lm_eval's, ")
+    assert (record["standard_protocol"], part["standard_protocol"]) == (False, False)
+    assert record["content_hash"] != part["content_hash"]
 
 
 def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
@@ -97,14 +101,6 @@ def test_a_masked_model_gives_the_answers_of_the_sliced_one_and_minimal_pairs_ha
     ]
     (dense,) = measured("blimp")
     assert sorted(map(int, dense["correct"])) == sorted(int(good > bad) for good, bad in lls)
-
-
-def test_a_limit_an_unknown_set_and_other_examples_are_not_standard(data):
-    (whole,), (part,) = measured("mine"), measured("mine", limit=5)
-    assert (part["questions"], part["correct"], part["limit"]) == (5, whole["correct"][:5], 5)
-    assert part["note"].startswith("only the first 5 questions; 12 questions, not known to be all of lm_eval's, ")
-    assert (whole["standard_protocol"], part["standard_protocol"]) == (False, False)
-    assert whole["content_hash"] != part["content_hash"]
 
 
 GSM8K = [{"question": f"{WORDS[i]} {i} ?", "answer": f"{WORDS[i]} <<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(9)]
@@ -182,6 +178,11 @@ def test_tasks_that_cannot_be_loaded_or_measured_are_refused_with_lm_evals_reaso
     only("sciq", "gsm8k")
     with pytest.raises(tasks.TaskError, match=r"^Cannot load task 'pica': .*not a registered task.* YAML tasks"):
         measured("pica")
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UserError, match="non-finite log-likelihood came up in task 'mine'"):
+        measured("mine", model=model)
     with pytest.raises(tasks.TaskError, match=r"^Cannot load task 'gsm8k': .*(Hub|offline).* Without the hub"):
         measured("gsm8k")
     (data / "tasks/mine/test.jsonl").write_text("not json\n")
@@ -191,14 +192,6 @@ def test_tasks_that_cannot_be_loaded_or_measured_are_refused_with_lm_evals_reaso
     (data / "tasks/piqa.yaml").write_text(yaml.safe_dump(config | {"unsafe_code": True}))
     with pytest.raises(tasks.TaskError, match=r"^Cannot measure task 'piqa': .* marked as unsafe"):
         measured("piqa")
-
-
-def test_non_finite_log_likelihoods_are_refused(data):
-    model = make_tiny_llama()
-    with torch.no_grad():
-        model.lm_head.weight[7] = torch.nan
-    with pytest.raises(UserError, match="non-finite log-likelihood came up in task 'mine'"):
-        measured("mine", model=model)
 
 
 def test_the_recipe_of_the_docs_measures_a_file_of_questions(tmp_path, monkeypatch, only):
@@ -211,9 +204,6 @@ def test_the_recipe_of_the_docs_measures_a_file_of_questions(tmp_path, monkeypat
     (folder / "mine.yaml").write_text(recipe.replace("/data/my_tasks", str(folder)))
     (folder / "questions.jsonl").write_text(lines)
     (record,) = measured("mine", include_path=str(folder))
-    assert (record["questions"], record["source"], record["standard_protocol"]) == (
-        len(lines.splitlines()),
-        "local",
-        False,
-    )
+    about = (record["questions"], record["source"], record["standard_protocol"])
+    assert about == (len(lines.splitlines()), "local", False)
     assert record["acc_norm"] is not None
