@@ -13,7 +13,6 @@ from experiments.bench import inference as speed
 from experiments.bench import learning, measure, models
 from experiments.bench.__main__ import main
 from experiments.bench.models import Settings
-from gprune.export.hf import save_pruned
 from tests import tiny_run
 
 CPU = torch.device("cpu")
@@ -128,21 +127,7 @@ def test_inference_compares_the_dense_model_with_one_pruned_by_random_masks(caps
     assert (share_of_bound, goal) == (pytest.approx(speedup / bound, rel=2e-3), speed.GOAL)
 
 
-@pytest.mark.slow
-def test_inference_compares_the_dense_model_with_a_pruned_folder(tmp_path, capsys):
-    dense = tiny_run.save_tiny_model(tmp_path / "dense")
-    model = tiny_run.make_tiny_llama(intermediate_size=tiny_run.NEURONS)
-    small = gprune.apply_masks(model, models.random_masks(model, SMALL))
-    save_pruned(small, tiny_run.tiny_tokenizer(), tmp_path / "small")
-    short = ("--repeats", "1", "--batch_sizes", "1", "--seq_len", "8", "--new_tokens", "2")
-    assert main(["inference", "--model", str(dense), "--run", str(tmp_path / "small"), *short]) == 0
-    out = capsys.readouterr().out
-    assert "pruned as in small" in out
-    share_of_weights = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
-    assert numbers(out, "weights")[-1] == pytest.approx(share_of_weights, abs=1e-3)
-
-
-def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path):
+def test_a_finished_run_or_a_pruned_folder_is_compared_with_its_own_dense_model(tmp_path):
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
     run = world.run(tmp_path / "runs", "--gprune=false", "--evaluation.before_recovery=false")
@@ -151,6 +136,9 @@ def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path):
     assert [m.config.intermediate_size for m in pair.models.values()] == [tiny_run.NEURONS, tiny_run.NEURONS // 2]
     ids = torch.arange(4, 20)[None]
     assert torch.equal(pair.models["pruned"](ids).logits, run.model(ids).logits)
+    of_folder = models.pair_of(replace(SMALL, model=str(world.model), run=str(run.path / "model")))
+    assert of_folder.how.endswith("pruned as in model")
+    assert torch.equal(of_folder.models["pruned"](ids).logits, run.model(ids).logits)
 
 
 @pytest.mark.slow

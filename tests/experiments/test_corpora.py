@@ -91,14 +91,11 @@ def test_wikitext_articles_begin_at_titles_and_not_at_formulas():
     assert len(test) == 2
 
 
-def test_only_whole_lines_within_the_size_limit_are_read(monkeypatch):
+def test_only_whole_lines_within_the_size_limit_are_read_and_duplicates_removed_across_splits(monkeypatch):
     monkeypatch.setattr(corpora, "MOST", len("".join(LINES[:9]).encode()) + 3)
     train, test = corpora.wikitext_articles(LINES, LINES)
     assert train == ["".join(LINES[:9])]
     assert len(test) == 2
-
-
-def test_duplicate_documents_are_removed_within_and_across_splits():
     assert corpora.distinct(["a", "b", "a"], ["c", "b", "c"]) == (["a", "b"], ["c"])
 
 
@@ -127,15 +124,14 @@ def test_the_committed_records_have_one_hash_for_each_text_sample():
     assert {len(hashes) for hashes in hashes_of_samples.values()} == {1}
 
 
-def test_a_mixture_has_the_first_characters_of_its_parts(tmp_path):
+def test_a_mixture_has_the_first_characters_of_its_parts_and_is_made_if_it_is_missing(
+    dataset_calls, tmp_path, monkeypatch
+):
     parts = {"a": ["a" * 7, "b" * 7], "c": ["d" * 4, "e" * 4, "f" * 4], "g": ["h"]}
     for name, texts in parts.items():
         corpora.write(tmp_path, name, {"train": texts, "test": [text.upper() for text in texts]})
     mixed = corpora.mix(tmp_path, {"a": None, "c": 6})
     assert mixed == {"train": ["a" * 7, "b" * 7, "dddd", "ee"], "test": ["A" * 7, "B" * 7, "DDDD", "EE"]}
-
-
-def test_checking_a_folder_makes_missing_mixtures_and_keeps_others(dataset_calls, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "recorded", dict)
     for name in corpora.SOURCES:
         corpora.write(tmp_path, name, {"train": [name], "test": [name]})

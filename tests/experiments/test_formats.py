@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,20 +67,11 @@ def work(tmp_path_factory):
     return folder
 
 
-# vLLM
-
-
-@pytest.fixture
-def reference(work):
-    """Return the paths of a model and of its reference for vLLM."""
-    return SimpleNamespace(folder=work / "ffn+kv/hf", path=work / "ffn+kv/reference.json")
-
-
-def test_the_reference_for_vllm_has_the_predictions_and_the_perplexity_of_the_saved_model(reference):
-    content = json.loads(reference.path.read_text())
+def test_the_reference_for_vllm_has_the_predictions_and_the_perplexity_of_the_saved_model(work):
+    content = json.loads((work / "ffn+kv/reference.json").read_text())
     ids = torch.tensor([content["ids"]])
     with torch.no_grad():
-        output = AutoModelForCausalLM.from_pretrained(reference.folder)(ids, labels=ids)
+        output = AutoModelForCausalLM.from_pretrained(work / "ffn+kv/hf")(ids, labels=ids)
     assert content["top1"] == output.logits[0, :-1].argmax(-1).tolist()
     mean_log_probability = sum(content["logprobs"]) / len(content["logprobs"])
     assert -mean_log_probability == pytest.approx(output.loss.item(), rel=1e-5)
@@ -105,21 +95,15 @@ def test_a_consumer_with_the_same_logits_is_a_row_with_result_ok(work, capsys):
     assert row[-2:] == ["`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`", "ok"]
 
 
-@pytest.mark.parametrize("consumer", [OLDER[0], "vLLM"])
-def test_a_consumer_that_is_not_installed_is_a_row_with_result_not_installed(consumer, work, tmp_path, capsys):
+def test_a_consumer_that_is_not_installed_or_has_other_logits_is_named_in_its_row(work, tmp_path, capsys, monkeypatch):
     """Consumers are installed in `packages` of the work folder, which does not exist here, or given by `--vllm`."""
-    assert not (work / "packages").exists()
-    code, rows = table(work, capsys, "--only", consumer, "--vllm", str(tmp_path / "no_python"))
-    assert code == 0
-    assert [row[-1] for row in rows] == ["not installed"] * len(models.MODELS)
-
-
-@pytest.mark.parametrize(
-    ("added", "result", "code"),
-    [(1e-5, "ok", 0), (1e-3, "FAILS: Logits must be within 1e-04; got a difference of 1.0e-03.", 1)],
-)
-def test_a_consumer_fails_if_its_logits_differ_by_more_than_the_limit(added, result, code, work, capsys, monkeypatch):
-    reference_logits = load_file(work / "ffn/reference.safetensors")["logits"]
-    monkeypatch.setattr(hf, "reloaded_logits", lambda folder, ids: (reference_logits + added)[None])
-    exit_code, (row,) = table(work, capsys, "--only", f"hf ffn transformers {INSTALLED}")
-    assert (exit_code, row[-1]) == (code, result)
+    for consumer in (OLDER[0], "vLLM"):
+        code, rows = table(work, capsys, "--only", consumer, "--vllm", str(tmp_path / "no_python"))
+        assert code == 0
+        assert [row[-1] for row in rows] == ["not installed"] * len(models.MODELS)
+    logits = load_file(work / "ffn/reference.safetensors")["logits"]
+    too_large = "FAILS: Logits must be within 1e-04; got a difference of 1.0e-03."
+    for added, result, expected_code in ((1e-5, "ok", 0), (1e-3, too_large, 1)):
+        monkeypatch.setattr(hf, "reloaded_logits", lambda folder, ids, added=added: (logits + added)[None])
+        code, (row,) = table(work, capsys, "--only", f"hf ffn transformers {INSTALLED}")
+        assert (code, row[-1]) == (expected_code, result)

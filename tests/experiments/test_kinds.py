@@ -39,19 +39,16 @@ def kind(commit: str, files: str, read=kinds.treebank_document) -> kinds.Kind:
     return kinds.Kind("somebody/texts", commit, files, read, "CC0")
 
 
-@pytest.mark.parametrize(
-    ("read", "content", "documents"),
-    [
+def test_each_format_becomes_plain_documents():
+    for read, content, documents in (
         (kinds.treebank_document, CONLLU, ["First sentence. Second one."]),
         (kinds.treebank, CONLLU * 11, [" ".join(["First sentence. Second one."] * 10), "First sentence. Second one."]),
         (kinds.abstracts_of_medicine, '{"1": {"CONTEXTS": ["Aim.", "Result."]}}', ["Aim.\nResult."]),
         (kinds.abstracts_of_papers, '{"source": ["We prune.", "It works."]}\n', ["We prune. It works."]),
         (kinds.play, PLAY, ["ROBIN\nHow now, spirit?\n\nFAIRY\nOver hill, over dale."]),
         (kinds.law, LAW, ["Be it enacted.\n\nSection 1 of the act."]),
-    ],
-)  # fmt: skip
-def test_each_format_becomes_plain_documents(read, content, documents):
-    assert read(content) == documents
+    ):
+        assert read(content) == documents
 
 
 def test_documents_come_from_the_fixed_commit_in_the_order_of_paths(tmp_path, monkeypatch):

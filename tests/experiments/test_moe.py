@@ -30,11 +30,8 @@ def test_with_all_experts_and_equal_weights_the_mixture_is_the_dense_model(dense
         layer.mlp.gate.weight.zero_()
     mixture.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert (loaded.config.model_type, loaded.config.num_experts, loaded.config.num_experts_per_tok) == (
-        "qwen2_moe",
-        8,
-        8,
-    )
+    config = loaded.config
+    assert (config.model_type, config.num_experts, config.num_experts_per_tok) == ("qwen2_moe", 8, 8)
     torch.testing.assert_close(loaded(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
 
 

@@ -73,24 +73,20 @@ def test_the_windows_are_those_that_gprune_calibrates_on_with_corpora_in_turn(wo
     assert torch.equal(torch.cat(read.windows[: len(train)]), torch.stack([w.tokens[0] for w in train.values()]))
 
 
-@pytest.mark.parametrize("content", [None, b"text"])
-def test_an_invalid_file_of_windows_is_refused_in_one_line(content, tmp_path, capsys):
-    path = tmp_path / "windows"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        common.read_windows(path)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --windows: '{path}'")
-
-
-def test_a_missing_clone_or_another_commit_is_refused_with_the_git_commands(clone, tmp_path, capsys):
-    for folder in (tmp_path / "nowhere", clone):
+def test_invalid_windows_a_missing_clone_and_another_commit_are_refused_in_one_line(clone, tmp_path, capsys):
+    def refused(function, *arguments):
         with pytest.raises(SystemExit) as stopped:
-            common.check_clone(PEER, folder)
+            function(*arguments)
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    path = tmp_path / "windows"
+    assert refused(common.read_windows, path).startswith(f"error: --windows: '{path}'")
+    path.write_bytes(b"text")
+    assert refused(common.read_windows, path).startswith(f"error: --windows: '{path}'")
+    for folder in (tmp_path / "nowhere", clone):
+        line = refused(common.check_clone, PEER, folder)
         assert str(folder) in line
         assert "git clone https://github.com/owner/tool tool && git -C tool checkout 00000000" in line
     assert common.check_clone(osscar.PEER, clone) == clone

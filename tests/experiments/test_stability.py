@@ -36,6 +36,8 @@ def test_the_jaccard_index_of_masks_is_that_of_the_sets_of_kept_units(seed):
     assert jaccard(a, b) == len(first & second) / len(first | second) == jaccard(b, a)
     assert jaccard(a, a) == 1
     assert jaccard(a, ~a) == 0
+    empty = torch.zeros(8, dtype=torch.bool)
+    assert jaccard(empty, empty) == chance_jaccard(8, 0, 0) == 1
 
 
 @pytest.mark.parametrize(("units", "a", "b"), [(6, 3, 3), (6, 2, 4), (7, 5, 6), (5, 0, 3), (5, 5, 2), (4, 4, 4)])
@@ -47,11 +49,6 @@ def test_chance_jaccard_is_the_mean_over_all_pairs_of_sets(units, a, b):
     ]
     assert chance_jaccard(units, a, b) == pytest.approx(np.mean(indices), abs=1e-12)
     assert chance_jaccard(units, b, a) == pytest.approx(chance_jaccard(units, a, b), abs=1e-12)
-
-
-def test_the_jaccard_index_of_empty_masks_is_1():
-    assert chance_jaccard(8, 0, 0) == 1
-    assert jaccard(torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)) == 1
 
 
 def test_the_stability_of_independent_masks_is_near_0_and_of_equal_masks_1():
@@ -75,7 +72,7 @@ def test_full_and_empty_blocks_are_excluded():
     assert stability([full], [full]) is None
 
 
-def test_every_pair_of_runs_with_the_same_model_is_compared_once():
+def test_every_pair_of_runs_with_the_same_model_is_compared_once_and_is_a_row_of_the_table():
     """Runs without masks are excluded. No attention is removed, so only the FFN has a stability."""
     runs = [run_of(i, draw(20, 8, i), draw(20, 12, i)) for i in range(3)]
     excluded = [run_of(3, draw(24, 8, 0), model="another"), replace(runs[0], masks=None)]
@@ -83,11 +80,7 @@ def test_every_pair_of_runs_with_the_same_model_is_compared_once():
     names = [f"a, seed {i}" for i in range(3)]
     assert [comparison[:3] for comparison in comparisons] == [(a, b, "ffn") for a, b in combinations(names, 2)]
     assert comparisons[1][3:] == stability(runs[0].masks.ffn, runs[2].masks.ffn)
-
-
-def test_tables_have_one_row_for_each_pair_and_the_mean_over_the_pairs_of_seeds():
-    runs = [run_of(i, draw(20, 8, i), draw(20, 12, i)) for i in range(3)]
     pair_table, seed_table = tables(runs, of_pairs=True)
     assert len(pair_table.rows) == 3
-    beyond = np.mean([comparison[-1] for comparison in pairs(runs)])
+    beyond = np.mean([comparison[-1] for comparison in comparisons])
     assert [(row[0], row[1], row[-1]) for row in seed_table.rows] == [("a", "ffn", pytest.approx(beyond))]

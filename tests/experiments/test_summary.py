@@ -33,14 +33,11 @@ def test_the_ratio_of_the_distillation_part_is_that_of_its_records():
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx(expected)
 
 
-def test_every_drawn_row_is_in_its_list():
+def test_every_drawn_row_is_in_its_list_and_every_part_is_drawn():
+    """`parts` leaves out a row that is not in the headline's list."""
     by_tokens = {"distill.yaml": [row for rows in summary.BY_TOKENS.values() for row in rows]}
     for name, rows in [*summary.SMOLLM2.items(), *summary.GEMMA.items(), *by_tokens.items()]:
         assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
-
-
-def test_every_part_is_drawn():
-    """`parts` leaves out a row that is not in the headline's list."""
     assert [label for label, _ in summary.parts()] == ["the base metric", *summary.PARTS.values(), "the dense model"]
 
 

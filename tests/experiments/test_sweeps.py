@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from pathlib import Path
 
@@ -43,13 +42,6 @@ def flags(sweep: dict, point: dict) -> list[str]:
     return words[3:]
 
 
-@functools.cache  # parsing takes most of the time of these tests
-def configs(path: Path) -> list:
-    """Return one configuration per point of the grid. Call this in the folder of the repository, as agents do."""
-    sweep = read(path)
-    return [parse(flags(sweep, point)) for point in points(sweep)]
-
-
 def calibration(cfg) -> str:
     """Return the settings that determine the cached statistics of one machine, as a text that can be compared."""
     corpora = cfg.corpora
@@ -59,34 +51,23 @@ def calibration(cfg) -> str:
 
 
 @every_sweep
-def test_every_command_line_gives_a_run_with_a_unique_name_that_is_logged_online_without_an_export(path, monkeypatch):
+def test_every_command_line_gives_a_run_with_a_unique_name_and_runs_of_a_seed_share_calibration(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "offline")  # has no effect on runs of an agent
-    assert read(path)["method"] == "grid"
-    assert len({cfg.run_name for cfg in configs(path)}) == len(configs(path)) > 1
-    for cfg in configs(path):
+    sweep = read(path)
+    assert sweep["method"] == "grid"
+    configs = [parse(flags(sweep, point)) for point in points(sweep)]
+    assert len({cfg.run_name for cfg in configs}) == len(configs) > 1
+    for cfg in configs:
         cfg.check_names()
         assert cfg.run.name is None
         assert cfg.logging.resolved_mode == "online"
         assert cfg.logging.project is None  # W&B uses the project of the sweep
         assert cfg.export.format == "none"
-
-
-@every_sweep
-def test_the_order_of_parameters_does_not_matter(path, monkeypatch):
-    """W&B does not define the order, and later flags override earlier ones."""
-    monkeypatch.chdir(ROOT)
-    sweep = read(path)
+    assert len({calibration(cfg) for cfg in configs}) == len({cfg.run.seed for cfg in configs})
+    # W&B does not define the order of parameters, and later flags override earlier ones.
     reversed_points = [dict(reversed(point.items())) for point in points(sweep)[-8:]]
-    assert [parse(flags(sweep, point)) for point in reversed_points] == configs(path)[-8:]
-
-
-@every_sweep
-def test_runs_of_one_seed_share_their_calibration(path, monkeypatch):
-    """The number of different calibrations is the number of seeds."""
-    monkeypatch.chdir(ROOT)
-    seeds = {cfg.run.seed for cfg in configs(path)}
-    assert len({calibration(cfg) for cfg in configs(path)}) == len(seeds)
+    assert [parse(flags(sweep, point)) for point in reversed_points] == configs[-8:]
 
 
 def test_booleans_and_lists_of_sweep_parameters_are_parsed():

@@ -135,11 +135,8 @@ def test_questions_and_rows_give_the_requests_of_lm_evals_task_and_pairs_alterna
     assert asked[0] == asked[1]
     assert asked[0][0][1].startswith(" ")
     paradigms = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
-    assert [paradigms[tuple(doc["choices"])] for doc in tasks["blimp"].eval_docs] == [
-        "island",
-        "binding",
-        "ellipsis",
-    ] * 4
+    alternating = ["island", "binding", "ellipsis"] * 4
+    assert [paradigms[tuple(doc["choices"])] for doc in tasks["blimp"].eval_docs] == alternating
 
 
 def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(tmp_path, monkeypatch, only):  # noqa: F811
@@ -155,17 +152,14 @@ def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(tmp_path, 
         assert load(root, "piqa")["piqa"].config.metadata["complete"] is complete
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("not json", r"mine/test\.jsonl:13: Cannot read a JSON object"),
-        ('{"prompt": "p"}', "Cannot write task 'mine' .* without 'choices'"),
-    ],
-)
-def test_invalid_lines_are_refused(line, message, tmp_path, only):  # noqa: F811
+def test_invalid_lines_are_refused(tmp_path, only):  # noqa: F811
     path = write_rows(tmp_path, "mine", "test", questions(12))
-    path.write_text(f"{path.read_text()}{line}\n")
-    with pytest.raises(script.UserError, match=message):
-        script.work(["--data", str(tmp_path / "rows"), "--output", str(tmp_path / "out")])
-    with pytest.raises(script.UserError, match="--output must be another folder"):
-        script.work(["--data", str(tmp_path / "rows"), "--output", str(tmp_path / "rows")])
+    valid, data = path.read_text(), str(tmp_path / "rows")
+    for line, output, message in (
+        ("not json", "out", r"mine/test\.jsonl:13: Cannot read a JSON object"),
+        ('{"prompt": "p"}', "out", "Cannot write task 'mine' .* without 'choices'"),
+        ("", "rows", "--output must be another folder"),
+    ):
+        path.write_text(f"{valid}{line}\n")
+        with pytest.raises(script.UserError, match=message):
+            script.work(["--data", data, "--output", str(tmp_path / output)])
