@@ -35,15 +35,10 @@ def timed(capsys, *args) -> list[list[str]]:
     return [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
 
 
-def fork(monkeypatch, fresh=0):
-    """Run engines in forked processes, except for the first `fresh` ones."""
-    started = iter([subprocess.Popen] * fresh)
-
-    def start(*args, **options):
-        return next(started, ForkedScript)(*args, **options)
-
-    popen = SimpleNamespace(run=subprocess.run, Popen=start, PIPE=subprocess.PIPE)
-    monkeypatch.setattr(engines, "subprocess", popen)
+def fork(monkeypatch):
+    """Run engines in forked processes."""
+    forked = SimpleNamespace(run=subprocess.run, Popen=ForkedScript, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(engines, "subprocess", forked)
 
 
 def records_in(run) -> dict[tuple, dict]:
@@ -52,7 +47,7 @@ def records_in(run) -> dict[tuple, dict]:
 
 
 def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(world, tmp_path, capsys, monkeypatch):
-    fork(monkeypatch, fresh=1)
+    fork(monkeypatch)
     runs = [tmp_path / name for name in ("a", "b")]
     for run, target in zip(runs, ("0.5", "0.25"), strict=True):
         world.run(tmp_path, "--gprune=false", f"--sparsity.target={target}", name=run.name)
@@ -67,9 +62,8 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
         assert len(records) == 24
         for (task, batch, _), r in records.items():
             label, kind = task.split()
-            assert (r["engine"], r["form"]) == (
-                "transformers", "nemotron-nas" if label.endswith("nemotron-nas") else "hf",
-            )  # fmt: skip
+            form = "nemotron-nas" if label.endswith("nemotron-nas") else "hf"
+            assert (r["engine"], r["form"]) == ("transformers", form)
             assert r["engine_version"]
             tokens = {"prefill": 12 * batch, "decode": batch, "generate": 4 * batch}[kind]
             assert r["tokens_per_second"] == pytest.approx(tokens / r["seconds"])
