@@ -141,29 +141,10 @@ SPEED_LINE = (
 
 @pytest.mark.slow
 def test_a_run_reports_its_speeds_and_resumes_with_its_table_only(measurements, world, tmp_path, capsys, monkeypatch):
+    """Speed is measured with the default products of torch, which a user has who loads the model, and perplexity with
+    the fastest ones, on a processor on which oneDNN is faster than MKL.
+    """
     monkeypatch.setattr(speed, "ROUNDS", 1)
-    ran = world.run(tmp_path, *FLAGS)
-    out = capsys.readouterr().out
-    (line,) = set(re.findall(SPEED_LINE, out))  # the same line in the log and in the summary
-    assert (ran.summary["speed"]["said"], ran.summary["speed"]["latency"]) == (line, TABLE)
-    assert line in (tmp_path / "run/model/README.md").read_text()
-    assert f"run: {line}" in report.make([tmp_path / "run"]).to_markdown()
-    assert ran.summary["speed"]["predicted"] >= 1.05
-    (tmp_path / "run/metrics.json").unlink()
-    resumed = world.run(tmp_path, *FLAGS)
-    assert (resumed.masks, len(measurements)) == (ran.masks, 1)
-    assert resumed.summary["speed"] == ran.summary["speed"]
-    # The table of another machine is another budget, so that the run cannot resume with it.
-    monkeypatch.setattr(speed, "measure_table", lambda *_: TABLE | {"rest": 3e-3})
-    monkeypatch.setattr(speed.platform, "node", lambda: "another-host")
-    assert main(world.args(tmp_path, *FLAGS)) == 2
-    assert "it has a run with other settings: inputs.speed" in capsys.readouterr().err
-
-
-def test_speed_is_measured_with_the_default_products_of_torch_and_perplexity_with_the_fastest(
-    measurements, world, tmp_path, monkeypatch
-):
-    """On a processor on which oneDNN is faster than MKL. A user who loads the model has the default products."""
     monkeypatch.setattr(trainer, "float32_by_onednn", lambda device: device.type == "cpu")
     used: dict[str, set[str]] = {}
 
@@ -179,6 +160,21 @@ def test_speed_is_measured_with_the_default_products_of_torch_and_perplexity_wit
     watch(speed, "time_generation")
     watch(speed, "measure_table")
     watch(evaluate, "perplexity")
-    world.run(tmp_path, *FLAGS)
+    ran = world.run(tmp_path, *FLAGS)
     assert used == {"time_generation": {"highest"}, "measure_table": {"highest"}, "perplexity": {"medium"}}
     assert torch.get_float32_matmul_precision() == "highest"
+    out = capsys.readouterr().out
+    (line,) = set(re.findall(SPEED_LINE, out))  # the same line in the log and in the summary
+    assert (ran.summary["speed"]["said"], ran.summary["speed"]["latency"]) == (line, TABLE)
+    assert line in (tmp_path / "run/model/README.md").read_text()
+    assert f"run: {line}" in report.make([tmp_path / "run"]).to_markdown()
+    assert ran.summary["speed"]["predicted"] >= 1.05
+    (tmp_path / "run/metrics.json").unlink()
+    resumed = world.run(tmp_path, *FLAGS)
+    assert (resumed.masks, len(measurements)) == (ran.masks, 1)
+    assert resumed.summary["speed"] == ran.summary["speed"]
+    # The table of another machine is another budget, so that the run cannot resume with it.
+    monkeypatch.setattr(speed, "measure_table", lambda *_: TABLE | {"rest": 3e-3})
+    monkeypatch.setattr(speed.platform, "node", lambda: "another-host")
+    assert main(world.args(tmp_path, *FLAGS)) == 2
+    assert "it has a run with other settings: inputs.speed" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import gprune
 from gprune.benchmarks import measurement
 from gprune.errors import UserError
 from gprune.report.tables import caption
+from gprune.storage.files import Cache
 from gprune.studies import archive, runner
 from gprune.studies.archive import finished_record
 from tests import tiny_run
@@ -86,7 +87,9 @@ STATISTICS = {  # rows that need moments; Gram matrices of three corpora; salien
 }  # fmt: skip
 
 
-def test_the_first_row_collects_the_statistics_that_other_rows_of_a_list_need(bench, monkeypatch, tmp_path):
+def test_the_first_row_collects_statistics_and_evaluates_the_dense_model_for_all_rows_of_a_list(
+    bench, monkeypatch, tmp_path
+):
     """A later row reads text again only if no earlier row has read it, and has the results of a run alone."""
     tokens = 4 * 32  # of one corpus
     scored = {"corpora.score": [str(bench.world.corpora[name]) for name in tiny_run.SEEN]}
@@ -101,8 +104,10 @@ def test_the_first_row_collects_the_statistics_that_other_rows_of_a_list_need(be
         costs[row.name] = [step.get(f"{kind}_tokens", 0) for kind in ("forward", "forward_backward")]
         results[row.name] = [record["masks"], *(r["nll"] for r in record["records"])]
     assert costs == {"plain": [0, 3 * tokens], "least squares": [0, 0], "taylor": [0, 0]}
-    for name, settings in STATISTICS.items():
-        alone = bench.write(f"alone {name}", {name: settings}, common=common | {"run.dir": str(tmp_path / name)})
+    assert len([*Cache("evaluations").path("").glob("*")]) == 3  # the dense model is evaluated once on each corpus
+    for name in ("least squares", "taylor"):
+        row = {name: STATISTICS[name] | {"run.dir": str(tmp_path / name)}}
+        alone = bench.write(f"alone {name}", row, common=common)
         monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / f"cache of {name}"))
         bench(alone, "--records", tmp_path / f"records of {name}")
         (row,) = bench.rows(alone, records=tmp_path / f"records of {name}")
