@@ -244,7 +244,7 @@ def test_a_wandb_failure_during_a_run_is_one_warning(start, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_run_is_logged_offline_if_the_server_cannot_be_reached(tmp_path, caplog):
-    variables = {"API_KEY": 40 * "a", "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "2", "MODE": "online"}
+    variables = {"API_KEY": 40 * "a", "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "1", "MODE": "online"}
     about = {"id": "abc", "name": "n", "group": "g", "job_type": "j", "tags": [], "config": {}}
     wandb.teardown()
     with environment(tmp_path, **variables), wandb_run(tmp_path, LoggingConfig(), **about) as run:
@@ -253,17 +253,6 @@ def test_a_run_is_logged_offline_if_the_server_cannot_be_reached(tmp_path, caplo
     assert wandb_files.read(wandb_files.find(tmp_path)[-1]).summary["a"] == 1
     (line,) = [record.message for record in caplog.records if record.name == "gprune"]
     assert "The run is logged offline, for `wandb sync`" in line
-
-
-def test_logging_is_offline_by_default_and_follows_wandb_mode(world, tmp_path):
-    args = [a for a in world.args(tmp_path, "--gprune=false") if not a.startswith("--logging")]
-    for name, mode in (("quiet", "disabled"), ("default", None)):
-        with tiny_run.isolated(tmp_path / "cache", WANDB_MODE=mode):
-            assert tiny_run.main([*args, f"--run.name={name}"]) == 0
-            assert os.environ.get("WANDB_MODE") == mode
-    assert not (tmp_path / "quiet/wandb").exists()
-    assert "final/unseen" in (tmp_path / "quiet/csv/version_0/metrics.csv").read_text()
-    assert len(list((tmp_path / "default").glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
 def test_an_exception_closes_the_wandb_run_as_failed_and_the_hint_on_curves_has_its_path(start, tmp_path, monkeypatch):
@@ -289,17 +278,25 @@ def wandb_ids_and_csv_versions(path):
     return ids, sorted(folder.name for folder in (path / "csv").iterdir())
 
 
-def test_a_finished_run_is_not_logged_again_and_a_resumed_run_keeps_its_wandb_id(world, tmp_path):
-    with tiny_run.isolated(tmp_path / "cache"):
-        flags = ("--logging.mode=offline", "--gprune=false")
-        first = world.run(tmp_path, *flags)
-        before = wandb_ids_and_csv_versions(first.path)
-        restarted = world.run(tmp_path, *flags)
-        assert wandb_ids_and_csv_versions(restarted.path) == before
-        assert restarted.records == first.records
-        (first.path / "metrics.json").unlink()  # so the run is not finished, and resumes
-        ids, versions = wandb_ids_and_csv_versions(world.run(tmp_path, *flags).path)
-    assert set(ids) == set(before[0])
+def test_runs_are_logged_offline_once_unless_wandb_mode_disables_it_and_keep_their_id_on_resuming(world, tmp_path):
+    args = [a for a in world.args(tmp_path, "--gprune=false") if not a.startswith("--logging")]
+    quiet, run = tmp_path / "quiet", tmp_path / "run"
+    with tiny_run.isolated(tmp_path / "cache", WANDB_MODE="disabled"):
+        assert tiny_run.main([*args, "--run.name=quiet"]) == 0
+        assert os.environ["WANDB_MODE"] == "disabled"
+    assert not (quiet / "wandb").exists()
+    assert "final/unseen" in (quiet / "csv/version_0/metrics.csv").read_text()
+    with tiny_run.isolated(tmp_path / "cache", WANDB_MODE=None):
+        assert tiny_run.main(args) == 0
+        first = wandb_ids_and_csv_versions(run)
+        assert (len(first[0]), first[1]) == (1, ["version_0"])
+        assert tiny_run.main(args) == 0  # it is finished
+        assert wandb_ids_and_csv_versions(run) == first
+        (run / "metrics.json").unlink()  # so the run is not finished, and resumes
+        assert tiny_run.main(args) == 0
+        assert "WANDB_MODE" not in os.environ
+    ids, versions = wandb_ids_and_csv_versions(run)
+    assert set(ids) == set(first[0])
     assert versions == ["version_0", "version_1"]
 
 
