@@ -1,4 +1,4 @@
-"""Print the commands of a README's N-th block: the N-th fenced `bash` block under `## Quick start`, exactly as printed."""
+"""Print the commands of a README: those of its N-th fenced `bash` block under `## Quick start`, exactly as printed."""
 
 import re
 import sys

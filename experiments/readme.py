@@ -2,6 +2,7 @@
 
     python -m experiments.readme                                # prints the table of quality
     python -m experiments.readme --shares                       # prints what is lost and gained at several shares
+    python -m experiments.readme --commands                     # prints the command of each row of both tables
     python -m experiments.readme --figures experiments/figures  # draws readme.png
 
 All numbers are unseen perplexity divided by that of the dense model ("times dense").
@@ -31,8 +32,8 @@ Place = tuple[str, str] | None  # list and row
 
 # Label: rows of SmolLM2 before and after training, and of Gemma. All have weights in bfloat16 and seed 0.
 ROWS: dict[str, tuple[Place, Place, Place]] = {
-    "base": ((PEERS, "base"), None, (GEMMA, "base")),
-    "paper": (("parts.yaml", "paper"), None, (GEMMA, "paper")),
+    "one corpus": ((PEERS, "base"), None, (GEMMA, "base")),
+    "paper's method": (("parts.yaml", "paper"), None, (GEMMA, "paper")),
     "averaged": (("parts.yaml", "averaged"), None, (GEMMA, "averaged")),
     "recommended": (
         ("untrained.yaml", "smollm2, act_norm, reconstruction"), (PEERS, "best, 49k"),
@@ -91,26 +92,49 @@ def table() -> Table:
     return Table("readme", "Quality", COLUMNS, cells)
 
 
-def files_in_llama_cpp() -> dict[str, Any]:
-    """Return the measurements of `experiments.frontier` on SmolLM2."""
-    return json.loads((HERE / "records" / "gguf" / "smollm2.json").read_text(encoding="utf-8"))
+def files_in_llama_cpp() -> list[dict[str, Any]]:
+    """Return the measurements of `experiments.frontier` on SmolLM2. Each has the dense model, measured beside it."""
+    folder = HERE / "records" / "gguf"
+    return [json.loads((folder / name).read_text(encoding="utf-8")) for name in ("smollm2.json", "smollm2_20_50.json")]
 
 
 def shares_table() -> Table:
-    """Return the README's table of what is lost and gained: files in llama.cpp, relative to dense in 16 bits."""
-    measured = files_in_llama_cpp()
-    dense, rows = measured["files"][0], []
-    for row in measured["files"]:
-        if row["model"] != "dense" and row["type"] != "q8_0":
-            continue
-        mean, worst = loss(row, measured)
-        rows.append([
-            "nothing" if row["model"] == "dense" else row["model"].removesuffix(" of the FFN"), percent(row["share"]),
-            f"{row['bytes'] / 1e6:.0f} MB, {BITS[row['type']]}", f"{mean:.2f} ({worst:.1f})",
-            *(f"{row[number] / dense[number]:.1f}" for number in ("prefill", "decode")),
-        ])  # fmt: skip
+    """Return the README's table of what is lost and gained: perplexity relative to dense in 16 bits, speed to 8 bits.
+
+    Speeds are compared with those of the dense model in the same measurement.
+    """
+    rows = []
+    for i, measured in enumerate(files_in_llama_cpp()):
+        dense, dense_8_bits, *_ = measured["files"]
+        for row in measured["files"]:
+            is_dense = row["model"] == "dense"
+            if row is dense or (is_dense and i > 0) or not (is_dense or row["type"] == "q8_0"):
+                continue
+            mean, worst = loss(row, measured)
+            rows.append([
+                "nothing" if is_dense else row["model"].removesuffix(" of the FFN"), percent(row["share"]),
+                f"{row['bytes'] / 1e6:.0f} MB, {BITS[row['type']]}", f"{mean:.2f} ({worst:.1f})",
+                *(f"{row[number] / dense_8_bits[number]:.1f}" for number in ("prefill", "decode")),
+            ])  # fmt: skip
+    rows.sort(key=lambda cells: int(cells[1].split()[0]))  # by the share of the model
     columns = ["of the FFN removed", "of the model", "file", "perplexity", "prompt speed", "generation"]
     return Table("shares", "What is lost and gained", columns, rows)
+
+
+def commands() -> str:
+    """Return the commands that measure the rows of both tables, by row."""
+    lines = [
+        "# What is lost and gained: the first four print the commands of runs, whose folders the last one measures"
+    ]
+    for share in ("10 %", "20 %", "30 %", "50 %"):
+        lines.append(
+            f'gprune study experiments/lists/frontier.yaml --only "SmolLM2, {share}" --commands -- --export hf'
+        )
+    lines.append("python -m experiments.frontier runs/experiments/NAME ... --output FILE")
+    for label, places in ROWS.items():
+        lines.append(f"# {label}: SmolLM2, SmolLM2 trained, Gemma")
+        lines += [f'gprune study experiments/lists/{path} --only "{row}"' for path, row in filter(None, places)]
+    return "\n".join(lines) + "\n"
 
 
 def points(places: Sequence[Place]) -> list[tuple[float, float]]:
@@ -122,7 +146,7 @@ def points(places: Sequence[Place]) -> list[tuple[float, float]]:
 @style()
 def drawn() -> Figure:
     """Draw perplexity against the removed share, a panel for each model, with the names of lines at their ends."""
-    measured = files_in_llama_cpp()
+    measured, _ = files_in_llama_cpp()
     quantized = next(row for row in measured["files"] if (row["model"], row["type"]) == ("dense", "q8_0"))
     eight_bits, _ = loss(quantized, measured)
     figure = Figure(figsize=(9.6, 3.7))  # inches; GitHub shows it about 830 pixels wide
@@ -158,9 +182,12 @@ def work(arguments: Sequence[str] | None = None) -> str:
     parser = Parser("python -m experiments.readme", description=__doc__)
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figure to this folder, no table")
     parser.add_argument("--shares", action="store_true", help="print what is lost and gained at several shares")
+    parser.add_argument("--commands", action="store_true", help="print the command of each row of both tables")
     options = parser.parse_args(arguments)
     folder = options.figures
     quiet()
+    if options.commands:
+        return commands()
     if folder is None:
         return (shares_table() if options.shares else table()).to_markdown() + "\n"
     (path,) = save(drawn(), folder, "readme")

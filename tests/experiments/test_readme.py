@@ -23,7 +23,13 @@ def test_cells_are_times_dense():
     lines = {line[0]: line[1:] for line in readme.table().rows}
     before, after, *_ = map(float, filter(None, lines["recommended"]))
     assert 1 < after < before
-    assert lines["base"][1] is None  # was not trained under this protocol
+    assert lines["one corpus"][1] is None  # was not trained under this protocol
+
+
+def test_every_row_has_the_command_that_measures_it():
+    printed = readme.work(["--commands"])
+    assert 'gprune study experiments/lists/parts.yaml --only "averaged"' in printed
+    assert all(f"# {label}: " in printed for label, *_ in readme.table().rows)
 
 
 @pytest.mark.slow
