@@ -39,7 +39,8 @@ def main(request: dict[str, Any]) -> None:
     auto_map = getattr(config, "auto_map", {})
     is_causal_lm = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in auto_map
     auto_class = AutoModelForCausalLM if is_causal_lm else AutoModelForImageTextToText
-    model = auto_class.from_pretrained(request["folder"], dtype="auto", trust_remote_code=True, **settings)
+    options = {"dtype": "auto", "trust_remote_code": True, "use_kernels": False}  # the same operations as in the run
+    model = auto_class.from_pretrained(request["folder"], **options, **settings)
     model.eval()
     if settings.get("device_map") is None:
         model = model.to(request["device"])

