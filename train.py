@@ -9,4 +9,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # importing takes seconds
         sys.stderr.write("train.py: Interrupted before anything began.\n")
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        install = "run `pip install -r requirements.txt -e .` with Python 3.11 or newer"
+        sys.stderr.write(f"train.py: The package {error.name} is not installed; {install}.\n")
+        raise SystemExit(2) from None
     leave(main())

@@ -47,6 +47,14 @@ def test_help_of_prune_is_that_of_train_py(capsys):
     assert text == expected.replace("train.py", "gprune prune")
 
 
+def test_train_py_without_installed_packages_names_the_command_that_installs_them():
+    command = [sys.executable, "-S", str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"train.py: The package \w+ is not installed; run `pip install -r requirements.txt -e .` .+", line)
+
+
 def test_help_has_examples_and_the_main_flags_and_help_all_has_the_complete_text_about_each_flag(capsys):
     texts = {}
     for flag in ("--help", "--help_all"):
